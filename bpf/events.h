@@ -1,0 +1,193 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
+/*
+ * events.h - the one contract between the kernel programs and user space.
+ *
+ * The Go side of these types is generated from this file (bpf2go) and committed;
+ * sensor/decode.go reads records through them. Layout rules:
+ *
+ *  - fields stand in 8-byte groups, every struct is a multiple of 8 bytes, no
+ *    holes (the build uses -Wpadded -Werror), never packed;
+ *  - every ring record starts with struct event_header;
+ *  - strings of variable length follow the fixed part, in the order in which
+ *    their *_len fields are declared, without alignment or gaps;
+ *  - a "path" is a sequence of NUL-terminated names, leaf first, as the dentry
+ *    walk meets them: "passwd\0etc\0" is /etc/passwd; length 0 is "/" when the
+ *    PATH_* flag of its owner is clear;
+ *  - times are nanoseconds of CLOCK_BOOTTIME unless the name says otherwise;
+ *  - pids are those of the initial pid namespace; "pid" is the tgid, "tid" the
+ *    thread.
+ */
+#ifndef EDR_EVENTS_H
+#define EDR_EVENTS_H
+
+#define ARGV_MAX (256 * 1024) /* bytes of argv carried; longer is cut and flagged */
+#define PATH_MAX_BYTES 4096   /* bytes of one walked path */
+#define CGROUP_MAX_BYTES 1024
+#define FILENAME_MAX_BYTES 4096 /* bprm->filename and bprm->interp, each, NUL excluded */
+#define COMM_LEN 16
+#define TTY_LEN 16
+
+enum event_kind {
+	EVENT_KIND_NONE = 0,
+	EVENT_KIND_EXEC = 1,
+	EVENT_KIND_FORK = 2,
+	EVENT_KIND_EXIT = 3,
+	EVENT_KIND_TASK = 4, /* a process that ran before the sensor (task iterator) */
+	EVENT_KIND_TCP_CONNECT = 5,
+	EVENT_KIND_TCP_CONNECT_FAILED = 6,
+	EVENT_KIND_TCP_ACCEPT = 7,
+	EVENT_KIND_TCP_LISTEN = 8,
+	EVENT_KIND_TCP_CLOSE = 9,
+	EVENT_KIND_COUNT = 10,
+};
+
+/* event_header: how long the record is, what it is, when, and which process acted. */
+struct event_header {
+	__u32 size; /* whole record, this header included */
+	enum event_kind kind;
+	__u64 ktime;
+	__u64 start_time; /* of the acting process: group_leader->start_boottime */
+	__u32 pid;        /* 0 when no process can be named */
+	__u32 tid;
+};
+
+struct cred_info {
+	__u32 uid, gid;
+	__u32 euid, egid;
+	__u32 suid, sgid;
+	__u32 fsuid, fsgid;
+	__u64 cap_permitted;
+	__u64 cap_effective;
+	__u64 cap_inheritable;
+	__u64 cap_bounding;
+	__u64 cap_ambient;
+	__u32 securebits;
+	__u32 seccomp_mode;
+};
+
+/* ns_info: inode numbers of the task's namespaces, as in /proc/PID/ns. */
+struct ns_info {
+	__u32 mnt, pid;
+	__u32 net, user;
+	__u32 uts, ipc;
+	__u32 cgroup, time;
+};
+
+struct file_info {
+	__u64 ino;
+	__u64 size;
+	__s64 mtime_ns; /* since the Unix epoch */
+	__s64 ctime_ns;
+	__u32 dev_major, dev_minor;
+	__u32 mode;
+	__u32 nlink;
+	__u32 uid, gid;
+	__u32 fs_magic;
+	__u32 reserved;
+};
+
+enum process_flags {
+	PROCESS_MEMFD = 1 << 0,          /* executable is a memfd */
+	PROCESS_DELETED = 1 << 1,        /* executable has no link left */
+	PROCESS_SCRIPT = 1 << 2,         /* filename is a script, exe its interpreter */
+	PROCESS_SECUREEXEC = 1 << 3,     /* exec raised privileges (bprm->secureexec) */
+	PROCESS_ARGV_TRUNCATED = 1 << 4, /* argv_size says how long it was */
+	PROCESS_EXE_TRUNCATED = 1 << 5,  /* path walk stopped at a bound */
+	PROCESS_CWD_TRUNCATED = 1 << 6,
+	PROCESS_CGROUP_V1 = 1 << 7,      /* cgroup path comes from a v1 hierarchy */
+	PROCESS_CGROUP_TRUNCATED = 1 << 8,
+	PROCESS_KTHREAD = 1 << 9,
+	PROCESS_ARGV_FAULT = 1 << 10, /* part of argv could not be read; zeroes stand there */
+	PROCESS_TIME_NS_UNKNOWN = 1 << 11,
+};
+
+/*
+ * exec_event: EVENT_KIND_EXEC, written after the point of no return, so every
+ * field describes the new image. EVENT_KIND_TASK has the same shape with
+ * filename_len, interp_len and argv_len 0 (user space reads argv from /proc).
+ */
+struct exec_event {
+	struct event_header header;
+	__u64 parent_start_time;
+	__u32 parent_pid; /* real_parent's tgid */
+	__u32 ns_pid;     /* tgid in the process's own pid namespace */
+	struct cred_info cred;
+	struct ns_info ns;
+	struct file_info exe;
+	__u64 cgroup_id;
+	__u32 loginuid; /* 4294967295: unset */
+	__u32 sessionid;
+	__u32 flags;     /* enum process_flags */
+	__u32 argv_size; /* bytes of argv in the process, before any cut */
+	char comm[COMM_LEN];
+	char tty[TTY_LEN]; /* "pts/3", empty without one */
+	__u32 filename_len; /* bprm->filename: what was asked for */
+	__u32 interp_len;   /* bprm->interp: what runs it */
+	__u32 exe_len;      /* path of mm->exe_file */
+	__u32 cwd_len;      /* path */
+	__u32 cgroup_len;   /* path */
+	__u32 argv_len;     /* NUL-terminated arguments */
+};
+
+/* fork_event: EVENT_KIND_FORK; the header names the parent. Threads are not reported. */
+struct fork_event {
+	struct event_header header;
+	__u64 child_start_time;
+	__u64 child_cgroup_id;
+	__u32 child_pid;
+	__u32 child_ns_pid;
+	char child_comm[COMM_LEN];
+};
+
+/* exit_event: EVENT_KIND_EXIT, once per process, when its last thread ends. */
+struct exit_event {
+	struct event_header header;
+	__u64 parent_start_time;
+	__u64 utime_ns; /* of the whole process */
+	__u64 stime_ns;
+	__u32 parent_pid;
+	__s32 exit_code;     /* as passed to exit(2), 0..255; 0 when a signal ended it */
+	__u32 signal;        /* 0 when it exited by itself */
+	__u32 core_dumped;   /* 0 or 1 */
+	char comm[COMM_LEN];
+};
+
+enum tcp_flags {
+	TCP_FLAG_INITIATED = 1 << 0,      /* this host connected; otherwise it accepted */
+	TCP_FLAG_OWNER_LISTENER = 1 << 1, /* header names the process that called listen */
+	TCP_FLAG_OWNER_UNKNOWN = 1 << 2,
+	TCP_FLAG_EARLY = 1 << 3, /* open was before the sensor's start: opened is 0 */
+};
+
+/* tcp_event: every EVENT_KIND_TCP_*. Addresses are 16 bytes, IPv4 in the first 4. */
+struct tcp_event {
+	struct event_header header;
+	__u64 conn_id; /* the same in all events of one connection; unique per boot */
+	__u64 opened;  /* ktime of connect, accept or listen */
+	__u64 cgroup_id;
+	__u64 bytes_sent; /* payload, without retransmissions */
+	__u64 bytes_received;
+	__u32 netns;
+	__u32 flags; /* enum tcp_flags */
+	__u32 segs_out, segs_in;
+	__u32 retransmits;
+	__u32 srtt_us;
+	__s32 error;   /* positive errno of a failed connect or a reset, else 0 */
+	__u32 backlog; /* of a listener */
+	__u16 family;  /* AF_INET, AF_INET6 */
+	__u16 old_state;
+	__u16 local_port, remote_port; /* host byte order */
+	__u8 local_addr[16];
+	__u8 remote_addr[16];
+	__u64 closer_start_time; /* CLOSE: process that shut it down, 0 when unknown */
+	__u32 closer_pid;
+	__u32 reserved;
+};
+
+/* kind_counter: per CPU and kind; attempts = emitted + lost at any quiet moment. */
+struct kind_counter {
+	__u64 attempts;
+	__u64 lost;
+};
+
+#endif

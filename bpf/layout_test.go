@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package bpf_test
+
+import (
+	"strings"
+	"testing"
+	"unsafe"
+
+	"github.com/cilium/ebpf/btf"
+
+	"github.com/aurorasoc/edr-sensor/bpf"
+	"github.com/aurorasoc/edr-sensor/sensor/event"
+)
+
+// kernelTypes returns the types the object was compiled with.
+func kernelTypes(t *testing.T) *btf.Spec {
+	t.Helper()
+	spec, err := bpf.LoadSensor()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return spec.Types
+}
+
+func TestLayout(t *testing.T) {
+	types := kernelTypes(t)
+	for _, tt := range []struct {
+		name string
+		size uintptr
+	}{
+		{"event_header", unsafe.Sizeof(bpf.SensorEventHeader{})},
+		{"cred_info", unsafe.Sizeof(bpf.SensorCredInfo{})},
+		{"ns_info", unsafe.Sizeof(bpf.SensorNsInfo{})},
+		{"file_info", unsafe.Sizeof(bpf.SensorFileInfo{})},
+		{"exec_event", unsafe.Sizeof(bpf.SensorExecEvent{})},
+		{"fork_event", unsafe.Sizeof(bpf.SensorForkEvent{})},
+		{"exit_event", unsafe.Sizeof(bpf.SensorExitEvent{})},
+		{"tcp_event", unsafe.Sizeof(bpf.SensorTcpEvent{})},
+		{"kind_counter", unsafe.Sizeof(bpf.SensorKindCounter{})},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			var s *btf.Struct
+			if err := types.TypeByName(tt.name, &s); err != nil {
+				t.Fatal(err)
+			}
+			if uintptr(s.Size) != tt.size {
+				t.Errorf("%s is %d bytes in C, %d in Go", tt.name, s.Size, tt.size)
+			}
+			if s.Size%8 != 0 {
+				t.Errorf("%s is %d bytes, not a multiple of 8", tt.name, s.Size)
+			}
+			var end btf.Bits
+			for _, m := range s.Members {
+				size, err := btf.Sizeof(m.Type)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if m.Offset != end {
+					t.Errorf("%s: hole of %d bits before %s", tt.name, m.Offset-end, m.Name)
+				}
+				end = m.Offset + btf.Bits(size)*8
+			}
+			if want := btf.Bits(s.Size) * 8; end != want {
+				t.Errorf("%s: ends at bit %d of %d", tt.name, end, want)
+			}
+		})
+	}
+}
+
+// constants returns the enumerators of a C enum by name.
+func constants(t *testing.T, enum string) map[string]uint64 {
+	t.Helper()
+	var e *btf.Enum
+	if err := kernelTypes(t).TypeByName(enum, &e); err != nil {
+		t.Fatal(err)
+	}
+	values := make(map[string]uint64)
+	for _, v := range e.Values {
+		values[v.Name] = v.Value
+	}
+	return values
+}
+
+func TestEventKinds(t *testing.T) {
+	kinds := map[string]event.Kind{
+		"NONE": event.None, "EXEC": event.Exec, "FORK": event.Fork, "EXIT": event.Exit, "TASK": event.Task,
+		"TCP_CONNECT": event.TCPConnect, "TCP_CONNECT_FAILED": event.TCPConnectFailed, "TCP_ACCEPT": event.TCPAccept,
+		"TCP_LISTEN": event.TCPListen, "TCP_CLOSE": event.TCPClose,
+	}
+	for name, number := range constants(t, "event_kind") {
+		short := strings.TrimPrefix(name, "EVENT_KIND_")
+		if short == "COUNT" {
+			if int(number) != len(kinds) || int(number) > event.Kinds {
+				t.Errorf("the kernel has %d kinds, this test %d, package event %d", number, len(kinds), event.Kinds)
+			}
+			continue
+		}
+		kind, ok := kinds[short]
+		if !ok || uint64(kind) != number {
+			t.Errorf("%s is %d in C and %d in Go (known: %t)", name, number, kind, ok)
+		}
+	}
+}
+
+func TestFlags(t *testing.T) {
+	for enum, flags := range map[string]map[string]uint64{
+		"process_flags": {
+			"PROCESS_MEMFD": uint64(event.FlagMemfd), "PROCESS_DELETED": uint64(event.FlagDeleted),
+			"PROCESS_SCRIPT": uint64(event.FlagScript), "PROCESS_SECUREEXEC": uint64(event.FlagSecureExec),
+			"PROCESS_ARGV_TRUNCATED": uint64(event.FlagArgvTruncated), "PROCESS_EXE_TRUNCATED": uint64(event.FlagExeTruncated),
+			"PROCESS_CWD_TRUNCATED": uint64(event.FlagCWDTruncated), "PROCESS_CGROUP_V1": uint64(event.FlagCgroupV1),
+			"PROCESS_CGROUP_TRUNCATED": uint64(event.FlagCgroupTruncated), "PROCESS_KTHREAD": uint64(event.FlagKThread),
+			"PROCESS_ARGV_FAULT": uint64(event.FlagArgvFault),
+		},
+		"tcp_flags": {
+			"TCP_FLAG_INITIATED": uint64(event.TCPInitiated), "TCP_FLAG_OWNER_LISTENER": uint64(event.TCPOwnerListener),
+			"TCP_FLAG_OWNER_UNKNOWN": uint64(event.TCPOwnerUnknown), "TCP_FLAG_EARLY": uint64(event.TCPEarly),
+		},
+	} {
+		for name, bit := range constants(t, enum) {
+			want, ok := flags[name]
+			if !ok || want != bit {
+				t.Errorf("%s is %#x in C and %#x in Go (known: %t)", name, bit, want, ok)
+			}
+		}
+	}
+}

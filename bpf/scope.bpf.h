@@ -1,0 +1,76 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
+/*
+ * scope.bpf.h - whose events are wanted: everybody's, those of one process tree,
+ * or those of one control group (v2) and the groups below it.
+ */
+#ifndef EDR_SCOPE_H
+#define EDR_SCOPE_H
+
+#include "maps.bpf.h"
+
+enum scope_mode {
+	SCOPE_ALL = 0,
+	SCOPE_TREE = 1,
+	SCOPE_CGROUP = 2,
+};
+
+#define CGROUP_DEPTH 64
+
+const volatile __u32 scope_mode = SCOPE_ALL;
+const volatile __u64 scope_cgroup_id = 0;
+
+/*
+ * The processes of the tree, by tgid. User space puts in the root and those that
+ * descend from it at the start; fork adds, exit removes. Allocated in advance: a
+ * program must not allocate inside a tracepoint.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 65536); /* loader: 1 unless SCOPE_TREE */
+	__type(key, __u32);
+	__type(value, __u8);
+} scope_pids SEC(".maps");
+
+static __always_inline struct kernfs_node *task_kernfs(struct task_struct *task)
+{
+	return BPF_CORE_READ(task, cgroups, dfl_cgrp, kn);
+}
+
+static __always_inline struct kernfs_node *kernfs_parent(struct kernfs_node *kn)
+{
+	struct kernfs_node___v6_15 *new = (void *)kn;
+
+	if (bpf_core_field_exists(new->__parent))
+		return BPF_CORE_READ(new, __parent);
+	return BPF_CORE_READ(kn, parent);
+}
+
+/* in_scope_cgroup walks up from kernfs node kn. A function of its own, so that it
+ * is verified once; such a function takes only scalars before 5.12. */
+__noinline int in_scope_cgroup(__u64 kn)
+{
+	struct kernfs_node *node = (void *)kn;
+	int i;
+
+	for (i = 0; i < CGROUP_DEPTH && node; i++) {
+		if (BPF_CORE_READ(node, id) == scope_cgroup_id)
+			return 1;
+		node = kernfs_parent(node);
+	}
+	return 0;
+}
+
+static __always_inline bool task_in_scope(struct task_struct *task)
+{
+	__u32 tgid;
+
+	if (scope_mode == SCOPE_ALL)
+		return true;
+	if (scope_mode == SCOPE_TREE) {
+		tgid = BPF_CORE_READ(task, tgid);
+		return bpf_map_lookup_elem(&scope_pids, &tgid) != NULL;
+	}
+	return in_scope_cgroup((__u64)task_kernfs(task));
+}
+
+#endif

@@ -1,0 +1,118 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
+/*
+ * slot.bpf.h - where a record of variable length is put together before it goes
+ * to its ring in one piece: kernels before 5.19 can reserve constant sizes only.
+ */
+#ifndef EDR_SLOT_H
+#define EDR_SLOT_H
+
+#include "maps.bpf.h"
+
+/* filename, interp, exe, cwd and cgroup at their bounds, with slack for the last name */
+#define STRINGS_MAX (20 * 1024)
+
+struct exec_slot {
+	__u64 users; /* 1: taken */
+	/* The path walk keeps its state here and not in registers, which keeps the
+	 * number of states small that the verifier has to follow. */
+	__u64 dentry;
+	__u64 mount; /* struct vfsmount */
+	__u32 used;  /* bytes of data */
+	__u32 truncated;
+	struct exec_event event; /* the record begins here */
+	char data[STRINGS_MAX + ARGV_MAX];
+};
+
+/*
+ * A plain array: per-CPU values end at 32 KiB. One slot for each CPU that is
+ * online and a last one for the iterator; values of 280 KiB for each possible
+ * CPU would cost a small virtual machine tens of megabytes.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 2); /* loader: slot_count + 1 */
+	__type(key, __u32);
+	__type(value, struct exec_slot);
+} exec_slots SEC(".maps");
+
+const volatile __u32 slot_count = 1;
+
+static __always_inline struct exec_slot *slot_at(__u32 index)
+{
+	return bpf_map_lookup_elem(&exec_slots, &index);
+}
+
+/*
+ * slot_take claims a slot: true when nobody else uses it. An add and a read
+ * instead of compare-and-exchange, which 5.10 lacks: of two that meet here at most one
+ * sees 1, as both reads follow their own add.
+ */
+static __always_inline bool slot_take(struct exec_slot *slot)
+{
+	__sync_fetch_and_add(&slot->users, 1);
+	if (*(volatile __u64 *)&slot->users == 1)
+		return true;
+	__sync_fetch_and_add(&slot->users, -1);
+	return false;
+}
+
+static __always_inline void slot_release(struct exec_slot *slot)
+{
+	__sync_fetch_and_add(&slot->users, -1);
+}
+
+/*
+ * slot_claim returns the index of a slot for this CPU, or -1. It is contended only
+ * when CPU numbers have gaps, or on kernels since 7.0, where a task may be
+ * preempted inside a tracepoint: then the neighbour's slot is tried.
+ */
+static __always_inline int slot_claim(void)
+{
+	__u32 cpu = bpf_get_smp_processor_id();
+	struct exec_slot *slot;
+	__u32 index, i;
+
+	for (i = 0; i < 4; i++) {
+		index = (cpu + i) % slot_count;
+		slot = slot_at(index);
+		if (slot && slot_take(slot))
+			return index;
+	}
+	return -1;
+}
+
+/* slot_append adds the kernel string at src to the data and returns its length. */
+__noinline int slot_append(__u32 index, __u64 src)
+{
+	struct exec_slot *slot = slot_at(index);
+	__u32 used;
+	long n;
+
+	if (!slot)
+		return 0;
+	used = slot->used;
+	if (used > STRINGS_MAX - FILENAME_MAX_BYTES - 1)
+		return 0;
+	n = bpf_probe_read_kernel_str(slot->data + used, FILENAME_MAX_BYTES + 1, (void *)src);
+	if (n <= 1)
+		return 0;
+	slot->used = used + n - 1;
+	return n - 1;
+}
+
+/* slot_append_name adds one name of a path, NUL included; false ends the walk. */
+static __always_inline bool slot_append_name(struct exec_slot *slot, const void *name)
+{
+	__u32 used = slot->used;
+	long n;
+
+	if (used > STRINGS_MAX - NAME_BYTES)
+		return false;
+	n = bpf_probe_read_kernel_str(slot->data + used, NAME_BYTES, name);
+	if (n <= 1)
+		return false;
+	slot->used = used + n;
+	return true;
+}
+
+#endif

@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package config
+
+import "time"
+
+// table lists every setting once, in the order of the default file. It is the
+// only place that connects keys with fields and says what they may hold.
+func table(c *Config) []setting {
+	a, s, b, t := &c.Agent, &c.Sensor, &c.Buffer, &c.Transport
+	return []setting{
+		text("agent.id", &a.ID, identifier),
+		text("agent.tenant", &a.Tenant, identifier),
+		text("agent.state_dir", &a.StateDir, required(absolute)),
+
+		text("context.case_id", &c.Context.CaseID, identifier),
+		text("context.investigation_id", &c.Context.InvestigationID, identifier),
+		text("context.user_id", &c.Context.UserID, identifier),
+
+		text("log.level", &c.Log.Level, oneOf("debug", "info", "warn", "error")),
+		text("log.format", &c.Log.Format, oneOf("auto", "console", "json")),
+
+		text("http.listen", &c.HTTP.Listen, hostPort),
+
+		text("control.socket", &c.Control.Socket, required(socketPath)),
+		text("control.group", &c.Control.Group, identifier),
+
+		scope("sensor.scope", &s.Scope),
+		size("sensor.priority_ring", &s.PriorityRing, 4*KiB, GiB, ringSize),
+		size("sensor.bulk_ring", &s.BulkRing, 4*KiB, GiB, ringSize),
+		integer("sensor.process_table", &s.ProcessTable, 1024, 4194304),
+		boolean("sensor.fork_events", &s.ForkEvents),
+		boolean("sensor.hash.enabled", &s.Hash.Enabled),
+		size("sensor.hash.max_size", &s.Hash.MaxSize, 0, 16*GiB, nil),
+		integer("sensor.hash.per_second", &s.Hash.PerSecond, 1, 100000),
+		duration("sensor.hash.wait", &s.Hash.Wait, 0, time.Second),
+
+		text("buffer.dir", &b.Dir, required(absolute)),
+		size("buffer.cap", &b.Cap, 16*MiB, TiB, nil),
+		size("buffer.commit_bytes", &b.CommitBytes, 4*KiB, 8*MiB, nil),
+		duration("buffer.commit_interval", &b.CommitInterval, time.Millisecond, 5*time.Second),
+		duration("buffer.retain_age", &b.RetainAge, 0, 24*time.Hour),
+		size("buffer.retain_bytes", &b.RetainBytes, 0, TiB, nil),
+
+		text("transport.address", &t.Address, redisAddress),
+		text("transport.username", &t.Username, anyText),
+		text("transport.password_file", &t.PasswordFile, printable),
+		integer("transport.db", &t.DB, 0, 65535),
+		boolean("transport.tls.enabled", &t.TLS.Enabled),
+		text("transport.tls.ca_file", &t.TLS.CAFile, absolute),
+		text("transport.tls.cert_file", &t.TLS.CertFile, absolute),
+		text("transport.tls.key_file", &t.TLS.KeyFile, printable),
+		text("transport.tls.server_name", &t.TLS.ServerName, identifier),
+		text("transport.prefix", &t.Prefix, required(keyPart)),
+		text("transport.shard", &t.Shard, required(keyPart)),
+		text("transport.decisions_key", &t.DecisionsKey, required(streamKey)),
+		integer("transport.batch_records", &t.BatchRecords, 1, 10000),
+		size("transport.batch_bytes", &t.BatchBytes, KiB, MiB, nil),
+		duration("transport.linger", &t.Linger, 0, 10*time.Second),
+		duration("transport.timeout", &t.Timeout, 100*time.Millisecond, time.Minute),
+		duration("transport.backoff_base", &t.BackoffBase, 10*time.Millisecond, time.Minute),
+		duration("transport.backoff_limit", &t.BackoffLimit, 100*time.Millisecond, 10*time.Minute),
+	}
+}
+
+// contradiction is a defect of values that are each allowed but not together.
+type contradiction struct {
+	keys         []string // the one to blame, then the others
+	what, remedy string
+}
+
+func contradictions(c *Config) []contradiction {
+	var out []contradiction
+	bad := func(wrong bool, what, remedy string, keys ...string) {
+		if wrong {
+			out = append(out, contradiction{keys, what, remedy})
+		}
+	}
+	b, t := c.Buffer, c.Transport
+	bad(b.RetainBytes > b.Cap/2,
+		formatSize(b.RetainBytes)+" is more than half of buffer.cap ("+formatSize(b.Cap)+"), so delivered records would crowd out new ones",
+		"set "+formatSize(b.Cap/2)+" or less", "buffer.retain_bytes", "buffer.cap")
+	bad(int64(b.CommitBytes) > b.Cap/16,
+		formatSize(int64(b.CommitBytes))+" is more than a sixteenth of buffer.cap ("+formatSize(b.Cap)+")",
+		"set "+formatSize(b.Cap/16)+" or less", "buffer.commit_bytes", "buffer.cap")
+	bad(t.BackoffBase > t.BackoffLimit,
+		formatDuration(t.BackoffBase)+" is longer than transport.backoff_limit ("+formatDuration(t.BackoffLimit)+")",
+		"set "+formatDuration(t.BackoffLimit)+" or less", "transport.backoff_base", "transport.backoff_limit")
+	bad(t.TLS.CertFile != "" && t.TLS.KeyFile == "",
+		"is set, but transport.tls.key_file is not", "name the key of this certificate", "transport.tls.cert_file")
+	bad(t.TLS.KeyFile != "" && t.TLS.CertFile == "",
+		"is set, but transport.tls.cert_file is not", "name the certificate of this key", "transport.tls.key_file")
+	bad(!t.TLS.Enabled && t.TLS != TLS{},
+		"is false, but other keys of transport.tls are set", "set it to true, or remove them: the connection would not be encrypted",
+		"transport.tls.enabled", "transport.tls.ca_file", "transport.tls.cert_file", "transport.tls.key_file", "transport.tls.server_name")
+	bad(t.Username != "" && t.PasswordFile == "",
+		"is set without a password", "put the password in a file named by transport.password_file", "transport.username")
+	return out
+}

@@ -216,8 +216,9 @@ transport: {db: -1, shard: "{a}", batch_bytes: 64M}
 			"edr-sensor.yaml:1:8: uses YAML's Anchor; write the value itself",
 			"edr-sensor.yaml:2:10: uses YAML's Alias; write the value itself",
 		}},
-		{name: "deep", text: "a: " + strings.Repeat("[", 100), want: []string{"edr-sensor.yaml:1:1: has brackets nested more than 64 deep; check the YAML syntax"}},
-		{name: "large", text: strings.Repeat("#", maxFile+1), want: []string{"edr-sensor.yaml:1:1: is larger than 256 KiB; is this the right file?"}},
+		{name: "deep", text: "a: " + strings.Repeat("[", 100), want: []string{"edr-sensor.yaml:1:1: nests more than 64 values; check the YAML syntax"}},
+		{name: "dashes", text: strings.Repeat("- ", 100), want: []string{"edr-sensor.yaml:1:1: nests more than 64 values; check the YAML syntax"}},
+		{name: "large", text: strings.Repeat("#", maxFile+1), want: []string{"edr-sensor.yaml:1:1: is larger than 64 KiB; is this the right file?"}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			_, got := loadText(t, c.text, c.environ...)

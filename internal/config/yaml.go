@@ -11,9 +11,9 @@ import (
 	"github.com/goccy/go-yaml/parser"
 )
 
-// maxFile bounds a configuration file, and with it how deep the parser can be
-// made to recurse.
-const maxFile = 256 * KiB
+// maxFile bounds a configuration file, because the parser needs quadratic time
+// for some input. It is ten times what the documented default file has.
+const maxFile = 64 * KiB
 
 // shape is what a YAML value looks like before anything knows its key.
 type shape uint8
@@ -63,7 +63,7 @@ func parseYAML(name string, data []byte) (root node, err error) {
 		}
 	}()
 	if depth(data) > maxDepth {
-		return node{}, at(1, 1, fmt.Sprintf("has brackets nested more than %d deep", maxDepth), "check the YAML syntax")
+		return node{}, at(1, 1, fmt.Sprintf("nests more than %d values", maxDepth), "check the YAML syntax")
 	}
 	file, err := parser.ParseBytes(data, 0, parser.AllowDuplicateMapKey())
 	if err != nil {
@@ -89,20 +89,27 @@ func parseYAML(name string, data []byte) (root node, err error) {
 	return root, errors.Join(c.errs...)
 }
 
-// maxDepth bounds nested flow collections: the parser recurses once per bracket
-// and no key of ours is deeper than three.
+// maxDepth bounds nested collections: the parser recurses for each, and a stack
+// that overflows cannot be recovered. No key of ours is deeper than three.
 const maxDepth = 64
 
+// depth is an upper bound of how deep brackets, and dashes on one line, nest.
 func depth(data []byte) int {
-	deepest, now := 0, 0
-	for _, b := range data {
+	deepest, brackets, dashes := 0, 0, 0
+	for i, b := range data {
 		switch b {
 		case '[', '{':
-			now++
-			deepest = max(deepest, now)
+			brackets++
 		case ']', '}':
-			now = max(0, now-1)
+			brackets = max(0, brackets-1)
+		case '\n':
+			dashes = 0
+		case ' ':
+			if i > 0 && data[i-1] == '-' {
+				dashes++
+			}
 		}
+		deepest = max(deepest, brackets+dashes)
 	}
 	return deepest
 }

@@ -189,13 +189,14 @@ static __always_inline __u32 fill_cgroup(struct exec_event *event, struct task_s
 }
 
 /*
- * fill_process describes the process of group leader task in the slot, all but what
- * only an exec knows. Verified once for its three callers.
+ * fill_process describes slot->task, all but what only an exec knows. Verified
+ * once for its callers. The task comes by the slot because the verifier does not let
+ * a pointer it knows the type of pass for a scalar.
  */
-__noinline int fill_process(__u32 index, __u64 group_leader)
+__noinline int fill_process(__u32 index)
 {
-	struct task_struct *task = (void *)group_leader, *parent;
 	struct exec_slot *slot = slot_at(index);
+	struct task_struct *task, *parent;
 	struct exec_event *event;
 	struct file *exe;
 	struct path path;
@@ -203,6 +204,7 @@ __noinline int fill_process(__u32 index, __u64 group_leader)
 	if (!slot)
 		return 0;
 	event = &slot->event;
+	task = (void *)slot->task;
 
 	parent = BPF_CORE_READ(task, real_parent, group_leader);
 	event->parent_start_time = BPF_CORE_READ(parent, start_boottime);
@@ -336,6 +338,7 @@ static __always_inline int handle_exec(struct task_struct *task, struct linux_bi
 	}
 	event = &slot->event;
 	__builtin_memset(event, 0, sizeof(*event));
+	slot->task = (__u64)task;
 	slot->used = 0;
 	fill_header(&event->header, EVENT_KIND_EXEC, 0, task);
 
@@ -347,7 +350,7 @@ static __always_inline int handle_exec(struct task_struct *task, struct linux_bi
 		event->flags |= PROCESS_SCRIPT;
 	if (BPF_CORE_READ_BITFIELD_PROBED(bprm, secureexec))
 		event->flags |= PROCESS_SECUREEXEC;
-	fill_process(index, (__u64)task);
+	fill_process(index);
 	fill_argv(slot, task, index);
 
 	if (emit_exec(slot) < 0) {
@@ -480,18 +483,23 @@ static __always_inline int handle_task(struct seq_file *seq, struct task_struct 
 	if (!slot || BPF_CORE_READ(task, pid) != BPF_CORE_READ(task, tgid) ||
 	    BPF_CORE_READ(task, signal, live.counter) == 0 || !task_in_scope(task))
 		return 0;
-	if (!slot_take(slot))
+	if (!slot_take(slot)) { /* somebody else iterates */
+		count_attempt(EVENT_KIND_TASK);
+		count_lost(EVENT_KIND_TASK);
 		return 0;
+	}
 	event = &slot->event;
 	__builtin_memset(event, 0, sizeof(*event));
+	slot->task = (__u64)task;
 	slot->used = 0;
-	fill_process(slot_count, (__u64)task);
+	fill_process(slot_count);
 	used = slot->used;
 	if (used <= STRINGS_MAX) {
 		size = sizeof(*event) + used;
 		fill_header(&event->header, EVENT_KIND_TASK, size, task);
-		/* Too much for one read of the file: the kernel shows it again. */
-		bpf_seq_write(seq, event, size);
+		/* What does not fit into one read is shown again in the next. */
+		if (bpf_seq_write(seq, event, size) == 0)
+			count_attempt(EVENT_KIND_TASK);
 	}
 	slot_release(slot);
 	return 0;

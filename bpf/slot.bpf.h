@@ -13,6 +13,7 @@
 
 struct exec_slot {
 	__u64 users; /* 1: taken */
+	__u64 task;  /* group leader that the record describes */
 	/* The path walk keeps its state here and not in registers, which keeps the
 	 * number of states small that the verifier has to follow. */
 	__u64 dentry;

@@ -1,0 +1,323 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package sensor
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strconv"
+	"strings"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/btf"
+	"github.com/cilium/ebpf/link"
+	"golang.org/x/sys/unix"
+
+	"github.com/aurorasoc/edr-sensor/bpf"
+	"github.com/aurorasoc/edr-sensor/sensor/event"
+)
+
+const (
+	// maxSlots bounds the memory for execs being put together, 280 KiB each. More
+	// CPUs than that share them.
+	maxSlots = 64
+	// snapshotBuffer holds the largest record of the task iterator.
+	snapshotBuffer = 64 << 10
+)
+
+// kernelOptions are what the kernel side needs.
+type kernelOptions struct {
+	Scope         Scope
+	PriorityBytes int // a power of two and a multiple of the page size
+	BulkBytes     int
+}
+
+// kernel is the sensor's part that lives in the kernel: maps, programs, links.
+// Not safe for concurrent use, but counters may be read at any time.
+type kernel struct {
+	scope    Scope
+	spec     *ebpf.CollectionSpec
+	maps     map[string]*ebpf.Map
+	attached []attachment
+
+	priority, bulk *ebpf.Map // the rings; owned by the kernel value
+}
+
+// KindCounter is what the kernel counted for one kind of event. Attempts is
+// what was to be reported, Lost those of them that no record could be written for.
+type KindCounter struct {
+	Attempts, Lost uint64
+}
+
+// loadKernel makes the maps. Nothing is attached before attach. The caller must
+// close the result.
+func loadKernel(o kernelOptions) (*kernel, error) {
+	spec, err := bpf.LoadSensor()
+	if err != nil {
+		return nil, fmt.Errorf("read kernel programs: %w", err)
+	}
+	if err := configure(spec, o); err != nil {
+		return nil, err
+	}
+	k := &kernel{scope: o.Scope, spec: spec, maps: make(map[string]*ebpf.Map)}
+	for _, h := range hooks() {
+		k.attached = append(k.attached, attachment{hook: h})
+	}
+	for name, m := range spec.Maps {
+		if strings.HasPrefix(name, ".") {
+			continue // constants: each program gets its own
+		}
+		if k.maps[name], err = newMap(m); err != nil {
+			return nil, errors.Join(fmt.Errorf("create map %s: %w", name, err), k.close())
+		}
+	}
+	k.priority, k.bulk = k.maps["priority_ring"], k.maps["bulk_ring"]
+	return k, nil
+}
+
+// configure puts the options into the maps' sizes and the programs' constants.
+func configure(spec *ebpf.CollectionSpec, o kernelOptions) error {
+	for name, size := range map[string]int{"priority_ring": o.PriorityBytes, "bulk_ring": o.BulkBytes} {
+		page := os.Getpagesize()
+		if size < page || size&(size-1) != 0 {
+			return fmt.Errorf("%s of %d bytes: the size must be a power of two of at least %d", name, size, page)
+		}
+		spec.Maps[name].MaxEntries = uint32(size)
+	}
+	if o.Scope.Mode != ScopeTree {
+		spec.Maps["scope_pids"].MaxEntries = 1
+	}
+	slots, err := onlineCPUs()
+	if err != nil {
+		return fmt.Errorf("count CPUs: %w", err)
+	}
+	slots = min(slots, maxSlots)
+	spec.Maps["exec_slots"].MaxEntries = slots + 1
+	for name, value := range map[string]any{
+		"scope_mode": uint32(o.Scope.Mode), "scope_cgroup_id": o.Scope.CgroupID, "slot_count": slots,
+	} {
+		if err := spec.Variables[name].Set(value); err != nil {
+			return fmt.Errorf("set %s: %w", name, err)
+		}
+	}
+	return nil
+}
+
+// newMap creates a map. Kernels before 5.11 count maps as locked memory, whose
+// limit is raised when it is in the way; newer ones have EPERM mean what it says.
+func newMap(spec *ebpf.MapSpec) (*ebpf.Map, error) {
+	m, err := ebpf.NewMap(spec)
+	if errors.Is(err, unix.EPERM) {
+		infinity := unix.Rlimit{Cur: unix.RLIM_INFINITY, Max: unix.RLIM_INFINITY}
+		if unix.Setrlimit(unix.RLIMIT_MEMLOCK, &infinity) == nil {
+			m, err = ebpf.NewMap(spec)
+		}
+	}
+	switch {
+	case errors.Is(err, unix.EPERM):
+		return nil, fmt.Errorf("%w: run as root, or with CAP_BPF and CAP_PERFMON (before kernel 5.11 also CAP_SYS_RESOURCE)", err)
+	case errors.Is(err, unix.ENOMEM):
+		return nil, fmt.Errorf("%w: choose smaller rings, or give the service's control group more memory", err)
+	}
+	return m, err
+}
+
+// attach puts the programs in place, the best that the kernel accepts for each
+// hook. The error names the required events that no program sees; all others are in
+// coverage. With ScopeTree it then finds the processes that are in scope already.
+func (k *kernel) attach() error {
+	cache := btf.NewCache() // parsing the kernel's types takes longer than all the rest
+	load := func(name string) (*ebpf.Program, *ebpf.ProgramSpec, error) {
+		return k.load(name, cache)
+	}
+	var errs []error
+	for i, a := range k.attached {
+		a = a.attach(load)
+		k.attached[i] = a
+		if a.required && a.link == nil {
+			errs = append(errs, fmt.Errorf("%s: no hook: %w", a.kinds[0], errors.Join(a.errs...)))
+		}
+	}
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("%w (a kernel since 5.10 with CONFIG_DEBUG_INFO_BTF is needed; see edr-sensor doctor)", err)
+	}
+	if k.scope.Mode == ScopeTree {
+		if err := seedTree(k.maps["scope_pids"], k.scope.PID, scanProc); err != nil {
+			return fmt.Errorf("scope: %w", err)
+		}
+	}
+	return nil
+}
+
+// load loads one program with only the maps it uses: what a kernel cannot do must
+// fail the program that asks for it and no other.
+func (k *kernel) load(name string, cache *btf.Cache) (*ebpf.Program, *ebpf.ProgramSpec, error) {
+	program, ok := k.spec.Programs[name]
+	if !ok {
+		return nil, nil, errors.New("not in the object")
+	}
+	spec := &ebpf.CollectionSpec{
+		Maps:      make(map[string]*ebpf.MapSpec),
+		Programs:  map[string]*ebpf.ProgramSpec{name: program},
+		Variables: k.spec.Variables,
+		Types:     k.spec.Types,
+		ByteOrder: k.spec.ByteOrder,
+	}
+	shared := make(map[string]*ebpf.Map)
+	for _, ins := range program.Instructions {
+		if !ins.IsLoadFromMap() {
+			continue
+		}
+		ref := ins.Reference()
+		spec.Maps[ref] = k.spec.Maps[ref]
+		if m, ok := k.maps[ref]; ok {
+			shared[ref] = m
+		}
+	}
+	c, err := ebpf.NewCollectionWithOptions(spec, ebpf.CollectionOptions{MapReplacements: shared, Cache: cache})
+	if err != nil {
+		return nil, nil, err
+	}
+	defer c.Close()
+	return c.DetachProgram(name), program, nil
+}
+
+// counters sums the counters of all CPUs. Attempts equals the records written plus
+// Lost whenever no event is under way.
+func (k *kernel) counters() (sums [event.Kinds]KindCounter, err error) {
+	m := k.maps["kind_counters"]
+	for kind := range min(m.MaxEntries(), uint32(len(sums))) {
+		var perCPU []bpf.SensorKindCounter
+		if err := m.Lookup(kind, &perCPU); err != nil {
+			return sums, fmt.Errorf("read kind_counters of %s: %w", event.Kind(kind), err)
+		}
+		for _, c := range perCPU {
+			sums[kind].Attempts += c.Attempts
+			sums[kind].Lost += c.Lost
+		}
+	}
+	return sums, nil
+}
+
+// missed is how often the kernel did not run an attached program because the same
+// program was interrupted on that CPU: events that no counter of ours saw. Zero
+// before kernel 5.12, which does not tell.
+func (k *kernel) missed() (uint64, error) {
+	var sum uint64
+	for _, a := range k.attached {
+		if a.program == nil {
+			continue
+		}
+		stats, err := a.program.Stats()
+		if err != nil {
+			return sum, fmt.Errorf("read statistics of %s: %w", a.section, err)
+		}
+		sum += stats.RecursionMisses
+	}
+	return sum, nil
+}
+
+// snapshot calls visit with a record for each process in scope that exists now: a
+// struct exec_event of kind TASK, valid until visit returns.
+func (k *kernel) snapshot(visit func(rec []byte) error) error {
+	for _, a := range k.attached {
+		if iter, ok := a.link.(*link.Iter); ok {
+			f, err := iter.Open()
+			if err != nil {
+				return fmt.Errorf("open %s: %w", a.section, err)
+			}
+			return errors.Join(readRecords(f, visit), f.Close())
+		}
+	}
+	return errors.New("snapshot: no task iterator is attached")
+}
+
+// readRecords splits a stream of records, each of which starts with its size.
+func readRecords(r io.Reader, visit func(rec []byte) error) error {
+	b := bufio.NewReaderSize(r, snapshotBuffer)
+	for {
+		head, err := b.Peek(4)
+		if errors.Is(err, io.EOF) && len(head) == 0 {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("read process records: %w", err)
+		}
+		rec, err := b.Peek(int(min(binary.NativeEndian.Uint32(head), snapshotBuffer+1)))
+		if err != nil {
+			return fmt.Errorf("read process records: %w", err)
+		}
+		if len(rec) == 0 {
+			return errors.New("read process records: a record of no bytes")
+		}
+		if err := visit(rec); err != nil {
+			return err
+		}
+		if _, err := b.Discard(len(rec)); err != nil {
+			return fmt.Errorf("read process records: %w", err)
+		}
+	}
+}
+
+// detach removes the programs; the maps stay, so that the rings can be drained and
+// the counters read. Coverage still tells what was attached.
+func (k *kernel) detach() error {
+	var errs []error
+	for i, a := range k.attached {
+		if a.link != nil {
+			errs = append(errs, a.link.Close())
+		}
+		if a.program != nil {
+			errs = append(errs, a.program.Close())
+		}
+		k.attached[i].link, k.attached[i].program = nil, nil
+	}
+	return errors.Join(errs...)
+}
+
+// close detaches and frees everything. It is safe to call more than once.
+func (k *kernel) close() error {
+	errs := []error{k.detach()}
+	for _, m := range k.maps {
+		if m != nil {
+			errs = append(errs, m.Close())
+		}
+	}
+	clear(k.maps)
+	return errors.Join(errs...)
+}
+
+// onlineCPUs counts the CPUs in a list like "0-3,8". Possible CPUs would be the
+// safe number, but hypervisors announce hundreds that never come.
+func onlineCPUs() (uint32, error) {
+	list, err := os.ReadFile("/sys/devices/system/cpu/online")
+	if err != nil {
+		return 0, err
+	}
+	return countCPUs(string(bytes.TrimSpace(list)))
+}
+
+func countCPUs(list string) (uint32, error) {
+	var n uint32
+	for span := range strings.SplitSeq(list, ",") {
+		low, high, ok := strings.Cut(span, "-")
+		if !ok {
+			high = low
+		}
+		first, err1 := strconv.ParseUint(low, 10, 16)
+		last, err2 := strconv.ParseUint(high, 10, 16)
+		if err := errors.Join(err1, err2); err != nil {
+			return 0, fmt.Errorf("parse %q: %w", list, err)
+		}
+		if last < first {
+			return 0, fmt.Errorf("parse %q: %d is less than %d", list, last, first)
+		}
+		n += uint32(last - first + 1)
+	}
+	return n, nil
+}

@@ -1,0 +1,440 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package enrich adds to a decoded event what the kernel did not say: the wall
+// time, the process it is about and its ancestors, the container, the names of
+// users and groups, and the hash of the executable.
+//
+// An Enricher belongs to the worker goroutine. It keeps copies of what it needs
+// of an event; the processes it sets in an event are valid until the next one.
+// Executables are read by goroutines of its own, and an event waits for them no
+// longer than Options.HashWait per batch.
+package enrich
+
+import (
+	"time"
+	"unicode/utf8"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promauto"
+
+	"github.com/aurorasoc/edr-sensor/sensor/event"
+)
+
+// Options are the bounds of an Enricher. Zero values mean the defaults.
+type Options struct {
+	Host          event.Host
+	TableSize     int           // processes kept, never more; 65536
+	ExitGrace     time.Duration // for how long one is kept after its exit; 60 s
+	HashMaxBytes  int64         // larger executables are not hashed; 64 MiB
+	HashPerSecond float64       // new executables hashed a second, and at once; 200. Negative: none
+	HashWait      time.Duration // for how long hashes may delay a batch of events; 50 ms. Negative: not at all
+	Registerer    prometheus.Registerer
+}
+
+func (o Options) withDefaults() Options {
+	if o.TableSize == 0 {
+		o.TableSize = 65536
+	}
+	if o.ExitGrace == 0 {
+		o.ExitGrace = time.Minute
+	}
+	if o.HashMaxBytes == 0 {
+		o.HashMaxBytes = 64 << 20
+	}
+	if o.HashPerSecond == 0 {
+		o.HashPerSecond = 200
+	}
+	if o.HashWait == 0 {
+		o.HashWait = 50 * time.Millisecond
+	}
+	return o
+}
+
+// maxAncestors bounds Event.Ancestors.
+const maxAncestors = 16
+
+// Enricher knows the host's processes. It is not safe for concurrent use.
+type Enricher struct {
+	host    event.Host
+	boot    [16]byte
+	metrics *metrics
+	proc    procfs
+	clock   *clock
+	table   *table
+	users   nameFile
+	groups  nameFile
+	cgroups *cgroups
+	strings *interner
+	hashes  *hasher
+
+	wait   time.Duration // per batch
+	left   time.Duration // of wait, in this batch
+	timer  *time.Timer
+	chain  [maxAncestors]*event.Process
+	argv   []byte // of the last snapshot event
+	quoted []byte
+}
+
+type metrics struct {
+	processes         prometheus.Gauge
+	evicted, released prometheus.Counter
+	partial           prometheus.Counter
+	hashes            map[string]prometheus.Counter // by note, "" is done
+}
+
+func newMetrics(reg prometheus.Registerer) *metrics {
+	f := promauto.With(reg)
+	m := &metrics{
+		processes: f.NewGauge(prometheus.GaugeOpts{Name: "enrich_processes", Help: "Processes in the process table, exited ones that are still kept included."}),
+		partial:   f.NewCounter(prometheus.CounterOpts{Name: "enrich_partial_processes_total", Help: "Processes met in an event without having been seen to start."}),
+		hashes:    map[string]prometheus.Counter{},
+	}
+	evicted := f.NewCounterVec(prometheus.CounterOpts{Name: "enrich_evicted_total", Help: "Processes dropped from the full table, by state. Running ones lose their history: raise sensor.processes."}, []string{"state"})
+	m.evicted, m.released = evicted.WithLabelValues("running"), evicted.WithLabelValues("exited")
+	hashes := f.NewCounterVec(prometheus.CounterOpts{Name: "enrich_hashes_total", Help: "Executables of execs and running processes, by whether they could be hashed in time and why not."}, []string{"result"})
+	for _, note := range [...]string{"", notePending, noteRate, noteSize, noteGone, noteChanged, noteError} {
+		label := note
+		if note == "" {
+			label = "ok"
+		}
+		m.hashes[note] = hashes.WithLabelValues(label)
+	}
+	return m
+}
+
+// New starts an Enricher; the caller must Close it.
+func New(o Options) *Enricher { return newEnricher(o.withDefaults(), "/proc", "/etc") }
+
+func newEnricher(o Options, proc procfs, etc string) *Enricher {
+	e := &Enricher{
+		host: o.Host, boot: parseUUID(o.Host.BootID), metrics: newMetrics(o.Registerer), proc: proc, clock: newClock(),
+		users: nameFile{path: etc + "/passwd"}, groups: nameFile{path: etc + "/group"},
+		cgroups: newCgroups(), strings: newInterner(),
+		hashes: newHasher(o.HashMaxBytes, o.HashPerSecond, proc),
+		wait:   o.HashWait, left: o.HashWait, timer: time.NewTimer(time.Hour),
+	}
+	e.table = newTable(o.TableSize, o.ExitGrace, func(live bool) {
+		if live {
+			e.metrics.evicted.Inc()
+		} else {
+			e.metrics.released.Inc()
+		}
+	})
+	return e
+}
+
+// Close ends the hashing goroutines.
+func (e *Enricher) Close() {
+	e.timer.Stop()
+	e.hashes.close()
+}
+
+// Prefetch starts the hashing that ev will need. It is called for every event of
+// a batch before the first of them is applied, and never blocks.
+func (e *Enricher) Prefetch(ev *event.Event) {
+	if ev.Kind == event.Exec || ev.Kind == event.Task {
+		e.hashes.request(programOf(ev))
+	}
+}
+
+func programOf(ev *event.Event) program {
+	x := &ev.Exec
+	return program{file: x.Exe, flags: x.Flags, path: x.ExePath, pid: ev.Actor.PID, parent: x.Parent.PID}
+}
+
+// EndBatch gives the next batch its full time to wait for hashes.
+func (e *Enricher) EndBatch() {
+	e.left = e.wait
+	e.hashes.endBatch()
+	e.metrics.processes.Set(float64(e.table.len()))
+}
+
+// Apply brings the process table up to date with ev and sets what ev is about:
+// Time, Subject, Parent, Creator, Ancestors, and what /proc adds to Exec. Events
+// made by the sensor itself are left alone.
+func (e *Enricher) Apply(ev *event.Event) {
+	if ev.Kind == event.None || ev.Kind >= event.Lifecycle {
+		return
+	}
+	ev.Time = e.clock.wall(ev.KTime)
+	e.table.expire(ev.KTime)
+	var subject *entry
+	switch ev.Kind {
+	case event.Exec, event.Task:
+		subject = e.exec(ev)
+	case event.Fork:
+		subject = e.fork(ev)
+	case event.Exit:
+		subject = e.exit(ev)
+	default:
+		subject = e.actor(ev.Actor)
+		if c := ev.TCP.Closer; c != ev.Actor {
+			ev.Creator = process(e.actor(c))
+		}
+	}
+	if subject == nil {
+		return
+	}
+	if subject.job != nil && subject.job.ended() {
+		subject.SHA256, subject.HashNote, subject.job = subject.job.sum, subject.job.note, nil
+	}
+	ev.Subject = &subject.Process
+	ev.Ancestors = e.ancestors(subject)
+	if len(ev.Ancestors) > 0 {
+		ev.Parent = ev.Ancestors[0]
+	}
+}
+
+func process(e *entry) *event.Process {
+	if e == nil {
+		return nil
+	}
+	return &e.Process
+}
+
+// actor returns the process that an event names. One that was not seen to start
+// is entered with what /proc knows of it.
+func (e *Enricher) actor(key event.ProcessKey) *entry {
+	if key.PID == 0 {
+		return nil
+	}
+	if p := e.table.use(key); p != nil {
+		return p
+	}
+	e.metrics.partial.Inc()
+	if p := e.lookUp(key); p != nil {
+		return p
+	}
+	return e.table.add(event.Process{Key: key, LoginUID: event.Unset, SessionID: event.Unset, Partial: true})
+}
+
+// lookUp enters a process with what /proc knows of it, if it is still there.
+func (e *Enricher) lookUp(key event.ProcessKey) *entry {
+	p := event.Process{Key: key}
+	if !e.proc.fill(&p, func(pid uint32, ticks uint64) event.ProcessKey {
+		if parent := e.table.find(pid, ticks); parent != nil {
+			return parent.Key
+		}
+		return event.ProcessKey{}
+	}) {
+		return nil
+	}
+	e.identify(&p)
+	e.nameUsers(&p, e.table.now)
+	c := e.cgroups.path(p.CgroupPath)
+	p.CgroupPath, p.Container = c.path, c.container
+	var job *hashJob
+	p.SHA256, p.HashNote, job = e.hashes.request(program{
+		file: p.File, flags: p.Flags, path: []byte(p.Path), pid: key.PID, parent: p.Parent.PID,
+	})
+	if job != nil {
+		p.HashNote = notePending
+	}
+	added := e.table.add(p)
+	added.job = job
+	return added
+}
+
+func (e *Enricher) nameUsers(p *event.Process, ktime uint64) {
+	p.User, p.Group = e.users.name(p.Cred.UID, ktime), e.groups.name(p.Cred.GID, ktime)
+	p.Owner = e.users.name(p.File.UID, ktime)
+}
+
+func (e *Enricher) exec(ev *event.Event) *entry {
+	x := &ev.Exec
+	p := e.table.use(ev.Actor)
+	if p == nil {
+		p = e.table.add(event.Process{Key: ev.Actor})
+	}
+	// A snapshot may know more than an exec that was in the ring before it: then
+	// the path here is not the one that this exec replaced.
+	if ev.Kind == event.Exec && p.asOf <= ev.KTime {
+		x.OldPath = p.Path
+	}
+	p.asOf = max(p.asOf, ev.KTime)
+	p.Partial = false
+	e.parent(p, x.Parent)
+	if p.NSPID != x.NSPID || p.NS.PID != x.NS.PID || p.CPID == "" {
+		p.NSPID, p.NS.PID = x.NSPID, x.NS.PID
+		e.identify(&p.Process)
+	}
+	p.Comm, p.TTY = e.strings.string(x.Comm), e.strings.string(x.TTY)
+	p.Path, p.CWD = e.strings.string(x.ExePath), e.strings.string(x.CWD)
+	p.File, p.Flags, p.Cred, p.NS = x.Exe, x.Flags, x.Cred, x.NS
+	p.LoginUID, p.SessionID = x.LoginUID, x.SessionID
+	p.CgroupID = x.CgroupID
+	c := e.cgroups.seen(x.CgroupID, x.CgroupPath, x.Flags&event.FlagCgroupV1 != 0)
+	p.CgroupPath, p.Container = c.path, c.container
+	e.nameUsers(&p.Process, ev.KTime)
+	if ev.Kind == event.Task && len(x.Argv) == 0 {
+		e.readArgv(ev)
+	}
+	p.CmdLine = e.cmdLine(x.Argv)
+	e.hash(p, programOf(ev))
+	return p
+}
+
+// readArgv sets the arguments of a process that ran before the sensor.
+func (e *Enricher) readArgv(ev *event.Event) {
+	if ev.Exec.Flags&event.FlagKThread != 0 {
+		return
+	}
+	e.argv = e.proc.cmdline(ev.Actor, e.argv[:0])
+	ev.Exec.Argv = e.argv
+	ev.Exec.ArgvSize = uint32(len(e.argv))
+	if len(e.argv) >= argvMax {
+		ev.Exec.Flags |= event.FlagArgvTruncated
+	}
+}
+
+func (e *Enricher) cmdLine(argv []byte) string {
+	e.quoted = appendCmdLine(e.quoted[:0], argv)
+	return e.strings.string(e.quoted)
+}
+
+func cmdLine(dst, argv []byte) string { return string(appendCmdLine(dst, argv)) }
+
+// appendCmdLine quotes no more of argv than MaxCmdLine bytes can show.
+func appendCmdLine(dst, argv []byte) []byte {
+	dst = event.AppendCmdLine(dst, argv[:min(len(argv), event.MaxCmdLine+1)])
+	if len(dst) <= event.MaxCmdLine {
+		return dst
+	}
+	end := event.MaxCmdLine
+	for end > 0 && !utf8.RuneStart(dst[end]) {
+		end--
+	}
+	return dst[:end]
+}
+
+// parent sets the parent that the kernel names, unless it only took over: when
+// the parent has exited, its children are handed to init or a subreaper, and
+// the lineage stays the true one.
+func (e *Enricher) parent(p *entry, key event.ProcessKey) {
+	if p.Parent == key {
+		if p.parentID == 0 {
+			e.table.adopt(p, key) // the parent's entry may be newer than this one
+		}
+		return
+	}
+	if old := e.table.byKey[p.Parent]; old != nil && old.Exited {
+		return
+	}
+	if key.PID != 0 && e.table.use(key) == nil && e.lookUp(key) != nil {
+		e.metrics.partial.Inc()
+	}
+	e.table.adopt(p, key)
+}
+
+func (e *Enricher) fork(ev *event.Event) *entry {
+	parent := e.actor(ev.Actor)
+	ev.Creator = process(parent)
+	f := &ev.Fork
+	if child := e.table.use(f.Child); child != nil {
+		if child.Parent == (event.ProcessKey{}) {
+			e.table.adopt(child, ev.Actor)
+		}
+		return child // a snapshot or a later event knows it better
+	}
+	var p event.Process
+	if parent != nil {
+		p = parent.Process
+		p.Exited, p.ExitTime, p.Partial = false, 0, false
+	} else {
+		p.LoginUID, p.SessionID = event.Unset, event.Unset
+	}
+	p.Key, p.Parent, p.NSPID, p.Comm = f.Child, ev.Actor, f.NSPID, e.strings.string(f.Comm)
+	if p.CgroupID != f.CgroupID { // clone3 put it into another group
+		p.CgroupID = f.CgroupID
+		p.CgroupPath, p.Container = "", nil
+		if c := e.cgroups.ids[f.CgroupID]; c != nil {
+			p.CgroupPath, p.Container = c.path, c.container
+		}
+	}
+	if movedNamespace(parent, f) {
+		if p.NS.PID = e.proc.namespace(f.Child.PID, "pid"); !e.proc.is(f.Child) {
+			p.NS.PID = 0
+		}
+	}
+	e.identify(&p)
+	child := e.table.add(p)
+	if parent != nil {
+		child.job = parent.job
+	}
+	return child
+}
+
+// movedNamespace tells a child that is in another pid namespace than its parent,
+// as far as pids show it: the first of a namespace is 1, and in the initial one
+// both pids are the same.
+func movedNamespace(parent *entry, f *event.ForkInfo) bool {
+	return f.NSPID == 1 || parent != nil && parent.NSPID == parent.Key.PID && f.NSPID != f.Child.PID
+}
+
+func (e *Enricher) exit(ev *event.Event) *entry {
+	p := e.table.use(ev.Actor)
+	if p == nil {
+		if ev.Actor.PID == 0 {
+			return nil
+		}
+		// Too late for /proc.
+		e.metrics.partial.Inc()
+		p = e.table.add(event.Process{
+			Key: ev.Actor, Parent: ev.Exit.Parent, Comm: e.strings.string(ev.Exit.Comm),
+			LoginUID: event.Unset, SessionID: event.Unset, Partial: true,
+		})
+	}
+	if p.Parent == (event.ProcessKey{}) {
+		e.table.adopt(p, ev.Exit.Parent)
+	}
+	e.table.exit(p, ev.KTime)
+	return p
+}
+
+// ancestors returns the known ancestors, parent first.
+func (e *Enricher) ancestors(p *entry) []*event.Process {
+	n := 0
+	for key := p.Parent; n < maxAncestors && key.PID != 0; n++ {
+		a := e.table.use(key)
+		if a == nil || a == p {
+			break
+		}
+		e.chain[n], key = &a.Process, a.Parent
+	}
+	return e.chain[:n:n]
+}
+
+// hash sets the hash of p's executable, waiting for it while there is time.
+func (e *Enricher) hash(p *entry, wanted program) {
+	p.SHA256, p.HashNote, p.job = e.hashes.request(wanted)
+	switch {
+	case p.job == nil:
+	case e.await(p.job):
+		p.SHA256, p.HashNote, p.job = p.job.sum, p.job.note, nil
+	default:
+		p.HashNote = notePending
+	}
+	if p.SHA256 != "" || p.HashNote != "" {
+		e.metrics.hashes[p.HashNote].Inc()
+	}
+}
+
+// await waits for a job, as long as this batch may still wait.
+func (e *Enricher) await(job *hashJob) bool {
+	if job.ended() {
+		return true
+	}
+	if e.left <= 0 {
+		return false
+	}
+	start := time.Now()
+	e.timer.Reset(e.left)
+	select {
+	case <-job.done:
+		e.left -= time.Since(start)
+		return true
+	case <-e.timer.C:
+		e.left = 0
+		return false
+	}
+}

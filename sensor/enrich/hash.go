@@ -1,0 +1,351 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package enrich
+
+import (
+	"container/list"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"io"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/aurorasoc/edr-sensor/sensor/event"
+)
+
+// fileKey is one version of one file's content: any change moves the ctime.
+type fileKey struct {
+	ino, size    uint64
+	mtime, ctime int64
+	major, minor uint32
+}
+
+func keyOf(f *event.File) fileKey {
+	return fileKey{f.Ino, f.Size, f.MTime, f.CTime, f.DevMajor, f.DevMinor}
+}
+
+// Why an executable has no hash; the values of event.Process.HashNote.
+const (
+	notePending = "pending" // not done within the wait; later events will have it
+	noteRate    = "rate"    // too many new executables at once
+	noteSize    = "size"    // larger than the limit
+	noteGone    = "gone"    // the file that ran can no longer be reached
+	noteChanged = "changed" // its content is not, or may not be, what ran
+	noteError   = "error"   // reading failed
+)
+
+const (
+	hashCache = 8192 // results kept, about 200 bytes each
+	hashQueue = 256  // jobs waiting in one lane
+	hashChunk = 256 << 10
+
+	// racy is how far a ctime must lie from the time of reading for the result to
+	// be kept: within the granularity of a file system's clock (2 s for the
+	// coarsest), a second change leaves the ctime as it is.
+	racy = 3 * time.Second
+
+	// closeWait bounds how long close waits for a read that hangs.
+	closeWait = time.Second
+)
+
+// hasher computes the SHA-256 of executables in its own goroutines, each version
+// of a file once. It is safe for concurrent use.
+type hasher struct {
+	max   int64
+	rate  rate
+	proc  procfs
+	now   func() time.Time
+	read  func(io.Reader, []byte) (int, error)
+	lanes [2]chan *hashJob
+	stop  chan struct{}
+	done  sync.WaitGroup
+
+	mu    sync.Mutex
+	cache map[fileKey]*list.Element // of *hashResult
+	used  list.List                 // most recently used first
+	jobs  map[fileKey]*hashJob      // waiting, running, or failed in this batch
+}
+
+type hashResult struct {
+	key fileKey
+	sum string
+}
+
+// hashJob is one file to hash; sum and note may be read when done is closed.
+type hashJob struct {
+	key         fileKey
+	pid, parent uint32 // a process that runs it, and that one's parent
+	path        string // empty when no path leads to it
+	done        chan struct{}
+	sum, note   string
+}
+
+func newHasher(limit int64, perSecond float64, proc procfs) *hasher {
+	h := &hasher{
+		max: limit, rate: rate{perSecond: perSecond, tokens: perSecond}, proc: proc, now: time.Now, read: io.ReadFull,
+		stop: make(chan struct{}), cache: map[fileKey]*list.Element{}, jobs: map[fileKey]*hashJob{},
+	}
+	for i := range h.lanes {
+		h.lanes[i] = make(chan *hashJob, hashQueue)
+		h.done.Go(func() { h.work(h.lanes[i]) })
+	}
+	return h
+}
+
+// close ends the goroutines. One that hangs in a read of a remote file system is
+// left behind after closeWait.
+func (h *hasher) close() {
+	close(h.stop)
+	ended := make(chan struct{})
+	go func() { h.done.Wait(); close(ended) }()
+	select {
+	case <-ended:
+	case <-time.After(closeWait):
+	}
+}
+
+// lane keeps file systems whose reads may hang, on a server or on a process, away
+// from the local ones.
+func lane(magic uint32) int {
+	switch magic {
+	case unix.FUSE_SUPER_MAGIC, unix.NFS_SUPER_MAGIC, unix.SMB_SUPER_MAGIC, unix.CIFS_SUPER_MAGIC, unix.SMB2_SUPER_MAGIC,
+		unix.CEPH_SUPER_MAGIC, unix.V9FS_MAGIC, unix.AFS_SUPER_MAGIC, unix.CODA_SUPER_MAGIC:
+		return 1
+	}
+	return 0
+}
+
+// program is what a process runs, and the ways to it.
+type program struct {
+	file        event.File
+	flags       event.ProcessFlags
+	path        []byte
+	pid, parent uint32
+}
+
+// request returns the hash of a program, or a note that says why there is none,
+// or the job that will tell.
+func (h *hasher) request(p program) (sum, note string, job *hashJob) {
+	if p.file.Ino == 0 && p.file.Size == 0 {
+		return "", "", nil // a kernel thread has none
+	}
+	key := keyOf(&p.file)
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if at := h.cache[key]; at != nil {
+		h.used.MoveToFront(at)
+		return at.Value.(*hashResult).sum, "", nil
+	}
+	if job := h.jobs[key]; job != nil && !job.failedFor(p.pid) {
+		return "", "", job
+	}
+	if p.file.Size > uint64(h.max) {
+		return "", noteSize, nil
+	}
+	if !h.rate.take(h.now()) {
+		return "", noteRate, nil
+	}
+	job = &hashJob{key: key, pid: p.pid, parent: p.parent, done: make(chan struct{})}
+	if p.flags&(event.FlagMemfd|event.FlagDeleted|event.FlagExeTruncated) == 0 {
+		job.path = string(p.path)
+	}
+	select {
+	case h.lanes[lane(p.file.FSMagic)] <- job:
+	default:
+		return "", noteRate, nil
+	}
+	h.jobs[key] = job
+	return "", "", job
+}
+
+func (j *hashJob) ended() bool {
+	select {
+	case <-j.done:
+		return true
+	default:
+		return false
+	}
+}
+
+// failedFor tells whether the job is over without a hash, and was about another
+// process than pid: that one may still lead to the file.
+func (j *hashJob) failedFor(pid uint32) bool {
+	return j.ended() && j.sum == "" && j.pid != pid
+}
+
+// endBatch forgets failures, so that the next process that runs the file counts.
+func (h *hasher) endBatch() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	for key, job := range h.jobs {
+		if job.ended() {
+			delete(h.jobs, key)
+		}
+	}
+}
+
+func (h *hasher) work(jobs <-chan *hashJob) {
+	buf := make([]byte, hashChunk)
+	for {
+		select {
+		case <-h.stop:
+			return
+		case job := <-jobs:
+			h.run(job, buf)
+		}
+	}
+}
+
+func (h *hasher) run(job *hashJob, buf []byte) {
+	keep := false
+	job.sum, job.note, keep = h.hash(job, buf)
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if keep {
+		h.cache[job.key] = h.used.PushFront(&hashResult{job.key, job.sum})
+		for h.used.Len() > hashCache {
+			delete(h.cache, h.used.Remove(h.used.Back()).(*hashResult).key)
+		}
+		delete(h.jobs, job.key)
+	}
+	close(job.done)
+}
+
+// hash tries the ways to a file in turn: the process's own link leads to the
+// right file even when it was deleted, but ends with the process; the parent's
+// root sees what a container sees; the path is the last.
+func (h *hasher) hash(job *hashJob, buf []byte) (sum, note string, keep bool) {
+	note = noteGone
+	for _, way := range [...]struct {
+		path string
+		own  bool
+	}{
+		{h.proc.path(job.pid, "exe"), true},
+		{h.proc.path(job.parent, "root") + job.path, false},
+		{job.path, false},
+	} {
+		if !way.own && (job.path == "" || strings.HasPrefix(way.path, string(h.proc)+"/0/")) {
+			continue
+		}
+		sum, n, keep := h.hashFile(way.path, way.own, job.key, buf)
+		switch n {
+		case "":
+			return sum, "", keep
+		case noteGone:
+		default:
+			note = n
+		}
+	}
+	return "", note, false
+}
+
+// hashFile hashes what path leads to, if it is the file and version of key from
+// the first byte to the last. Of a file that own, a magic link, leads to, the
+// device may differ: btrfs and overlayfs show another one than the kernel uses.
+func (h *hasher) hashFile(path string, own bool, key fileKey, buf []byte) (sum, note string, keep bool) {
+	fd, err := openQuietly(path)
+	if err != nil {
+		return "", noteGone, false
+	}
+	defer unix.Close(fd) //nolint:errcheck // read only
+	found, err := keyOfFD(fd)
+	if err != nil {
+		return "", noteError, false
+	}
+	want := key
+	if own {
+		want.major, want.minor = found.major, found.minor
+	}
+	if found != want {
+		// Another file means that this way leads elsewhere by now; the same file
+		// with other content means that what ran is lost.
+		if found.ino == want.ino && found.major == want.major && found.minor == want.minor {
+			return "", noteChanged, false
+		}
+		return "", noteGone, false
+	}
+	digest := sha256.New()
+	for left := key.size; left > 0; {
+		select {
+		case <-h.stop:
+			return "", noteError, false
+		default:
+		}
+		n, err := h.read(fdReader(fd), buf[:min(uint64(len(buf)), left)])
+		if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+			return "", noteChanged, false
+		}
+		if err != nil {
+			return "", noteError, false
+		}
+		digest.Write(buf[:n])
+		left -= uint64(n)
+	}
+	now := h.now().UnixNano()
+	if after, err := keyOfFD(fd); err != nil || after != found {
+		return "", noteChanged, false
+	}
+	age := now - key.ctime
+	return hex.EncodeToString(digest.Sum(buf[:0])), "", age < -int64(racy) || age > int64(racy)
+}
+
+// openQuietly opens without waiting for a pipe's writer, without becoming a
+// terminal's session, and without moving the file's access time.
+func openQuietly(path string) (int, error) {
+	const flags = unix.O_RDONLY | unix.O_CLOEXEC | unix.O_NONBLOCK | unix.O_NOCTTY
+	fd, err := unix.Open(path, flags|unix.O_NOATIME, 0)
+	if errors.Is(err, unix.EPERM) { // neither owner nor CAP_FOWNER
+		fd, err = unix.Open(path, flags, 0)
+	}
+	return fd, err
+}
+
+func keyOfFD(fd int) (fileKey, error) {
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return fileKey{}, err
+	}
+	if st.Mode&unix.S_IFMT != unix.S_IFREG {
+		return fileKey{}, errors.New("mode " + strconv.FormatUint(uint64(st.Mode), 8) + " is no regular file")
+	}
+	f := fileOf(&st)
+	return keyOf(&f), nil
+}
+
+type fdReader int
+
+func (fd fdReader) Read(b []byte) (int, error) {
+	for {
+		n, err := unix.Read(int(fd), b)
+		switch {
+		case errors.Is(err, unix.EINTR):
+		case err != nil:
+			return 0, err
+		case n == 0:
+			return 0, io.EOF
+		default:
+			return n, nil
+		}
+	}
+}
+
+// rate lets perSecond jobs through a second, and as many at once.
+type rate struct {
+	perSecond, tokens float64
+	last              time.Time
+}
+
+func (r *rate) take(now time.Time) bool {
+	r.tokens = min(r.tokens+now.Sub(r.last).Seconds()*r.perSecond, max(r.perSecond, 1))
+	r.last = now
+	if r.tokens < 1 {
+		return false
+	}
+	r.tokens--
+	return true
+}

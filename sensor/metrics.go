@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package sensor
+
+import (
+	"strings"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promauto"
+
+	"github.com/aurorasoc/edr-sensor/sensor/event"
+)
+
+type metrics struct {
+	events, lost [event.Kinds]prometheus.Counter
+	decodeErrors prometheus.Counter
+	rejected     prometheus.Counter
+	ringUsed     [2]prometheus.Gauge
+	ringSize     [2]prometheus.Gauge
+	attached     *prometheus.GaugeVec
+}
+
+func newMetrics(reg prometheus.Registerer) *metrics {
+	f := promauto.With(reg)
+	m := &metrics{
+		decodeErrors: f.NewCounter(prometheus.CounterOpts{Name: "sensor_decode_errors_total", Help: "Kernel records that could not be decoded; each is an event lost. Report it: kernel object and binary disagree."}),
+		rejected:     f.NewCounter(prometheus.CounterOpts{Name: "sensor_rejected_events_total", Help: "Events that the buffer refused because of their size."}),
+		attached:     f.NewGaugeVec(prometheus.GaugeOpts{Name: "sensor_hook_attached", Help: "1 when the event is seen by a hook of this kind, 0 when it is not seen."}, []string{"event", "hook"}),
+	}
+	events := f.NewCounterVec(prometheus.CounterOpts{Name: "sensor_events_total", Help: "Events read, by kind."}, []string{"kind"})
+	lost := f.NewCounterVec(prometheus.CounterOpts{Name: "sensor_lost_events_total", Help: "Events the kernel had no ring space for, by kind. Raise sensor.priority_ring or sensor.bulk_ring, or find what stalls the disk."}, []string{"kind"})
+	for k := event.None + 1; int(k) < event.Kinds; k++ {
+		m.events[k], m.lost[k] = events.WithLabelValues(k.String()), lost.WithLabelValues(k.String())
+	}
+	used := f.NewGaugeVec(prometheus.GaugeOpts{Name: "sensor_ring_used_bytes", Help: "Bytes in the ring that are not yet durable."}, []string{"ring"})
+	size := f.NewGaugeVec(prometheus.GaugeOpts{Name: "sensor_ring_size_bytes", Help: "Size of the ring."}, []string{"ring"})
+	for i, name := range [...]string{"priority", "bulk"} {
+		m.ringUsed[i], m.ringSize[i] = used.WithLabelValues(name), size.WithLabelValues(name)
+	}
+	return m
+}
+
+func (m *metrics) covered(c Coverage) {
+	kind, _, _ := strings.Cut(c.Hook, "/")
+	if kind == "" {
+		m.attached.WithLabelValues(c.Event, "none").Set(0)
+		return
+	}
+	m.attached.WithLabelValues(c.Event, kind).Set(1)
+}
+
+func (m *metrics) rings(priority, bulk *ring) {
+	for i, r := range [...]*ring{priority, bulk} {
+		m.ringUsed[i].Set(float64(r.used()))
+		m.ringSize[i].Set(float64(r.size()))
+	}
+}

@@ -1,0 +1,533 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package sensor sees what happens on the host: it loads and attaches the
+// kernel programs, reads their ring buffers in place, and runs the worker that
+// decodes, enriches and encodes every record and hands it to a Sink.
+//
+// One goroutine, the one that calls [Sensor.Run], does all of that, so the
+// process table needs no lock. Ring space is released only when the Sink says
+// that the events are durable ([Sensor.Release]): the ring is the queue in
+// front of the disk, and what it cannot hold is counted in the kernel.
+package sensor
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"go.uber.org/zap"
+
+	"github.com/aurorasoc/edr-sensor/internal/logging"
+	"github.com/aurorasoc/edr-sensor/sensor/enrich"
+	"github.com/aurorasoc/edr-sensor/sensor/event"
+	"github.com/aurorasoc/edr-sensor/sensor/ocsf"
+)
+
+// Sink takes the encoded events in order. All its methods are called by the
+// worker only.
+type Sink interface {
+	// Next is the sequence number of the record that Begin starts.
+	Next() uint64
+	// Begin returns the slice to append one record to.
+	Begin(decision bool) []byte
+	// End completes the record. Urgent asks for a commit at once; names are the
+	// losses that this record reports. An error says that the record does not fit
+	// and was not added; after a Flush it may fit.
+	End(rec []byte, urgent bool, names []event.Loss) error
+	// Size is the number of bytes ended since the last Flush.
+	Size() int
+	// Flush hands over the records ended so far, and the mark to store with
+	// them. It blocks while the disk cannot follow. On an error nothing was
+	// handed over and the next Flush tries again.
+	Flush(ctx context.Context, mark []byte) error
+	// Unnamed appends the losses that no record has reported yet.
+	Unnamed(dst []event.Loss) []event.Loss
+}
+
+// Options are what a Sensor needs. Encoder and Enricher belong to the worker
+// from Open on.
+type Options struct {
+	Scope         Scope
+	PriorityBytes int // ring for processes; a power of two, multiple of the page size
+	BulkBytes     int // ring for the network
+	ForkEvents    bool
+	Host          event.Host
+	Encoder       *ocsf.Encoder
+	Enricher      *enrich.Enricher
+	Sink          Sink
+	Mark          []byte // stored with the last durable commit of the run before, if any
+	Registerer    prometheus.Registerer
+}
+
+const (
+	pollRecords = 256       // records decoded before the first of them is enriched
+	bulkShare   = 32        // of them kept for the bulk ring while the priority ring is never empty
+	flushBytes  = 256 << 10 // handed over before a poll is complete, so that memory stays bounded
+	tickEvery   = time.Second
+	maxNotices  = 1024
+)
+
+// Sensor is one set of attached programs and the worker that reads them.
+type Sensor struct {
+	o        Options
+	metrics  *metrics
+	kernel   *kernel
+	priority *ring
+	bulk     *ring
+	wait     *waiter
+	dec      decoder
+	hooks    [event.Kinds]string
+	coverage []Coverage
+
+	events  [pollRecords]event.Event
+	after   [pollRecords]uint64 // the ring's position behind each event
+	self    event.Event
+	losses  []event.Loss
+	mark    mark
+	markBuf []byte
+	pending bool // records ended since the last Flush
+
+	committed atomic.Uint64 // serial of the newest durable mark
+	beat      atomic.Int64  // wall ns of the last turn of the loop
+	lost      atomic.Uint64 // kernel losses reported so far
+
+	mu       sync.Mutex // notices come from other goroutines, rarely
+	notices  []event.SelfInfo
+	overflow uint64
+
+	reported  [event.Kinds]KindCounter // kernel counters at the last tick
+	unwritten map[string]uint64        // events that could not become records since the last tick, by reason
+	lastTick  time.Time
+}
+
+// Open loads the programs into the kernel; nothing is attached yet. The caller
+// must Close the Sensor. Errors name the program or map and the remedy.
+func Open(o Options) (*Sensor, error) {
+	k, err := loadKernel(kernelOptions{Scope: o.Scope, PriorityBytes: o.PriorityBytes, BulkBytes: o.BulkBytes})
+	if err != nil {
+		return nil, fmt.Errorf("load sensor: %w", err)
+	}
+	s := &Sensor{o: o, kernel: k, metrics: newMetrics(o.Registerer)}
+	if err := s.openRings(); err != nil {
+		return nil, errors.Join(fmt.Errorf("open sensor: %w", err), s.Close())
+	}
+	return s, nil
+}
+
+func (s *Sensor) openRings() (err error) {
+	if s.priority, err = openRing(s.kernel.priority); err != nil {
+		return fmt.Errorf("priority ring: %w", err)
+	}
+	if s.bulk, err = openRing(s.kernel.bulk); err != nil {
+		return fmt.Errorf("bulk ring: %w", err)
+	}
+	if s.wait, err = newWaiter(s.priority, s.bulk); err != nil {
+		return fmt.Errorf("ring waiter: %w", err)
+	}
+	if s.mark.priority.id, err = mapID(s.kernel.priority); err != nil {
+		return fmt.Errorf("priority ring: %w", err)
+	}
+	if s.mark.bulk.id, err = mapID(s.kernel.bulk); err != nil {
+		return fmt.Errorf("bulk ring: %w", err)
+	}
+	s.mark.bootID = parseBootID(s.o.Host.BootID)
+	return nil
+}
+
+// Close releases everything. It must not run at the same time as Run.
+func (s *Sensor) Close() error {
+	var errs []error
+	if s.wait != nil {
+		errs = append(errs, s.wait.close())
+	}
+	for _, r := range []*ring{s.priority, s.bulk} {
+		if r != nil {
+			errs = append(errs, r.close())
+		}
+	}
+	return errors.Join(append(errs, s.kernel.close())...)
+}
+
+// Attach puts the programs in place. It fails only when an event that the
+// sensor cannot do without has no hook; Coverage tells about the others.
+func (s *Sensor) Attach() error {
+	err := s.kernel.attach()
+	s.coverage = s.kernel.coverage()
+	for _, c := range s.coverage {
+		if int(c.Kind) < event.Kinds {
+			s.hooks[c.Kind] = c.Hook
+		}
+		s.metrics.covered(c)
+	}
+	if err != nil {
+		return fmt.Errorf("attach sensor: %w", err)
+	}
+	return nil
+}
+
+// Coverage is what each event is seen by on this host, after Attach.
+func (s *Sensor) Coverage() []Coverage { return s.coverage }
+
+// Notify queues a record about the sensor itself. Safe for concurrent use; it
+// never blocks. What does not fit is counted and reported with the next one.
+func (s *Sensor) Notify(i event.SelfInfo) {
+	s.mu.Lock()
+	if len(s.notices) < maxNotices {
+		s.notices = append(s.notices, i)
+	} else {
+		s.overflow++
+	}
+	s.mu.Unlock()
+	s.wait.wake()
+}
+
+// Beat is when the worker last finished a turn; zero before Run.
+func (s *Sensor) Beat() time.Time {
+	if ns := s.beat.Load(); ns != 0 {
+		return time.Unix(0, ns)
+	}
+	return time.Time{}
+}
+
+// Lost is the number of events the kernel had no room for, since Run.
+func (s *Sensor) Lost() uint64 { return s.lost.Load() }
+
+// Release frees the ring space that a durable mark covers. The sink's owner
+// calls it after each commit, from any one goroutine.
+func (s *Sensor) Release(stored []byte) {
+	m, err := parseMark(stored)
+	if err != nil || m.priority.id != s.mark.priority.id || m.bulk.id != s.mark.bulk.id {
+		return // the mark of an earlier run
+	}
+	s.priority.release(m.priority.pos)
+	s.bulk.release(m.bulk.pos)
+	s.committed.Store(m.serial)
+}
+
+// Run reports the processes that already run, then every event, until ctx ends.
+// Then it detaches the programs, empties the rings, and hands over everything, for
+// at most stopWithin. The time in which no sensor ran is reported first.
+func (s *Sensor) Run(ctx context.Context, stopWithin time.Duration) error {
+	ctx = logging.With(ctx, zap.String(logging.KeyComponent, "sensor"))
+	// Handing over goes on for a while after ctx ended.
+	write, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	defer cancel()
+	stop := context.AfterFunc(ctx, func() {
+		s.wait.wake()
+		time.AfterFunc(stopWithin, cancel)
+	})
+	defer stop()
+
+	s.lastTick = time.Now()
+	s.unwritten = map[string]uint64{}
+	s.reportGap()
+	s.writeNotices(write)
+	if err := s.snapshot(write); err != nil {
+		// Parents of running processes are then unknown: less, not nothing.
+		logging.From(ctx).Warn("snapshot of running processes", zap.Error(err))
+		s.Notify(event.SelfInfo{
+			Activity: event.ActivityDegraded, Severity: 3, Failed: true, Code: "SNAPSHOT",
+			Message: "processes that ran before the sensor are unknown: " + err.Error(),
+		})
+	}
+	for ctx.Err() == nil {
+		if err := s.turn(write); err != nil {
+			return err
+		}
+	}
+	return s.drain(write)
+}
+
+// turn handles what is there, or waits for more.
+func (s *Sensor) turn(ctx context.Context) error {
+	n, err := s.poll(ctx)
+	if err != nil {
+		return err
+	}
+	s.writeNotices(ctx)
+	if now := time.Now(); now.Sub(s.lastTick) >= tickEvery {
+		s.tick(ctx, now)
+	}
+	if err := s.flush(ctx, false); err != nil {
+		return err
+	}
+	s.beat.Store(time.Now().UnixNano())
+	if n > 0 {
+		return nil
+	}
+	return s.wait.wait(time.Until(s.lastTick.Add(tickEvery)))
+}
+
+// drain empties the rings after detaching; the record of the stop is among the
+// last.
+func (s *Sensor) drain(ctx context.Context) error {
+	err := s.kernel.detach()
+	for n := 1; n > 0; {
+		var perr error
+		if n, perr = s.poll(ctx); perr != nil {
+			return errors.Join(err, perr)
+		}
+		if ferr := s.flush(ctx, false); ferr != nil {
+			return errors.Join(err, ferr)
+		}
+	}
+	s.tick(ctx, time.Now())
+	s.writeNotices(ctx)
+	return errors.Join(err, s.flush(ctx, true))
+}
+
+// poll reads up to pollRecords records ahead, starts the hashing they need, and
+// then writes them in order.
+func (s *Sensor) poll(ctx context.Context) (int, error) {
+	s.dec.reset()
+	// What the bulk ring holds now was caused by processes that the priority
+	// ring already shows, so the priority ring goes first.
+	limit := s.bulk.producer()
+	first, err := s.read(ctx, s.priority, ^uint64(0), 0, pollRecords-bulkShare)
+	if err != nil {
+		return 0, err
+	}
+	n, err := s.read(ctx, s.bulk, limit, first, pollRecords)
+	if err != nil {
+		return 0, err
+	}
+	now := time.Now().UnixNano()
+	for i := range s.events[:n] {
+		ev := &s.events[i]
+		s.o.Enricher.Apply(ev)
+		if ev.Kind != event.Fork || s.o.ForkEvents {
+			s.write(ctx, now, ev, false, false, nil)
+		}
+		s.mark.ktime, s.mark.wall = max(s.mark.ktime, ev.KTime), max(s.mark.wall, ev.Time)
+		if i < first {
+			s.mark.priority.pos = s.after[i]
+		} else {
+			s.mark.bulk.pos = s.after[i]
+		}
+		if s.o.Sink.Size() >= flushBytes {
+			if err := s.flush(ctx, false); err != nil {
+				return i, err
+			}
+		}
+	}
+	// Records that were discarded or could not be decoded are covered too.
+	s.mark.priority.pos, s.mark.bulk.pos = s.priority.position(), s.bulk.position()
+	s.o.Enricher.EndBatch()
+	return n, nil
+}
+
+// read decodes records of one ring into s.events[n:most], up to a position.
+func (s *Sensor) read(ctx context.Context, r *ring, limit uint64, n, most int) (int, error) {
+	for n < most && r.position() < limit {
+		rec, ok, err := r.next()
+		if err != nil {
+			return n, fmt.Errorf("read ring: %w", err)
+		}
+		if !ok {
+			break
+		}
+		ev := &s.events[n]
+		if err := s.dec.decode(rec, ev); err != nil {
+			s.metrics.decodeErrors.Inc()
+			s.unwritten["UNDECODABLE"]++
+			logging.From(ctx).Error("decode record", zap.Error(err))
+			continue
+		}
+		ev.Hook = s.hooks[ev.Kind]
+		s.after[n] = r.position()
+		s.metrics.events[ev.Kind].Inc()
+		s.o.Enricher.Prefetch(ev)
+		n++
+	}
+	return n, nil
+}
+
+// write encodes one event into the sink's open batch. What fits neither there
+// nor into an empty one is counted, and named at the next tick.
+func (s *Sensor) write(ctx context.Context, now int64, ev *event.Event, decision, urgent bool, names []event.Loss) {
+	rec := s.o.Encoder.Append(s.o.Sink.Begin(decision), s.o.Sink.Next(), now, ev)
+	err := s.o.Sink.End(rec, urgent, names)
+	if err != nil && s.o.Sink.Size() > 0 && s.flush(ctx, false) == nil {
+		rec = s.o.Encoder.Append(s.o.Sink.Begin(decision), s.o.Sink.Next(), now, ev)
+		err = s.o.Sink.End(rec, urgent, names)
+	}
+	if err != nil {
+		s.metrics.rejected.Inc()
+		s.unwritten["TOO_LARGE"]++
+		logging.From(ctx).Error("record rejected", zap.Stringer(logging.KeyEvent, ev.Kind), zap.Int(logging.KeyBytes, len(rec)), zap.Error(err))
+		return
+	}
+	s.pending = true
+}
+
+// flush hands over what was written. Records that produced nothing (forks that
+// are not reported) release their ring space without a commit of their own.
+func (s *Sensor) flush(ctx context.Context, clean bool) error {
+	if !s.pending && !clean {
+		if s.committed.Load() == s.mark.serial {
+			s.priority.release(s.mark.priority.pos)
+			s.bulk.release(s.mark.bulk.pos)
+		}
+		return nil
+	}
+	s.mark.serial++
+	s.mark.clean = clean
+	s.mark.wall = max(s.mark.wall, time.Now().UnixNano())
+	s.markBuf = s.mark.append(s.markBuf[:0])
+	if err := s.o.Sink.Flush(ctx, s.markBuf); err != nil {
+		return fmt.Errorf("hand over events: %w", err)
+	}
+	s.pending = false
+	return nil
+}
+
+func (s *Sensor) writeNotices(ctx context.Context) {
+	s.mu.Lock()
+	notices, overflow := s.notices, s.overflow
+	s.notices, s.overflow = nil, 0
+	s.mu.Unlock()
+	for i := range notices {
+		s.writeSelf(ctx, &notices[i], nil)
+	}
+	if overflow > 0 {
+		s.unwritten["NOTICES"] += overflow
+	}
+}
+
+func (s *Sensor) writeSelf(ctx context.Context, i *event.SelfInfo, names []event.Loss) {
+	now := time.Now().UnixNano()
+	s.self = event.Event{Kind: event.Lifecycle, Time: now, Self: i, Hook: "userspace/agent"}
+	s.metrics.events[event.Lifecycle].Inc()
+	s.write(ctx, now, &s.self, true, i.Severity >= 4, names)
+}
+
+// tick reports what was lost since the last one.
+func (s *Sensor) tick(ctx context.Context, now time.Time) {
+	from := s.lastTick
+	s.lastTick = now
+	s.metrics.rings(s.priority, s.bulk)
+	lost := event.SelfInfo{Activity: event.ActivityLost, Severity: 4, Failed: true, From: from, To: now}
+	if s.losses = s.o.Sink.Unnamed(s.losses[:0]); len(s.losses) > 0 {
+		i := lost
+		i.Code, i.Losses = "RECORDS_LOST", s.losses
+		for _, l := range s.losses {
+			i.Count += l.Count
+		}
+		i.Message = fmt.Sprintf("%d records will not be delivered", i.Count)
+		s.writeSelf(ctx, &i, s.losses)
+	}
+	for reason, n := range s.unwritten {
+		i := lost
+		i.Code, i.Count, i.Message = reason, n, fmt.Sprintf("%d events could not become records", n)
+		delete(s.unwritten, reason)
+		s.writeSelf(ctx, &i, nil)
+	}
+	s.reportKernelLoss(ctx, lost)
+}
+
+// reportKernelLoss reports what the kernel had no ring space for, by kind.
+func (s *Sensor) reportKernelLoss(ctx context.Context, i event.SelfInfo) {
+	counters, err := s.kernel.counters()
+	if err != nil {
+		logging.From(ctx).Error("read kernel loss counters", zap.Error(err))
+		return
+	}
+	i.ByKind = map[string]uint64{}
+	for k := range counters {
+		if d := counters[k].Lost - s.reported[k].Lost; d != 0 {
+			i.ByKind[event.Kind(k).String()] = d
+			i.Count += d
+			s.metrics.lost[k].Add(float64(d))
+		}
+	}
+	s.reported = counters
+	if i.Count == 0 {
+		return
+	}
+	s.lost.Add(i.Count)
+	i.Code, i.Message = "RINGBUF_FULL", fmt.Sprintf("the kernel had no room for %d events", i.Count)
+	logging.From(ctx).Warn("kernel events lost", zap.Uint64(logging.KeyCount, i.Count), zap.Any("by_kind", i.ByKind))
+	s.writeSelf(ctx, &i, nil)
+}
+
+// reportGap names the time in which no sensor watched: with rings of its own, a
+// new process knows nothing of what happened since the last durable mark.
+func (s *Sensor) reportGap() {
+	if s.o.Mark == nil {
+		return
+	}
+	i := event.SelfInfo{Activity: event.ActivityLost, Severity: 3, Failed: true, To: time.Now()}
+	switch m, err := parseMark(s.o.Mark); {
+	case err != nil:
+		i.Code, i.Message = "BLIND_UNKNOWN", "when the sensor last ran is unknown: "+err.Error()
+	case m.bootID != s.mark.bootID:
+		i.Code, i.Message, i.From = "BLIND_REBOOT", "the host was rebooted; events between the last record and this start were not seen", time.Unix(0, m.wall)
+	case m.clean:
+		i.Code, i.Message, i.From = "BLIND_STOPPED", "the sensor was stopped; events between its stop and this start were not seen", time.Unix(0, m.wall)
+	default:
+		i.Code, i.Message, i.From = "BLIND_KILLED", "the sensor ended without a stop; events between its last durable record and this start were not seen or not kept", time.Unix(0, m.wall)
+	}
+	s.Notify(i)
+}
+
+// snapshot reports the processes that run already, before the first event.
+func (s *Sensor) snapshot(ctx context.Context) error {
+	n := 0
+	err := s.kernel.snapshot(func(rec []byte) error {
+		if n++; n%pollRecords == 0 {
+			if err := s.flush(ctx, false); err != nil {
+				return err
+			}
+		}
+		s.dec.reset()
+		ev := &s.events[0]
+		if err := s.dec.decode(rec, ev); err != nil {
+			s.metrics.decodeErrors.Inc()
+			return fmt.Errorf("decode: %w", err)
+		}
+		ev.Hook = s.hooks[ev.Kind]
+		s.metrics.events[ev.Kind].Inc()
+		s.o.Enricher.Apply(ev)
+		s.o.Enricher.EndBatch()
+		s.write(ctx, time.Now().UnixNano(), ev, false, false, nil)
+		return ctx.Err()
+	})
+	if err != nil {
+		return err
+	}
+	return s.flush(ctx, false)
+}
+
+// Stats is a snapshot of the kernel side, for people.
+type Stats struct {
+	Events map[string]uint64 `json:"events"` // attempts to report, by event code, since the programs were loaded
+	Lost   map[string]uint64 `json:"lost"`   // those the ring had no room for
+	Rings  map[string]Ring   `json:"rings"`
+	Beat   time.Time         `json:"beat"` // when the worker last finished a turn
+}
+
+// Ring is how full a ring is, in bytes; what is read but not yet durable counts.
+type Ring struct {
+	Used uint64 `json:"used"`
+	Size uint64 `json:"size"`
+}
+
+// Stats may be called at any time before Close, from any goroutine.
+func (s *Sensor) Stats() (Stats, error) {
+	counters, err := s.kernel.counters()
+	if err != nil {
+		return Stats{}, fmt.Errorf("read kernel counters: %w", err)
+	}
+	st := Stats{Events: map[string]uint64{}, Lost: map[string]uint64{}, Beat: s.Beat(), Rings: map[string]Ring{
+		"priority": {s.priority.used(), uint64(s.priority.size())},
+		"bulk":     {s.bulk.used(), uint64(s.bulk.size())},
+	}}
+	for k := event.None + 1; k < event.Lifecycle; k++ {
+		st.Events[k.String()], st.Lost[k.String()] = counters[k].Attempts, counters[k].Lost
+	}
+	return st, nil
+}

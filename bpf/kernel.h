@@ -331,7 +331,9 @@ struct linux_binprm {
 /* TCP */
 
 struct in6_addr {
-	__u8 s6_addr[16];
+	union {
+		__u32 u6_addr32[4];
+	} in6_u;
 };
 
 typedef struct {

@@ -12,6 +12,7 @@
  */
 #include "kernel.h"
 #include "process.bpf.h"
+#include "net.bpf.h"
 
 /* The source is dual licensed; the kernel offers the helpers used here to programs
  * that are under the GPL, and knows no name for "GPL-2.0-only OR Apache-2.0". */
@@ -71,6 +72,26 @@ SEC("raw_tp/sched_process_exit")
 int raw_sched_process_exit(__u64 *ctx)
 {
 	return handle_exit((void *)ctx[0]);
+}
+
+/*
+ * Sees: TCP sockets that connect, fail to, listen, are accepted and end, with what
+ * they carried; Fast Open and io_uring included.
+ * Why: one tracepoint for all of it, on every kernel, and the only one that is there
+ * at the end of a connection, when the counters are final.
+ * Ignores: other protocols (also MPTCP, whose subflows are TCP and seen), the states in
+ * between, and the end of a listener.
+ */
+SEC("tp_btf/inet_sock_set_state")
+int on_inet_sock_set_state(__u64 *ctx)
+{
+	return handle_state((void *)ctx[0], ctx[1], ctx[2]);
+}
+
+SEC("raw_tp/inet_sock_set_state")
+int raw_inet_sock_set_state(__u64 *ctx)
+{
+	return handle_state((void *)ctx[0], ctx[1], ctx[2]);
 }
 
 /*

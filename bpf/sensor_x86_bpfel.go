@@ -201,10 +201,13 @@ const (
 	SensorMapKindCounters         = "kind_counters"
 	SensorMapPriorityRing         = "priority_ring"
 	SensorMapScopePids            = "scope_pids"
+	SensorMapSockets              = "sockets"
+	SensorProgOnInetSockSetState  = "on_inet_sock_set_state"
 	SensorProgOnSchedProcessExec  = "on_sched_process_exec"
 	SensorProgOnSchedProcessExit  = "on_sched_process_exit"
 	SensorProgOnSchedProcessFork  = "on_sched_process_fork"
 	SensorProgOnTask              = "on_task"
+	SensorProgRawInetSockSetState = "raw_inet_sock_set_state"
 	SensorProgRawSchedProcessExec = "raw_sched_process_exec"
 	SensorProgRawSchedProcessExit = "raw_sched_process_exit"
 	SensorProgRawSchedProcessFork = "raw_sched_process_fork"
@@ -255,10 +258,12 @@ type SensorSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type SensorProgramSpecs struct {
+	OnInetSockSetState  *ebpf.ProgramSpec `ebpf:"on_inet_sock_set_state"`
 	OnSchedProcessExec  *ebpf.ProgramSpec `ebpf:"on_sched_process_exec"`
 	OnSchedProcessExit  *ebpf.ProgramSpec `ebpf:"on_sched_process_exit"`
 	OnSchedProcessFork  *ebpf.ProgramSpec `ebpf:"on_sched_process_fork"`
 	OnTask              *ebpf.ProgramSpec `ebpf:"on_task"`
+	RawInetSockSetState *ebpf.ProgramSpec `ebpf:"raw_inet_sock_set_state"`
 	RawSchedProcessExec *ebpf.ProgramSpec `ebpf:"raw_sched_process_exec"`
 	RawSchedProcessExit *ebpf.ProgramSpec `ebpf:"raw_sched_process_exit"`
 	RawSchedProcessFork *ebpf.ProgramSpec `ebpf:"raw_sched_process_fork"`
@@ -274,6 +279,7 @@ type SensorMapSpecs struct {
 	KindCounters *ebpf.MapSpec `ebpf:"kind_counters"`
 	PriorityRing *ebpf.MapSpec `ebpf:"priority_ring"`
 	ScopePids    *ebpf.MapSpec `ebpf:"scope_pids"`
+	Sockets      *ebpf.MapSpec `ebpf:"sockets"`
 }
 
 // SensorVariableSpecs contains global variables before they are loaded into the kernel.
@@ -311,6 +317,7 @@ type SensorMaps struct {
 	KindCounters *ebpf.Map `ebpf:"kind_counters"`
 	PriorityRing *ebpf.Map `ebpf:"priority_ring"`
 	ScopePids    *ebpf.Map `ebpf:"scope_pids"`
+	Sockets      *ebpf.Map `ebpf:"sockets"`
 }
 
 func (m *SensorMaps) Close() error {
@@ -321,6 +328,7 @@ func (m *SensorMaps) Close() error {
 		m.KindCounters,
 		m.PriorityRing,
 		m.ScopePids,
+		m.Sockets,
 	)
 }
 
@@ -337,10 +345,12 @@ type SensorVariables struct {
 //
 // It can be passed to LoadSensorObjects or ebpf.CollectionSpec.LoadAndAssign.
 type SensorPrograms struct {
+	OnInetSockSetState  *ebpf.Program `ebpf:"on_inet_sock_set_state"`
 	OnSchedProcessExec  *ebpf.Program `ebpf:"on_sched_process_exec"`
 	OnSchedProcessExit  *ebpf.Program `ebpf:"on_sched_process_exit"`
 	OnSchedProcessFork  *ebpf.Program `ebpf:"on_sched_process_fork"`
 	OnTask              *ebpf.Program `ebpf:"on_task"`
+	RawInetSockSetState *ebpf.Program `ebpf:"raw_inet_sock_set_state"`
 	RawSchedProcessExec *ebpf.Program `ebpf:"raw_sched_process_exec"`
 	RawSchedProcessExit *ebpf.Program `ebpf:"raw_sched_process_exit"`
 	RawSchedProcessFork *ebpf.Program `ebpf:"raw_sched_process_fork"`
@@ -348,10 +358,12 @@ type SensorPrograms struct {
 
 func (p *SensorPrograms) Close() error {
 	return _SensorClose(
+		p.OnInetSockSetState,
 		p.OnSchedProcessExec,
 		p.OnSchedProcessExit,
 		p.OnSchedProcessFork,
 		p.OnTask,
+		p.RawInetSockSetState,
 		p.RawSchedProcessExec,
 		p.RawSchedProcessExit,
 		p.RawSchedProcessFork,

@@ -322,7 +322,7 @@ func TestHashNamesTheMeaning(t *testing.T) {
 func TestNearest(t *testing.T) {
 	words := []string{"level", "format", "cap", "commit_interval"}
 	for s, want := range map[string]string{
-		"levle": "level", "fromat": "format", "comit_interval": "commit_interval", "cpa": "cap", "db": "", "banana": "", "": "",
+		"lvel": "level", "fromat": "format", "comit_interval": "commit_interval", "cpa": "cap", "db": "", "banana": "", "": "",
 		strings.Repeat("x", 1000): "",
 	} {
 		if got := nearest(s, words); got != want {

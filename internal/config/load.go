@@ -84,7 +84,7 @@ func readFile(path string) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	defer f.Close()
+	defer f.Close() //nolint:errcheck // only read
 	if st, err := f.Stat(); err == nil && st.IsDir() {
 		return nil, errors.New("is a directory")
 	}
@@ -93,8 +93,7 @@ func readFile(path string) ([]byte, error) {
 
 // cause is an error without the path that the position already gives.
 func cause(err error) string {
-	var pe *fs.PathError
-	if errors.As(err, &pe) {
+	if pe, ok := errors.AsType[*fs.PathError](err); ok {
 		return pe.Err.Error()
 	}
 	return err.Error()

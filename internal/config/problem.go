@@ -49,6 +49,24 @@ func (p *Problem) Error() string {
 	return b.String()
 }
 
+// Problems lists the problems that the error of [Load] joins.
+func Problems(err error) []*Problem {
+	switch e := err.(type) { //nolint:errorlint // this walks the tree itself
+	case nil:
+		return nil
+	case *Problem:
+		return []*Problem{e}
+	case interface{ Unwrap() []error }:
+		var out []*Problem
+		for _, sub := range e.Unwrap() {
+			out = append(out, Problems(sub)...)
+		}
+		return out
+	default:
+		return []*Problem{{What: err.Error()}}
+	}
+}
+
 // quote makes a value safe and short enough for one line.
 func quote(s string) string {
 	const most = 80

@@ -188,37 +188,33 @@ func inRange[T int | int64 | time.Duration](v, least, most T, show func(T) strin
 	return nil
 }
 
-var sizeUnits = []struct {
+type unit struct {
 	name  string
 	bytes int64
-}{
-	{"TiB", TiB},
-	{"GiB", GiB},
-	{"MiB", MiB},
-	{"KiB", KiB},
-	{"TB", 1e12},
-	{"GB", 1e9},
-	{"MB", 1e6},
-	{"kB", 1e3},
-	{"B", 1},
+}
+
+func binaryUnits() []unit { return []unit{{"TiB", TiB}, {"GiB", GiB}, {"MiB", MiB}, {"KiB", KiB}} }
+
+func sizeUnits() []unit {
+	return append(binaryUnits(), unit{"TB", 1e12}, unit{"GB", 1e9}, unit{"MB", 1e6}, unit{"kB", 1e3}, unit{"B", 1})
 }
 
 func parseSize(s string) (int64, *fault) {
 	digits := s[:len(s)-len(strings.TrimLeft(s, "0123456789"))]
-	unit := strings.TrimSpace(s[len(digits):])
+	name := strings.TrimSpace(s[len(digits):])
 	mult := int64(0)
-	if unit == "" {
+	if name == "" {
 		mult = 1
 	}
-	for _, u := range sizeUnits {
-		if u.name == unit {
+	for _, u := range sizeUnits() {
+		if u.name == name {
 			mult = u.bytes
 		}
 	}
 	if mult == 0 {
-		b := strings.TrimSuffix(strings.TrimSuffix(strings.ToUpper(unit), "B"), "I")
+		b := strings.TrimSuffix(strings.TrimSuffix(strings.ToUpper(name), "B"), "I")
 		if len(b) == 1 && strings.Contains("KMGT", b) && digits != "" {
-			return 0, faultf(fmt.Sprintf("write %s%siB", digits, b), "has the unknown unit %s", unit)
+			return 0, faultf(fmt.Sprintf("write %s%siB", digits, b), "has the unknown unit %s", name)
 		}
 		return 0, faultf("write a size such as 64MiB", "is not a size")
 	}
@@ -233,7 +229,7 @@ func parseSize(s string) (int64, *fault) {
 }
 
 func formatSize(n int64) string {
-	for _, u := range sizeUnits[:4] {
+	for _, u := range binaryUnits() {
 		if n >= u.bytes && n%u.bytes == 0 {
 			return strconv.FormatInt(n/u.bytes, 10) + u.name
 		}
@@ -274,7 +270,9 @@ func identifier(s string) *fault {
 		return faultf("shorten it", "has more than %d characters", most)
 	}
 	for _, r := range s {
-		if !(r >= '0' && r <= '9' || r >= 'a' && r <= 'z' || r >= 'A' && r <= 'Z' || strings.ContainsRune("._:@-", r)) {
+		switch {
+		case r >= '0' && r <= '9', r >= 'a' && r <= 'z', r >= 'A' && r <= 'Z', strings.ContainsRune("._:@-", r):
+		default:
 			return faultf("use letters, digits and . _ : @ -", "contains %q", r)
 		}
 	}

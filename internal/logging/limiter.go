@@ -4,6 +4,7 @@ package logging
 
 import (
 	"context"
+	"slices"
 	"sync"
 	"time"
 
@@ -63,7 +64,7 @@ func (l *Limiter) Log(ctx context.Context, level zapcore.Level, key, msg string,
 		return
 	}
 	if n > 0 {
-		fields = append(fields[:len(fields):len(fields)], zap.Uint64(KeySuppressed, n))
+		fields = append(slices.Clip(fields), zap.Uint64(KeySuppressed, n))
 	}
 	From(ctx).Log(level, msg, fields...)
 }

@@ -34,10 +34,12 @@ const (
 )
 
 // Formats lists what [New] accepts.
-var Formats = []string{string(FormatAuto), string(FormatConsole), string(FormatJSON)}
+func Formats() []string {
+	return []string{string(FormatAuto), string(FormatConsole), string(FormatJSON)}
+}
 
 // Levels lists the names [New] accepts, most verbose first.
-var Levels = []string{"debug", "info", "warn", "error"}
+func Levels() []string { return []string{"debug", "info", "warn", "error"} }
 
 // New makes a logger that writes lines of at least the given level to w, which
 // it locks. The returned level can be changed while the logger is in use.
@@ -63,17 +65,17 @@ func New(format Format, level string, w io.Writer) (*zap.Logger, zap.AtomicLevel
 	case FormatJSON:
 		return zap.New(zapcore.NewCore(jsonEncoder(journal), out, lvl)), lvl, nil
 	default:
-		return nil, zap.AtomicLevel{}, fmt.Errorf("log format %q: must be one of %s", format, strings.Join(Formats, ", "))
+		return nil, zap.AtomicLevel{}, fmt.Errorf("log format %q: must be one of %s", format, strings.Join(Formats(), ", "))
 	}
 }
 
 func parseLevel(s string) (zap.AtomicLevel, error) {
-	for i, name := range Levels {
+	for i, name := range Levels() {
 		if s == name {
 			return zap.NewAtomicLevelAt(zapcore.DebugLevel + zapcore.Level(i)), nil
 		}
 	}
-	return zap.AtomicLevel{}, fmt.Errorf("log level %q: must be one of %s", s, strings.Join(Levels, ", "))
+	return zap.AtomicLevel{}, fmt.Errorf("log level %q: must be one of %s", s, strings.Join(Levels(), ", "))
 }
 
 func jsonEncoder(journal bool) zapcore.Encoder {

@@ -215,7 +215,7 @@ func TestLimiterCountsWhatItSuppresses(t *testing.T) {
 		l := NewLimiter(10 * time.Second)
 		for range 25 { // one line at 0 s, 10 s and 20 s
 			l.Log(ctx, zapcore.WarnLevel, "refused", "redis is away", zap.Int("n", 1))
-			time.Sleep(time.Second)
+			time.Sleep(time.Second) //nolint:forbidigo // the bubble's clock
 		}
 		l.Log(ctx, zapcore.WarnLevel, "oom", "redis is full")
 		if n := l.Forget("refused"); n != 4 {

@@ -1,0 +1,168 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package buffer
+
+import (
+	"cmp"
+	"slices"
+)
+
+// The causes of losses that the buffer itself finds.
+const (
+	CauseTruncated = "truncated" // dropped, oldest first, to stay within the cap
+	CauseCorrupt   = "corrupt"   // damaged on disk
+)
+
+// Loss is a range of records that will never be delivered. Count is the number
+// of records; it is Last-First+1 except where ranges had to be joined to keep
+// the list bounded. All three are zero when nothing is known but that records
+// of an earlier epoch may be lost.
+type Loss struct {
+	Cause              string
+	First, Last, Count uint64
+}
+
+func (l Loss) exact() bool { return l.First != 0 && l.Count == l.Last-l.First+1 }
+
+// maxLosses bounds the list. It is stored with every commit, so it must stay
+// small; 512 ranges are about 20 KiB.
+const maxLosses = 512
+
+// loss is a Loss and the seq of the record that names it, 0 when unnamed.
+type loss struct {
+	Loss
+	by uint64
+}
+
+// losses is the list of losses that are not yet known to be reported: ordered
+// by cause, then seq; neighbours that are both unnamed are joined.
+type losses []loss
+
+// add records a new, unnamed loss.
+func (s *losses) add(l Loss) {
+	*s = append(*s, loss{Loss: l})
+	s.normalize()
+}
+
+// name marks what l covers as named by the record by. What has been added to a
+// range since l was taken stays unnamed, and so does a range whose members are
+// no longer known exactly: naming twice is harmless, never is not.
+func (s *losses) name(l Loss, by uint64) {
+	var out losses
+	for _, e := range *s {
+		switch {
+		case e.by != 0 || e.Cause != l.Cause:
+			out = append(out, e)
+		case e.Loss == l:
+			out = append(out, loss{e.Loss, by})
+		case !e.exact() || !l.exact() || l.Last < e.First || l.First > e.Last:
+			out = append(out, e)
+		default:
+			first, last := max(e.First, l.First), min(e.Last, l.Last)
+			if e.First < first {
+				out = append(out, loss{Loss: span{e.First, first - 1}.loss(e.Cause)})
+			}
+			out = append(out, loss{span{first, last}.loss(e.Cause), by})
+			if last < e.Last {
+				out = append(out, loss{Loss: span{last + 1, e.Last}.loss(e.Cause)})
+			}
+		}
+	}
+	*s = out
+	s.normalize()
+}
+
+// unname reverts what was named by records in r: they are lost themselves.
+func (s *losses) unname(r span) {
+	changed := false
+	for i := range *s {
+		if e := &(*s)[i]; e.by != 0 && e.by >= r.first && e.by <= r.last {
+			e.by = 0
+			changed = true
+		}
+	}
+	if changed {
+		s.normalize()
+	}
+}
+
+// delivered forgets what is named by records up to seq.
+func (s *losses) delivered(seq uint64) {
+	*s = slices.DeleteFunc(*s, func(e loss) bool { return e.by != 0 && e.by <= seq })
+}
+
+// unnamed appends the losses that no record names to dst.
+func (s losses) unnamed(dst []Loss) []Loss {
+	for _, e := range s {
+		if e.by == 0 {
+			dst = append(dst, e.Loss)
+		}
+	}
+	return dst
+}
+
+// normalize joins what can be joined without loss of precision, and more than
+// that only when the list outgrows its bound.
+func (s *losses) normalize() {
+	adjacent := func(a, b loss, _ bool) bool { return a.exact() && b.exact() && a.Last+1 == b.First }
+	s.join(adjacent)
+	if len(*s) <= maxLosses {
+		return
+	}
+	// Forget the names of the older half, which makes neighbours of ranges
+	// that different records named.
+	for i := range len(*s) / 2 {
+		(*s)[i].by = 0
+	}
+	s.join(adjacent)
+	// Still too many holes: join the oldest ranges across them. The count
+	// stays right, the range becomes an envelope.
+	s.join(func(a, b loss, excess bool) bool { return excess && a.First != 0 && b.First != 0 })
+}
+
+// join sorts the list and joins unnamed neighbours of one cause where ok, which
+// is told whether the list is still too long.
+func (s *losses) join(ok func(a, b loss, excess bool) bool) {
+	if len(*s) < 2 {
+		return
+	}
+	slices.SortStableFunc(*s, func(a, b loss) int {
+		return cmp.Or(cmp.Compare(a.Cause, b.Cause), cmp.Compare(a.First, b.First), cmp.Compare(a.Last, b.Last))
+	})
+	all := *s
+	out := all[:1]
+	for i, e := range all[1:] {
+		excess := len(out)+len(all)-1-i > maxLosses
+		p := &out[len(out)-1]
+		switch {
+		case p.by != 0 || e.by != 0 || p.Cause != e.Cause:
+			out = append(out, e)
+		case p.Loss == e.Loss && e.First == 0: // unknown twice says no more than once
+		case ok(*p, e, excess):
+			p.Last, p.Count = max(p.Last, e.Last), p.Count+e.Count
+		default:
+			out = append(out, e)
+		}
+	}
+	*s = out
+}
+
+// span is a range of consecutive seqs, both ends included; empty when last is
+// before first.
+type span struct{ first, last uint64 }
+
+func (r span) empty() bool { return r.last < r.first }
+
+func (r span) count() uint64 {
+	if r.empty() {
+		return 0
+	}
+	return r.last - r.first + 1
+}
+
+func (r span) loss(cause string) Loss { return Loss{cause, r.first, r.last, r.count()} }
+
+// split divides r into what is up to seq and what is above.
+func (r span) split(seq uint64) (upTo, above span) {
+	return span{r.first, min(r.last, seq)}, span{max(r.first, seq+1), r.last}
+}

@@ -1,0 +1,241 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package buffer
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"slices"
+)
+
+// state is what the file says about the queue as a whole. It is one value in
+// bucket m, written by every transaction, so it is always as old as the chunks.
+// The writer derives the next state from a clone and publishes it only after
+// the transaction that stored it is durable.
+//
+// Every seq up to last is in exactly one place:
+//
+//	last = truncated + reclaimed + corrupt + records in doubt + live records
+//
+// and as records leave at the front, save for damaged chunks:
+//
+//	first live = 1 + truncated + reclaimed + corrupt + in doubt
+type state struct {
+	epoch string
+	gen   uint64 // transactions; tells after a failed commit which state is on disk
+
+	last  uint64 // newest durable record
+	acked uint64 // everything up to here was delivered or is a loss
+	// The reader may hand out records up to lease only. What is above was
+	// certainly never sent, whenever the process died.
+	lease uint64
+
+	truncated uint64 // records dropped undelivered
+	reclaimed uint64 // records dropped after they were acknowledged
+	corrupt   uint64 // records lost to damage
+
+	// Records that were dropped while they may have been under way: they are
+	// decided by the acknowledgement that covers them (delivered) or by the
+	// next Read that asks for what is behind a lower seq (lost).
+	doubt []span
+
+	losses losses
+	mark   []byte // nil when none was set
+}
+
+func (s *state) clone() *state {
+	c := *s
+	c.doubt = slices.Clone(s.doubt)
+	c.losses = slices.Clone(s.losses)
+	return &c // mark is immutable
+}
+
+func (s *state) inDoubt() (n uint64) {
+	for _, r := range s.doubt {
+		n += r.count()
+	}
+	return n
+}
+
+// gone is the number of records that are no longer live.
+func (s *state) gone() uint64 { return s.truncated + s.reclaimed + s.corrupt + s.inDoubt() }
+
+// resolve decides the doubt about everything above after: it was not delivered.
+func (s *state) resolve(after uint64) {
+	doubt := s.doubt
+	s.doubt = nil
+	for _, r := range doubt {
+		keep, lost := r.split(after)
+		if !keep.empty() {
+			s.doubt = append(s.doubt, keep)
+		}
+		s.lose(lost, CauseTruncated)
+	}
+}
+
+// ack moves the watermark and decides the doubt about everything up to it.
+func (s *state) ack(seq uint64) {
+	s.acked = max(s.acked, min(seq, s.last))
+	s.lease = max(s.lease, s.acked)
+	doubt := s.doubt
+	s.doubt = nil
+	for _, r := range doubt {
+		done, keep := r.split(s.acked)
+		s.reclaimed += done.count()
+		if !keep.empty() {
+			s.doubt = append(s.doubt, keep)
+		}
+	}
+	s.losses.delivered(s.acked)
+}
+
+// drop accounts for records that leave the queue undamaged.
+func (s *state) drop(r span) {
+	acked, rest := r.split(s.acked)
+	s.reclaimed += acked.count()
+	leased, unsent := rest.split(s.lease)
+	s.hold(leased)
+	s.lose(unsent, CauseTruncated)
+}
+
+// damage accounts for a damaged chunk, found by a reader that asked for what
+// is behind after: up to there it has been sent before.
+func (s *state) damage(r span, after uint64) {
+	sent, lost := r.split(after)
+	acked, leased := sent.split(s.acked)
+	s.reclaimed += acked.count()
+	s.hold(leased)
+	s.lose(lost, CauseCorrupt)
+}
+
+func (s *state) hold(r span) {
+	switch n := len(s.doubt); {
+	case r.empty():
+	case n > 0 && s.doubt[n-1].last+1 == r.first:
+		s.doubt[n-1].last = r.last
+	default:
+		s.doubt = append(s.doubt, r)
+	}
+}
+
+func (s *state) lose(r span, cause string) {
+	if r.empty() {
+		return
+	}
+	if cause == CauseCorrupt {
+		s.corrupt += r.count()
+	} else {
+		s.truncated += r.count()
+	}
+	s.losses.unname(r)
+	s.losses.add(r.loss(cause))
+}
+
+// The encoding of state: fixed fields, lists, mark, CRC32C.
+const stateVersion = 1
+
+var errState = errors.New("damaged state")
+
+func (s *state) encode(b []byte) []byte {
+	le := binary.LittleEndian
+	start := len(b)
+	b = append(b, stateVersion)
+	b = append(b, s.epoch...)
+	for _, v := range []uint64{s.gen, s.last, s.acked, s.lease, s.truncated, s.reclaimed, s.corrupt} {
+		b = le.AppendUint64(b, v)
+	}
+	b = le.AppendUint32(b, uint32(len(s.doubt)))
+	for _, r := range s.doubt {
+		b = le.AppendUint64(b, r.first)
+		b = le.AppendUint64(b, r.last)
+	}
+	b = le.AppendUint32(b, uint32(len(s.losses)))
+	for _, l := range s.losses {
+		b = append(b, byte(len(l.Cause)))
+		b = append(b, l.Cause...)
+		for _, v := range []uint64{l.First, l.Last, l.Count, l.by} {
+			b = le.AppendUint64(b, v)
+		}
+	}
+	if s.mark == nil {
+		b = append(b, 0)
+	} else {
+		b = append(b, 1)
+		b = le.AppendUint32(b, uint32(len(s.mark)))
+		b = append(b, s.mark...)
+	}
+	return le.AppendUint32(b, crc32.Checksum(b[start:], castagnoli))
+}
+
+func decodeState(b []byte) (*state, error) {
+	if len(b) < 4 {
+		return nil, fmt.Errorf("%w: %d bytes", errState, len(b))
+	}
+	body, sum := b[:len(b)-4], binary.LittleEndian.Uint32(b[len(b)-4:])
+	if got := crc32.Checksum(body, castagnoli); got != sum {
+		return nil, fmt.Errorf("%w: checksum %08x, want %08x", errState, got, sum)
+	}
+	d := cursor{b: body}
+	if v := d.byte(); v != stateVersion {
+		return nil, fmt.Errorf("%w: version %d, this program knows %d", errState, v, stateVersion)
+	}
+	s := &state{epoch: string(d.bytes(epochLen))}
+	for _, p := range []*uint64{&s.gen, &s.last, &s.acked, &s.lease, &s.truncated, &s.reclaimed, &s.corrupt} {
+		*p = d.uint64()
+	}
+	for n := d.uint32(); n > 0 && !d.bad; n-- {
+		s.doubt = append(s.doubt, span{d.uint64(), d.uint64()})
+	}
+	for n := d.uint32(); n > 0 && !d.bad; n-- {
+		l := loss{Loss: Loss{Cause: string(d.bytes(int(d.byte())))}}
+		l.First, l.Last, l.Count, l.by = d.uint64(), d.uint64(), d.uint64(), d.uint64()
+		s.losses = append(s.losses, l)
+	}
+	if d.byte() == 1 {
+		s.mark = append([]byte{}, d.bytes(int(d.uint32()))...)
+	}
+	if d.bad || len(d.b) != 0 {
+		return nil, fmt.Errorf("%w: lengths do not add up", errState)
+	}
+	return s, nil
+}
+
+// cursor reads fields off b; once out of bounds it yields zeros.
+type cursor struct {
+	b   []byte
+	bad bool
+}
+
+func (c *cursor) bytes(n int) []byte {
+	if n < 0 || n > len(c.b) {
+		c.bad = true
+		c.b = nil
+		return nil
+	}
+	v := c.b[:n]
+	c.b = c.b[n:]
+	return v
+}
+
+func (c *cursor) byte() byte {
+	if b := c.bytes(1); b != nil {
+		return b[0]
+	}
+	return 0
+}
+
+func (c *cursor) uint32() uint32 {
+	if b := c.bytes(4); b != nil {
+		return binary.LittleEndian.Uint32(b)
+	}
+	return 0
+}
+
+func (c *cursor) uint64() uint64 {
+	if b := c.bytes(8); b != nil {
+		return binary.LittleEndian.Uint64(b)
+	}
+	return 0
+}

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+#
+# `make help` lists the targets. A build needs only Go; `make generate` needs
+# clang; `make test` and `make run` install what they need on Debian.
+
+SHELL       := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+GO          ?= go
+CLANG       ?= clang-19
+STRIP       ?= llvm-strip-19
+CLANG_FORMAT ?= clang-format-19
+VERSION     ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+LDFLAGS     := -s -w -X main.version=$(VERSION)
+SCOPE       ?= all
+FUZZTIME    ?= 20s
+export CGO_ENABLED ?= 0
+
+.DEFAULT_GOAL := help
+
+## help: list the targets
+.PHONY: help
+help:
+	@sed -n 's/^## //p' $(MAKEFILE_LIST) | awk -F': ' '{ printf "  %-12s %s\n", $$1, $$2 }'
+
+## build: the binary for this machine, in bin/
+.PHONY: build
+build:
+	$(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/edr-sensor ./cmd/edr-sensor
+
+## run: build, start a private Redis and the sensor, show the host's events live (root); SCOPE=tree for this shell's only
+.PHONY: run
+run: build
+	@packaging/scripts/run.sh $(SCOPE)
+
+## test: every test on the real kernel and a real Redis (root installs what is missing)
+.PHONY: test
+test: deps lint
+	CGO_ENABLED=1 $(GO) test -race -timeout 25m ./...
+
+## test-short: the tests that need neither root nor servers, quickly
+.PHONY: test-short
+test-short:
+	$(GO) test -short ./...
+
+## fuzz: every fuzz target for FUZZTIME each
+.PHONY: fuzz
+fuzz:
+	@for p in $$($(GO) list ./...); do \
+	  for f in $$($(GO) test -list '^Fuzz' $$p | grep '^Fuzz' || true); do \
+	    echo "== $$p $$f"; $(GO) test -run '^$$' -fuzz "^$$f$$" -fuzztime $(FUZZTIME) $$p; \
+	  done; \
+	done
+
+## bench: decode, enrich, encode, append, deliver and the whole sensor, with ratios against the raw limits
+.PHONY: bench
+bench: deps
+	$(GO) test -run "^$$" -bench . -benchmem ./...
+	EDR_FOOTPRINT=1 $(GO) test -count=1 -v -run TestFootprint ./internal/e2e
+
+## lint: formatting, vet, staticcheck, golangci-lint (import rules), drift of go.mod
+.PHONY: lint
+lint:
+	@test -z "$$($(GO) tool gofumpt -l . | tee /dev/stderr)" || { echo 'run: make format' >&2; exit 1; }
+	$(GO) vet ./...
+	$(GO) tool -modfile=golangci.mod golangci-lint run ./...
+	$(GO) mod tidy -diff
+
+## format: rewrite Go and C sources in the project's format
+.PHONY: format
+format:
+	$(GO) tool gofumpt -w .
+	$(CLANG_FORMAT) -i bpf/*.c bpf/*.h
+
+## generate: compile the BPF objects and the generated documents (needs clang)
+.PHONY: generate
+generate:
+	$(GO) generate ./bpf
+	$(GO) test -run 'Drift' ./... -args -update
+
+## check-generated: fail when the committed BPF objects differ from their sources
+.PHONY: check-generated
+check-generated:
+	$(GO) generate ./bpf
+	$(CLANG_FORMAT) --dry-run --Werror bpf/*.c bpf/*.h
+	git diff --exit-code -- bpf
+
+## deps: install the tools that tests need, when they are missing (Debian, root)
+.PHONY: deps
+deps:
+	@packaging/scripts/deps.sh
+
+## clean: remove what the targets above made
+.PHONY: clean
+clean:
+	rm -rf bin dist

@@ -1,0 +1,375 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Package agent wires the stages together and owns their lifecycle: it builds
+// everything, then attaches, then starts, and stops in the reverse order, so
+// that what was seen is kept and what is kept is sent as far as time allows.
+// It also answers for the sensor as a whole: its mode, /metrics, /status, the
+// control socket and systemd.
+//
+// It is imported by cmd/edr-sensor only, because it depends on every stage.
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"sync/atomic"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/prometheus/client_golang/prometheus/promauto"
+	"go.uber.org/zap"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/aurorasoc/edr-sensor/buffer"
+	"github.com/aurorasoc/edr-sensor/internal/config"
+	"github.com/aurorasoc/edr-sensor/internal/logging"
+	"github.com/aurorasoc/edr-sensor/sensor"
+	"github.com/aurorasoc/edr-sensor/sensor/enrich"
+	"github.com/aurorasoc/edr-sensor/sensor/event"
+	"github.com/aurorasoc/edr-sensor/sensor/ocsf"
+	"github.com/aurorasoc/edr-sensor/transport"
+)
+
+// How long each part of a stop may take; together they stay below the 20 s
+// that the systemd unit allows.
+const (
+	drainWithin   = 5 * time.Second // rings to buffer
+	deliverWithin = 5 * time.Second // buffer to Redis
+	closeWithin   = 5 * time.Second
+	monitorEvery  = time.Second
+	stuckAfter    = 15 * time.Second
+)
+
+// Agent is one running sensor.
+type Agent struct {
+	cfg      config.Config
+	identity event.Agent
+	registry *prometheus.Registry
+	queue    *buffer.Queue
+	sensor   *sensor.Sensor
+	sender   *transport.Sender // nil without Redis
+	mode     *modeMachine
+	tap      *tap
+	http     net.Listener
+	control  net.Listener
+	started  atomic.Bool
+	stopping atomic.Bool
+	ending   chan struct{} // closed when live views must go
+	cleanups []cleanup     // in order of building; undone in reverse
+}
+
+type cleanup struct {
+	name string
+	undo func(context.Context) error
+}
+
+// Run builds the sensor, runs it until ctx ends, and stops it in order. Errors
+// name the stage, what it worked on and the remedy.
+func Run(ctx context.Context, cfg config.Config, version string) error {
+	a, err := New(ctx, cfg, version)
+	if err != nil {
+		return err
+	}
+	return a.Run(ctx)
+}
+
+// New builds every stage and attaches the programs; nothing is read yet. On an
+// error everything built so far is undone.
+func New(ctx context.Context, cfg config.Config, version string) (*Agent, error) {
+	a := &Agent{cfg: cfg, registry: prometheus.NewRegistry(), tap: &tap{}, ending: make(chan struct{})}
+	if err := a.build(ctx, version); err != nil {
+		return nil, errors.Join(err, a.undo(ctx))
+	}
+	return a, nil
+}
+
+func (a *Agent) defers(name string, undo func(context.Context) error) {
+	a.cleanups = append(a.cleanups, cleanup{name, undo})
+}
+
+// undo runs the cleanups in reverse, each with the same deadline.
+func (a *Agent) undo(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeWithin)
+	defer cancel()
+	var errs []error
+	for i := len(a.cleanups) - 1; i >= 0; i-- {
+		if err := a.cleanups[i].undo(ctx); err != nil {
+			errs = append(errs, fmt.Errorf("close %s: %w", a.cleanups[i].name, err))
+		}
+	}
+	a.cleanups = nil
+	return errors.Join(errs...)
+}
+
+func (a *Agent) build(ctx context.Context, version string) error {
+	if err := os.MkdirAll(a.cfg.Agent.StateDir, 0o700); err != nil {
+		return fmt.Errorf("state directory: %w: set agent.state_dir to a directory that can be made", err)
+	}
+	id, err := agentID(a.cfg.Agent.ID, a.cfg.Agent.StateDir)
+	if err != nil {
+		return err
+	}
+	a.identity = event.Agent{
+		ID: id, Version: version, Tenant: a.cfg.Agent.Tenant,
+		CaseID: a.cfg.Context.CaseID, InvestigationID: a.cfg.Context.InvestigationID, UserID: a.cfg.Context.UserID,
+	}
+	ctx = a.bind(ctx)
+	a.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	promauto.With(a.registry).NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "agent_build_info", Help: "1, with the version of the sensor.", ConstLabels: prometheus.Labels{"version": version},
+	}, func() float64 { return 1 })
+
+	host, err := enrich.LoadHost()
+	if err != nil {
+		return fmt.Errorf("read host facts: %w", err)
+	}
+	var current atomic.Pointer[sensor.Sensor] // set before the first commit of this run
+	a.queue, err = buffer.Open(ctx, buffer.Options{
+		Dir: a.bufferDir(), Cap: a.cfg.Buffer.Cap, CommitBytes: a.cfg.Buffer.CommitBytes, CommitInterval: a.cfg.Buffer.CommitInterval,
+		RetainAge: a.cfg.Buffer.RetainAge, RetainBytes: a.cfg.Buffer.RetainBytes,
+		Registerer: a.registry,
+		Committed: func(mark []byte) {
+			if s := current.Load(); s != nil {
+				s.Release(mark)
+			}
+		},
+	})
+	if err != nil {
+		return err
+	}
+	a.defers("buffer", a.queue.Close)
+	a.mode = newModeMachine(a.registry, a.queue.Stats().Truncated, time.Now())
+
+	encoder := ocsf.New(host, a.identity)
+	encoder.Bind(a.queue.Epoch())
+	rate := float64(a.cfg.Sensor.Hash.PerSecond)
+	if !a.cfg.Sensor.Hash.Enabled {
+		rate = -1
+	}
+	enricher := enrich.New(enrich.Options{
+		Host: host, TableSize: a.cfg.Sensor.ProcessTable,
+		HashMaxBytes: a.cfg.Sensor.Hash.MaxSize, HashPerSecond: rate, HashWait: a.cfg.Sensor.Hash.Wait,
+		Registerer: a.registry,
+	})
+	a.defers("enricher", func(context.Context) error { enricher.Close(); return nil })
+
+	scope, err := scopeOf(a.cfg.Sensor.Scope)
+	if err != nil {
+		return err
+	}
+	a.sensor, err = sensor.Open(sensor.Options{
+		Scope: scope, PriorityBytes: int(a.cfg.Sensor.PriorityRing), BulkBytes: int(a.cfg.Sensor.BulkRing), ForkEvents: a.cfg.Sensor.ForkEvents,
+		Host: host, Encoder: encoder, Enricher: enricher, Sink: newSink(a.queue, a.tap), Mark: a.queue.Mark(), Registerer: a.registry,
+	})
+	if err != nil {
+		return err
+	}
+	a.defers("sensor", func(context.Context) error { return a.sensor.Close() })
+	current.Store(a.sensor)
+
+	if a.cfg.Transport.Address != "" {
+		if a.sender, err = a.newSender(ctx); err != nil {
+			return err
+		}
+	}
+	if err := a.listen(ctx); err != nil {
+		return err
+	}
+	return a.sensor.Attach()
+}
+
+// bind puts the run's identity on every log line below.
+func (a *Agent) bind(ctx context.Context) context.Context {
+	fields := []zap.Field{zap.String(logging.KeyAgentID, a.identity.ID)}
+	for key, value := range map[string]string{
+		logging.KeyCaseID: a.identity.CaseID, logging.KeyInvestigationID: a.identity.InvestigationID, logging.KeyUserID: a.identity.UserID,
+	} {
+		if value != "" {
+			fields = append(fields, zap.String(key, value))
+		}
+	}
+	return logging.With(ctx, append(fields, zap.String(logging.KeyComponent, "agent"))...)
+}
+
+func (a *Agent) bufferDir() string {
+	if a.cfg.Buffer.Dir != "" {
+		return a.cfg.Buffer.Dir
+	}
+	return filepath.Join(a.cfg.Agent.StateDir, "buffer")
+}
+
+// listen opens the sockets that people and Prometheus ask.
+func (a *Agent) listen(ctx context.Context) (err error) {
+	var lc net.ListenConfig
+	if a.cfg.HTTP.Listen != "" {
+		if a.http, err = lc.Listen(ctx, "tcp", a.cfg.HTTP.Listen); err != nil {
+			return fmt.Errorf("http.listen: %w: choose another address, or \"\" for none", err)
+		}
+		a.defers("http listener", func(context.Context) error { return ignoreClosed(a.http.Close()) })
+	}
+	if path := a.cfg.Control.Socket; path != "" {
+		if a.control, err = listenControl(ctx, path); err != nil {
+			return fmt.Errorf("control.socket: %w", err)
+		}
+		a.defers("control socket", func(context.Context) error { return ignoreClosed(a.control.Close()) })
+	}
+	return nil
+}
+
+// listenControl takes over the path of a sensor that is gone, never of one
+// that still answers.
+func listenControl(ctx context.Context, path string) (net.Listener, error) {
+	var lc net.ListenConfig
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return nil, err
+	}
+	d := net.Dialer{Timeout: time.Second}
+	if c, err := d.DialContext(ctx, "unix", path); err == nil {
+		return nil, errors.Join(fmt.Errorf("another sensor answers on %s: stop it, or set another path", path), c.Close())
+	}
+	if fi, err := os.Lstat(path); err == nil {
+		if fi.Mode().Type() != os.ModeSocket {
+			return nil, fmt.Errorf("%s is there and is no socket: remove it, or set another path", path)
+		}
+		if err := os.Remove(path); err != nil {
+			return nil, err
+		}
+	}
+	l, err := lc.Listen(ctx, "unix", path)
+	if err != nil {
+		return nil, err
+	}
+	if err := os.Chmod(path, 0o660); err != nil {
+		return nil, errors.Join(err, l.Close())
+	}
+	return l, nil
+}
+
+func ignoreClosed(err error) error {
+	if errors.Is(err, net.ErrClosed) {
+		return nil
+	}
+	return err
+}
+
+// Addr is where /metrics is served; nil when it is not.
+func (a *Agent) Addr() net.Addr {
+	if a.http == nil {
+		return nil
+	}
+	return a.http.Addr()
+}
+
+// Run starts the stages of an Agent made by New and returns after the staged
+// stop, when ctx ended or a stage gave up.
+func (a *Agent) Run(ctx context.Context) error {
+	ctx = a.bind(ctx)
+	serve, stopServing := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopServing()
+	servers, serve := errgroup.WithContext(serve)
+	a.serve(serve, servers)
+
+	stats := a.queue.Stats()
+	before := summary{seen: stats.Last, sent: stats.Acked, lost: stats.Truncated}
+	send, stopSending := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopSending()
+	sent := make(chan error, 1)
+	if a.sender != nil {
+		go func() { sent <- a.sender.Run(logging.With(send, zap.String(logging.KeyComponent, "transport"))) }()
+	} else {
+		sent <- nil
+	}
+
+	a.notifyStart(ctx)
+	watch, stopWatching := context.WithCancel(ctx)
+	defer stopWatching()
+	monitored := make(chan struct{})
+	go func() { defer close(monitored); a.monitor(watch) }()
+	a.started.Store(true)
+	notifySystemd(daemon.SdNotifyReady)
+
+	stop := context.AfterFunc(ctx, func() { a.beginStop(ctx) })
+	defer stop()
+	err := a.sensor.Run(ctx, drainWithin)
+	a.beginStop(ctx)
+	stopWatching()
+	<-monitored
+
+	end, cancel := context.WithTimeout(context.WithoutCancel(ctx), deliverWithin)
+	defer cancel()
+	err = errors.Join(err, a.queue.Flush(end))
+	stopSending()
+	err = errors.Join(err, <-sent)
+	a.deliver(end)
+	close(a.ending)
+	stopServing()
+	sum := a.summarise(before)
+	err = errors.Join(err, servers.Wait(), a.undo(ctx))
+	a.logEnd(ctx, sum, err)
+	return err
+}
+
+// beginStop says that a stop was asked for, once. The record is written before
+// the rings are drained, so that it has its place among the last events.
+func (a *Agent) beginStop(ctx context.Context) {
+	if a.stopping.Swap(true) {
+		return
+	}
+	notifySystemd(daemon.SdNotifyStopping)
+	before := a.mode.current.Load()
+	a.mode.step(facts{stopping: true}, time.Now())
+	logging.From(ctx).Info("stopping", zap.String(logging.KeyMode, string(Stopping)))
+	a.sensor.Notify(event.SelfInfo{
+		Activity: event.ActivityStop, Severity: 1, Code: "STOP", Message: "the sensor was asked to stop",
+		Before: string(before.Mode), After: string(Stopping),
+	})
+}
+
+// deliver sends what became durable after the sender was stopped. What it cannot
+// send waits in the buffer for the next start, which is no error.
+func (a *Agent) deliver(ctx context.Context) {
+	if a.sender == nil {
+		return
+	}
+	defer a.sender.Close()
+	if err := a.sender.Drain(logging.With(ctx, zap.String(logging.KeyComponent, "transport"))); err != nil {
+		logging.From(ctx).Warn("records stay in the buffer for the next start", zap.Error(err))
+	}
+}
+
+func (a *Agent) serve(ctx context.Context, g *errgroup.Group) {
+	start := func(l net.Listener, h http.Handler) {
+		if l == nil {
+			return
+		}
+		s := newServer(h)
+		g.Go(func() error {
+			if err := s.Serve(l); !errors.Is(err, http.ErrServerClosed) && !errors.Is(err, net.ErrClosed) {
+				return fmt.Errorf("serve %s: %w", l.Addr(), err)
+			}
+			return nil
+		})
+		g.Go(func() error {
+			<-ctx.Done()
+			end, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
+			defer cancel()
+			if s.Shutdown(end) != nil {
+				return s.Close() // live views are cut
+			}
+			return nil
+		})
+	}
+	start(a.http, a.handler())
+	start(a.control, a.controlHandler())
+}
+
+func notifySystemd(state string) {
+	_, _ = daemon.SdNotify(false, state) // no systemd, nothing to tell
+}

@@ -1,0 +1,138 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+
+	"go.uber.org/zap"
+
+	"github.com/aurorasoc/edr-sensor/internal/config"
+	"github.com/aurorasoc/edr-sensor/internal/logging"
+	"github.com/aurorasoc/edr-sensor/sensor"
+	"github.com/aurorasoc/edr-sensor/transport"
+)
+
+// scopeOf turns the configured scope into what the kernel compares.
+func scopeOf(c config.Scope) (sensor.Scope, error) {
+	switch c.Kind {
+	case config.ScopeTree:
+		if _, err := os.Stat(fmt.Sprintf("/proc/%d", c.PID)); err != nil {
+			return sensor.Scope{}, fmt.Errorf("sensor.scope %s: no such process: name one that runs", c)
+		}
+		return sensor.Scope{Mode: sensor.ScopeTree, PID: c.PID}, nil
+	case config.ScopeCgroup:
+		id, err := cgroupID(c.Cgroup)
+		if err != nil {
+			return sensor.Scope{}, fmt.Errorf("sensor.scope %s: %w: name a directory of the cgroup v2 hierarchy", c, err)
+		}
+		return sensor.Scope{Mode: sensor.ScopeCgroup, CgroupID: id}, nil
+	default:
+		return sensor.Scope{Mode: sensor.ScopeAll}, nil
+	}
+}
+
+// cgroupID is the inode number of the cgroup's directory (cgroup_id in the
+// kernel). The path is below the v2 mount, wherever that is, or absolute.
+func cgroupID(path string) (uint64, error) {
+	candidates := []string{path}
+	if !strings.HasPrefix(path, "/sys/fs/cgroup") {
+		candidates = []string{filepath.Join("/sys/fs/cgroup", path), filepath.Join("/sys/fs/cgroup/unified", path)}
+	}
+	var errs []error
+	for _, p := range candidates {
+		fi, err := os.Stat(p)
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		if st, ok := fi.Sys().(*syscall.Stat_t); ok && fi.IsDir() {
+			return st.Ino, nil
+		}
+		errs = append(errs, fmt.Errorf("%s is no directory", p))
+	}
+	return 0, errors.Join(errs...)
+}
+
+func (a *Agent) newSender(ctx context.Context) (*transport.Sender, error) {
+	t := a.cfg.Transport
+	tlsConfig, err := tlsOf(t.TLS)
+	if err != nil {
+		return nil, fmt.Errorf("transport.tls: %w", err)
+	}
+	s, err := transport.New(transport.Options{
+		Addr: t.Address, TLS: tlsConfig, Username: t.Username, PasswordFile: t.PasswordFile, DB: t.DB,
+		AgentID: a.identity.ID, Prefix: t.Prefix, Shard: t.Shard, DecisionsKey: t.DecisionsKey,
+		BatchRecords: t.BatchRecords, BatchBytes: t.BatchBytes, Linger: t.Linger, Timeout: t.Timeout,
+		BackoffBase: t.BackoffBase, BackoffCap: t.BackoffLimit,
+		Registerer: a.registry,
+		OnChange: func(s transport.State) {
+			if s.Warning != "" {
+				logging.From(ctx).Warn("redis configuration", zap.String("warning", s.Warning), zap.String(logging.KeyAddress, s.Address))
+			}
+		},
+	}, a.queue)
+	if err != nil {
+		return nil, fmt.Errorf("transport: %w", err)
+	}
+	return s, nil
+}
+
+func tlsOf(c config.TLS) (*tls.Config, error) {
+	if !c.Enabled {
+		return nil, nil //nolint:nilnil // no TLS is a valid answer
+	}
+	t := &tls.Config{MinVersion: tls.VersionTLS12, ServerName: c.ServerName}
+	if c.CAFile != "" {
+		pem, err := os.ReadFile(c.CAFile)
+		if err != nil {
+			return nil, fmt.Errorf("ca_file: %w", err)
+		}
+		t.RootCAs = x509.NewCertPool()
+		if !t.RootCAs.AppendCertsFromPEM(pem) {
+			return nil, fmt.Errorf("ca_file %s: no certificate in PEM form in it", c.CAFile)
+		}
+	}
+	if c.CertFile != "" {
+		// Read at each handshake, so that a renewed certificate needs no restart.
+		t.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
+			cert, err := tls.LoadX509KeyPair(c.CertFile, c.KeyFile)
+			return &cert, err
+		}
+		if _, err := tls.LoadX509KeyPair(c.CertFile, c.KeyFile); err != nil {
+			return nil, fmt.Errorf("cert_file and key_file: %w", err)
+		}
+	}
+	return t, nil
+}
+
+// logEnd says what the run amounted to, in the one line that people look for.
+func (a *Agent) logEnd(ctx context.Context, sum summary, err error) {
+	fields := []zap.Field{zap.Uint64("seen", sum.seen), zap.Uint64("sent", sum.sent), zap.Uint64("lost", sum.lost), zap.Uint64("kept", sum.kept)}
+	if err != nil {
+		logging.From(ctx).Error("stopped", append(fields, zap.Error(err))...)
+		return
+	}
+	logging.From(ctx).Info("stopped", fields...)
+}
+
+// summary is what a run amounted to, in records.
+type summary struct{ seen, sent, lost, kept uint64 }
+
+// summarise is called when nothing moves any more and nothing is closed yet.
+func (a *Agent) summarise(before summary) summary {
+	b, s := a.queue.Stats(), summary{}
+	s.seen = b.Last - before.seen
+	s.lost = b.Truncated - before.lost + a.sensor.Lost()
+	s.kept = b.Last - b.Acked
+	s.sent = b.Acked - before.sent
+	return s
+}

@@ -1,0 +1,91 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+)
+
+// handler serves what operators and Prometheus ask over HTTP on the loopback.
+func (a *Agent) handler() http.Handler {
+	mux := http.NewServeMux()
+	mux.Handle("GET /metrics", promhttp.HandlerFor(a.registry, promhttp.HandlerOpts{Registry: a.registry, MaxRequestsInFlight: 4}))
+	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
+		fmt.Fprintln(w, "ok")
+	})
+	mux.HandleFunc("GET /readyz", a.readyz)
+	mux.HandleFunc("GET /status", a.serveStatus)
+	return mux
+}
+
+// controlHandler serves the command line over the control socket.
+func (a *Agent) controlHandler() http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /status", a.serveStatus)
+	mux.HandleFunc("GET /tap", a.serveTap)
+	return mux
+}
+
+// newServer returns a server that no slow or silent client can hold open.
+func newServer(h http.Handler) *http.Server {
+	return &http.Server{Handler: h, ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second, IdleTimeout: time.Minute, MaxHeaderBytes: 16 << 10}
+}
+
+// readyz answers 200 while events are seen and kept, delivered or not.
+func (a *Agent) readyz(w http.ResponseWriter, _ *http.Request) {
+	state := a.mode.current.Load()
+	switch state.Mode {
+	case Online, Buffering:
+		fmt.Fprintf(w, "ready: %s: %s\n", state.Mode, state.Reason)
+	default:
+		http.Error(w, fmt.Sprintf("not ready: %s: %s", state.Mode, state.Reason), http.StatusServiceUnavailable)
+	}
+}
+
+func (a *Agent) serveStatus(w http.ResponseWriter, _ *http.Request) {
+	w.Header().Set("Content-Type", "application/json")
+	enc := json.NewEncoder(w)
+	enc.SetIndent("", "  ")
+	_ = enc.Encode(a.status()) // the client went away: nothing to do
+}
+
+// serveTap streams events as they are appended, one JSON document per line.
+func (a *Agent) serveTap(w http.ResponseWriter, r *http.Request) {
+	v := a.tap.open()
+	if v == nil {
+		http.Error(w, fmt.Sprintf("all %d live views are taken", tapViewers), http.StatusServiceUnavailable)
+		return
+	}
+	defer a.tap.close(v)
+	rc := http.NewResponseController(w)
+	w.Header().Set("Content-Type", "application/x-ndjson")
+	if _, err := w.Write(nil); err != nil || rc.Flush() != nil {
+		return
+	}
+	for {
+		select {
+		case <-r.Context().Done():
+			return
+		case <-a.ending:
+			return
+		case line := <-v.lines:
+			if _, err := w.Write(line); err != nil {
+				return
+			}
+		}
+		if len(v.lines) > 0 {
+			continue
+		}
+		if n := v.dropped.Swap(0); n > 0 {
+			fmt.Fprintf(w, "{\"tap_dropped\":%d}\n", n)
+		}
+		if rc.Flush() != nil {
+			return
+		}
+	}
+}

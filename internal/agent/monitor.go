@@ -1,0 +1,139 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"fmt"
+	"io"
+	"os"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/daemon"
+	"go.uber.org/zap"
+
+	"github.com/aurorasoc/edr-sensor/internal/logging"
+	"github.com/aurorasoc/edr-sensor/sensor/event"
+	"github.com/aurorasoc/edr-sensor/transport"
+)
+
+// monitor decides the mode once a second until ctx ends, and feeds systemd's
+// watchdog as long as the stages move.
+func (a *Agent) monitor(ctx context.Context) {
+	tick := time.NewTicker(monitorEvery)
+	defer tick.Stop()
+	status := ""
+	for {
+		f := a.facts(time.Now())
+		before, changed := a.mode.step(f, time.Now())
+		now := a.mode.current.Load()
+		if changed {
+			a.reportMode(ctx, before, *now)
+		}
+		if s := "STATUS=" + string(now.Mode) + ": " + now.Reason; s != status {
+			status = s
+			notifySystemd(s)
+		}
+		if f.stuck == "" {
+			notifySystemd(daemon.SdNotifyWatchdog)
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+	}
+}
+
+// facts reads every stage once.
+func (a *Agent) facts(now time.Time) facts {
+	stats := a.queue.Stats()
+	f := facts{
+		started: a.started.Load(), stopping: a.stopping.Load(),
+		truncated: stats.Truncated, kernelLost: a.sensor.Lost(),
+		transportReason: "no Redis is configured (transport.address): events stay in the buffer",
+	}
+	if stats.Err != nil {
+		f.bufferError = stats.Err.Error()
+	}
+	for _, c := range a.sensor.Coverage() {
+		if c.Hook == "" {
+			f.missing = append(f.missing, c.Event)
+		}
+	}
+	if beat := a.sensor.Beat(); !beat.IsZero() && now.Sub(beat) > stuckAfter {
+		f.stuck = "worker"
+	}
+	if a.sender != nil {
+		t := a.sender.State()
+		f.delivering = t.Phase == transport.Connected
+		f.transportReason = fmt.Sprintf("Redis at %s does not take events (%s): %s %s", t.Address, t.Phase, t.Error, t.Hint)
+	}
+	return f
+}
+
+func (a *Agent) reportMode(ctx context.Context, before, now modeState) {
+	log := logging.From(ctx).With(zap.String(logging.KeyMode, string(now.Mode)), zap.String("before", string(before.Mode)), zap.String(logging.KeyReason, now.Reason))
+	i := event.SelfInfo{
+		Activity: event.ActivityMode, Severity: 1, Code: "MODE", Before: string(before.Mode), After: string(now.Mode),
+		Message: fmt.Sprintf("mode %s → %s: %s", before.Mode, now.Mode, now.Reason),
+	}
+	switch now.Mode {
+	case Truncating, Degraded:
+		i.Severity, i.Failed = 4, true
+		log.Error("mode changed")
+	case Buffering:
+		i.Severity = 2
+		log.Warn("mode changed")
+	default:
+		log.Info("mode changed")
+	}
+	a.sensor.Notify(i)
+}
+
+// notifyStart writes the start record: what runs, with which configuration, and
+// what it can see on this host.
+func (a *Agent) notifyStart(ctx context.Context) {
+	hooks, missing := map[string]string{}, []string{}
+	for _, c := range a.sensor.Coverage() {
+		hooks[c.Event] = c.Hook
+		if c.Hook == "" {
+			missing = append(missing, c.Event)
+		}
+	}
+	sum, err := binarySum()
+	if err != nil {
+		logging.From(ctx).Warn("hash own binary", zap.Error(err))
+	}
+	a.sensor.Notify(event.SelfInfo{
+		Activity: event.ActivityStart, Severity: 1, Code: "START", Message: "the sensor was started",
+		Attrs: map[string]any{
+			"coverage": hooks, "missing": missing, "scope": a.cfg.Sensor.Scope.String(), "config_sha256": a.cfg.Hash(),
+			"binary_sha256": sum, "epoch": a.queue.Epoch(), "buffer_cap_bytes": a.cfg.Buffer.Cap, "pid": os.Getpid(),
+		},
+	})
+	fields := []zap.Field{
+		zap.String(logging.KeyVersion, a.identity.Version), zap.Any("coverage", hooks), zap.Stringer(logging.KeyScope, a.cfg.Sensor.Scope),
+		zap.String("config_sha256", a.cfg.Hash()), zap.String("binary_sha256", sum), zap.String(logging.KeyEpoch, a.queue.Epoch()),
+	}
+	if addr := a.Addr(); addr != nil {
+		fields = append(fields, zap.Stringer("http", addr))
+	}
+	logging.From(ctx).Info("started", fields...)
+}
+
+// binarySum is the SHA-256 of the running binary.
+func binarySum() (string, error) {
+	f, err := os.Open("/proc/self/exe")
+	if err != nil {
+		return "", err
+	}
+	defer f.Close() //nolint:errcheck // read only
+	h := sha256.New()
+	if _, err := io.Copy(h, f); err != nil {
+		return "", err
+	}
+	return hex.EncodeToString(h.Sum(nil)), nil
+}

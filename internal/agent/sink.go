@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/aurorasoc/edr-sensor/buffer"
+	"github.com/aurorasoc/edr-sensor/sensor/event"
+)
+
+// sink joins the worker to the buffer, and lets live viewers see what passes.
+// It belongs to the worker.
+type sink struct {
+	queue  *buffer.Queue
+	tap    *tap
+	batch  *buffer.Batch
+	next   uint64
+	losses []buffer.Loss
+}
+
+func newSink(q *buffer.Queue, t *tap) *sink {
+	return &sink{queue: q, tap: t, batch: q.NewBatch(), next: q.Next()}
+}
+
+func (s *sink) Next() uint64 { return s.next }
+
+func (s *sink) Begin(decision bool) []byte {
+	if decision {
+		return s.batch.Begin(buffer.Decisions)
+	}
+	return s.batch.Begin(buffer.Events)
+}
+
+func (s *sink) End(rec []byte, urgent bool, names []event.Loss) error {
+	if err := s.batch.End(rec, urgent); err != nil {
+		return err
+	}
+	s.next++
+	s.tap.publish(rec)
+	if len(names) > 0 {
+		s.losses = s.losses[:0]
+		for _, l := range names {
+			s.losses = append(s.losses, buffer.Loss(l))
+		}
+		s.batch.Name(s.losses)
+	}
+	return nil
+}
+
+func (s *sink) Size() int { return s.batch.Size() }
+
+func (s *sink) Flush(ctx context.Context, mark []byte) error {
+	s.batch.SetMark(mark)
+	if err := s.queue.Append(ctx, s.batch); err != nil {
+		return fmt.Errorf("append to buffer: %w", err)
+	}
+	s.batch = s.queue.NewBatch()
+	return nil
+}
+
+func (s *sink) Unnamed(dst []event.Loss) []event.Loss {
+	s.losses = s.queue.Unnamed(s.losses[:0])
+	for _, l := range s.losses {
+		dst = append(dst, event.Loss(l))
+	}
+	return dst
+}

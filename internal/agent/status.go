@@ -1,0 +1,120 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"time"
+
+	"github.com/aurorasoc/edr-sensor/buffer"
+	"github.com/aurorasoc/edr-sensor/internal/logging"
+	"github.com/aurorasoc/edr-sensor/sensor"
+	"github.com/aurorasoc/edr-sensor/transport"
+)
+
+// Status is the answer of /status: what the sensor is, does, misses and holds.
+type Status struct {
+	Version   string            `json:"version"`
+	AgentID   string            `json:"agent_id"`
+	Mode      Mode              `json:"mode"`
+	Reason    string            `json:"reason"`
+	Since     time.Time         `json:"since"`
+	Scope     string            `json:"scope"`
+	Context   map[string]string `json:"context,omitempty"` // the case the whole run belongs to
+	Coverage  []Covered         `json:"coverage"`
+	Sensor    sensor.Stats      `json:"sensor"`
+	Buffer    BufferStatus      `json:"buffer"`
+	Transport TransportStatus   `json:"transport"`
+	Errors    []string          `json:"errors,omitempty"` // what could not be read for this answer
+}
+
+// Covered says by what an event is seen on this host.
+type Covered struct {
+	Event    string   `json:"event"`
+	Hook     string   `json:"hook"` // empty: not seen
+	Required bool     `json:"required"`
+	Errors   []string `json:"errors,omitempty"` // why better hooks were refused
+}
+
+// BufferStatus is the state of the disk buffer. Counts are records.
+type BufferStatus struct {
+	Epoch       string     `json:"epoch"`
+	First       uint64     `json:"first"` // oldest seq that can be read
+	Acked       uint64     `json:"acked"` // newest seq delivered
+	Last        uint64     `json:"last"`  // newest seq durable
+	Records     uint64     `json:"records"`
+	Unsent      uint64     `json:"unsent"`
+	Bytes       int64      `json:"bytes"`
+	Cap         int64      `json:"cap"`
+	Truncated   uint64     `json:"truncated"` // as buffer_truncations_total
+	Corrupt     uint64     `json:"corrupt"`
+	Losses      int        `json:"losses"` // loss ranges that no delivered record names yet
+	Oldest      *time.Time `json:"oldest_unsent,omitempty"`
+	Error       string     `json:"error,omitempty"` // why commits fail at the moment
+	Quarantined string     `json:"quarantined,omitempty"`
+}
+
+func bufferStatus(s buffer.Stats) BufferStatus {
+	b := BufferStatus{
+		Epoch: s.Epoch, First: s.First, Acked: s.Acked, Last: s.Last, Records: s.Records, Unsent: s.Unsent, Bytes: s.Bytes, Cap: s.Cap,
+		Truncated: s.Truncated, Corrupt: s.Corrupt, Losses: s.Losses, Quarantined: s.Quarantined,
+	}
+	if !s.OldestUnsent.IsZero() {
+		b.Oldest = &s.OldestUnsent
+	}
+	if s.Err != nil {
+		b.Error = s.Err.Error()
+	}
+	return b
+}
+
+// TransportStatus is the sender's state, or that there is none.
+type TransportStatus struct {
+	State      string     `json:"state"` // a transport phase, or "off" without Redis
+	Address    string     `json:"address,omitempty"`
+	Since      *time.Time `json:"since,omitempty"`
+	ErrorClass string     `json:"error_class,omitempty"`
+	Error      string     `json:"error,omitempty"`
+	Hint       string     `json:"hint,omitempty"`
+	Warning    string     `json:"warning,omitempty"`
+	Acked      uint64     `json:"acked"`
+	LastReply  *time.Time `json:"last_reply,omitempty"`
+}
+
+func (a *Agent) status() Status {
+	mode := a.mode.current.Load()
+	s := Status{
+		Version: a.identity.Version, AgentID: a.identity.ID, Mode: mode.Mode, Reason: mode.Reason, Since: mode.Since,
+		Scope:   a.cfg.Sensor.Scope.String(),
+		Context: map[string]string{}, Coverage: []Covered{},
+		Buffer:    bufferStatus(a.queue.Stats()),
+		Transport: TransportStatus{State: "off"},
+	}
+	for key, value := range map[string]string{
+		logging.KeyCaseID: a.identity.CaseID, logging.KeyInvestigationID: a.identity.InvestigationID, logging.KeyUserID: a.identity.UserID,
+	} {
+		if value != "" {
+			s.Context[key] = value
+		}
+	}
+	for _, c := range a.sensor.Coverage() {
+		s.Coverage = append(s.Coverage, Covered{Event: c.Event, Hook: c.Hook, Required: c.Required, Errors: c.Errs})
+	}
+	var err error
+	if s.Sensor, err = a.sensor.Stats(); err != nil {
+		s.Errors = append(s.Errors, err.Error())
+	}
+	if a.sender != nil {
+		s.Transport = transportStatus(a.sender.State())
+	}
+	return s
+}
+
+func transportStatus(t transport.State) TransportStatus {
+	s := TransportStatus{
+		State: string(t.Phase), Address: t.Address, Since: &t.Since, ErrorClass: string(t.Class), Error: t.Error, Hint: t.Hint, Warning: t.Warning, Acked: t.Acked,
+	}
+	if !t.LastReply.IsZero() {
+		s.LastReply = &t.LastReply
+	}
+	return s
+}

@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Installs the Debian packages that the tests and the live demo need, when they
+# are missing. Without root it only says what is missing.
+set -euo pipefail
+
+want=("$@")
+if [ ${#want[@]} -eq 0 ]; then
+	want=(redis-server:redis-server redis-benchmark:redis-tools promtool:prometheus gcc:gcc
+		clang-19:clang-19 llvm-strip-19:llvm-19 clang-format-19:clang-format-19)
+fi
+
+missing=()
+for w in "${want[@]}"; do
+	command -v "${w%%:*}" >/dev/null || missing+=("${w##*:}")
+done
+[ ${#missing[@]} -gt 0 ] || exit 0
+
+if [ "$(id -u)" != 0 ]; then
+	echo "missing Debian packages: ${missing[*]} (run as root to have them installed)" >&2
+	exit 0
+fi
+command -v apt-get >/dev/null || {
+	echo "missing: ${missing[*]}; this is not Debian, install their equivalents" >&2
+	exit 1
+}
+
+# Servers come for the tests, which start their own: no service of ours may run.
+policy=/usr/sbin/policy-rc.d
+made=
+if [ ! -e "$policy" ]; then
+	printf '#!/bin/sh\nexit 101\n' >"$policy"
+	chmod 755 "$policy"
+	made=1
+	trap 'rm -f "$policy"' EXIT
+fi
+echo "installing: ${missing[*]}"
+export DEBIAN_FRONTEND=noninteractive
+apt-get update -qq
+apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+[ -z "$made" ] || rm -f "$policy"

@@ -26,7 +26,7 @@ type Options struct {
 	TableSize     int           // processes kept, never more; 65536
 	ExitGrace     time.Duration // for how long one is kept after its exit; 60 s
 	HashMaxBytes  int64         // larger executables are not hashed; 64 MiB
-	HashPerSecond float64       // new executables hashed a second, and at once; 200. Negative: none
+	HashPerSecond float64       // new executables hashed a second, and at once; 200. Negative: no hashes at all
 	HashWait      time.Duration // for how long hashes may delay a batch of events; 50 ms. Negative: not at all
 	Registerer    prometheus.Registerer
 }
@@ -89,7 +89,7 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 		partial:   f.NewCounter(prometheus.CounterOpts{Name: "enrich_partial_processes_total", Help: "Processes met in an event without having been seen to start."}),
 		hashes:    map[string]prometheus.Counter{},
 	}
-	evicted := f.NewCounterVec(prometheus.CounterOpts{Name: "enrich_evicted_total", Help: "Processes dropped from the full table, by state. Running ones lose their history: raise sensor.processes."}, []string{"state"})
+	evicted := f.NewCounterVec(prometheus.CounterOpts{Name: "enrich_evicted_total", Help: "Processes dropped from the full table, by state. Running ones lose their history: raise sensor.process_table."}, []string{"state"})
 	m.evicted, m.released = evicted.WithLabelValues("running"), evicted.WithLabelValues("exited")
 	hashes := f.NewCounterVec(prometheus.CounterOpts{Name: "enrich_hashes_total", Help: "Executables of execs and running processes, by whether they could be hashed in time and why not."}, []string{"result"})
 	for _, note := range [...]string{"", notePending, noteRate, noteSize, noteGone, noteChanged, noteError} {

@@ -131,7 +131,7 @@ type program struct {
 // request returns the hash of a program, or a note that says why there is none,
 // or the job that will tell.
 func (h *hasher) request(p program) (sum, note string, job *hashJob) {
-	if p.file.Ino == 0 && p.file.Size == 0 {
+	if p.file.Ino == 0 && p.file.Size == 0 || h.rate.perSecond < 0 {
 		return "", "", nil // a kernel thread has none
 	}
 	key := keyOf(&p.file)

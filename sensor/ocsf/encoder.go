@@ -191,7 +191,7 @@ func (w *writer) profiles(ev *event.Event) {
 	if contained(ev.Subject) || (isProcess(ev.Kind) && contained(ev.Parent)) {
 		w.raw(`,"container"`)
 	}
-	if ev.Subject != nil && !ev.Subject.Partial && isKernel(ev.Kind) && ev.Kind != event.Fork {
+	if described(ev.Subject) && isKernel(ev.Kind) && ev.Kind != event.Fork {
 		w.raw(`,"linux/linux_users"`)
 	}
 	w.raw(`],`)

@@ -34,13 +34,13 @@ func (w *writer) close(bracket byte) {
 }
 
 func (w *writer) str(key, s string) {
-	w.b = append(w.b, key...)
-	w.b = append(appendQuoted(w.b, s), ',')
+	b := appendQuoted(append(w.b, key...), s)
+	w.b = append(b, ',')
 }
 
 func (w *writer) bytes(key string, s []byte) {
-	w.b = append(w.b, key...)
-	w.b = append(appendQuoted(w.b, s), ',')
+	b := appendQuoted(append(w.b, key...), s)
+	w.b = append(b, ',')
 }
 
 // opt is str, omitted when empty.
@@ -52,25 +52,25 @@ func (w *writer) opt(key, s string) {
 
 // uid writes a number as a string, as OCSF wants its identifiers.
 func (w *writer) uid(key string, n uint64) {
-	w.b = append(append(w.b, key...), '"')
-	w.b = append(strconv.AppendUint(w.b, n, 10), '"', ',')
+	b := append(append(w.b, key...), '"')
+	w.b = append(strconv.AppendUint(b, n, 10), '"', ',')
 }
 
 func (w *writer) uint(key string, n uint64) {
-	w.b = append(w.b, key...)
-	w.b = append(strconv.AppendUint(w.b, n, 10), ',')
+	b := append(w.b, key...)
+	w.b = append(strconv.AppendUint(b, n, 10), ',')
 }
 
 func (w *writer) int(key string, n int64) {
-	w.b = append(w.b, key...)
-	w.b = append(strconv.AppendInt(w.b, n, 10), ',')
+	b := append(w.b, key...)
+	w.b = append(strconv.AppendInt(b, n, 10), ',')
 }
 
 // hex writes n as a string of exactly 16 hex digits, as /proc shows sets of
 // capabilities: JSON numbers are exact only up to 2^53 in most readers.
 func (w *writer) hex(key string, n uint64) {
-	w.b = append(append(w.b, key...), '"')
-	w.b = append(appendHex(w.b, n, 16), '"', ',')
+	b := append(append(w.b, key...), '"')
+	w.b = append(appendHex(b, n, 16), '"', ',')
 }
 
 // ms writes nanoseconds since the epoch as an OCSF timestamp.
@@ -100,39 +100,57 @@ func validUTF8[T string | []byte](s T) bool {
 // for each byte.
 func appendQuoted[T string | []byte](dst []byte, s T) []byte {
 	dst = append(dst, '"')
-	start := 0
-	for i := 0; i < len(s); {
-		c := s[i]
-		if c >= ' ' && c != '"' && c != '\\' && c < utf8.RuneSelf {
-			i++
-			continue
+	for {
+		n := plainPrefix(s)
+		dst = append(dst, s[:n]...)
+		if n == len(s) {
+			return append(dst, '"')
 		}
-		if c >= utf8.RuneSelf {
-			r, n := utf8.DecodeRuneInString(string(s[i:min(i+utf8.UTFMax, len(s))]))
-			if r == utf8.RuneError && n == 1 {
-				dst = append(append(dst, s[start:i]...), "\uFFFD"...)
-				start = i + 1
-			}
-			i += n
-			continue
-		}
-		dst = append(dst, s[start:i]...)
-		switch c {
-		case '"', '\\':
+		c := s[n]
+		s = s[n:]
+		n = 1
+		switch {
+		case c == '"', c == '\\':
 			dst = append(dst, '\\', c)
-		case '\n':
+		case c == '\n':
 			dst = append(dst, '\\', 'n')
-		case '\r':
+		case c == '\r':
 			dst = append(dst, '\\', 'r')
-		case '\t':
+		case c == '\t':
 			dst = append(dst, '\\', 't')
-		default:
+		case c < ' ':
 			dst = append(dst, '\\', 'u', '0', '0', hexDigits[c>>4], hexDigits[c&15])
+		default:
+			var r rune
+			r, n = utf8.DecodeRuneInString(string(s[:min(utf8.UTFMax, len(s))]))
+			dst = utf8.AppendRune(dst, r) // utf8.RuneError is U+FFFD
 		}
-		i++
-		start = i
+		s = s[n:]
 	}
-	return append(append(dst, s[start:]...), '"')
+}
+
+// plainPrefix is how many bytes at the start of s stand for themselves in a
+// JSON string: ASCII but for controls, quotes and backslashes. It looks at eight
+// bytes at a time, with the highest bit of each as the mark.
+func plainPrefix[T string | []byte](s T) int {
+	const ones, marks = 0x0101010101010101, 0x8080808080808080
+	i := 0
+	for ; i+8 <= len(s); i += 8 {
+		x := uint64(s[i]) | uint64(s[i+1])<<8 | uint64(s[i+2])<<16 | uint64(s[i+3])<<24 |
+			uint64(s[i+4])<<32 | uint64(s[i+5])<<40 | uint64(s[i+6])<<48 | uint64(s[i+7])<<56
+		quote, slash := x^ones*'"', x^ones*'\\'
+		// y-ones turns the mark of a zero byte on. It may also turn on others, of
+		// bytes that are no ASCII or stand above a zero: the loop below decides.
+		if (x|(x-ones*' ')|(quote-ones)|(slash-ones))&marks != 0 {
+			break
+		}
+	}
+	for ; i < len(s); i++ {
+		if c := s[i]; c < ' ' || c == '"' || c == '\\' || c >= utf8.RuneSelf {
+			break
+		}
+	}
+	return i
 }
 
 func appendHex(dst []byte, n uint64, digits int) []byte {

@@ -99,12 +99,7 @@ func (e *Encoder) tcp(w *writer, ev *event.Event) {
 		w.uint(`"backlog":`, uint64(t.Backlog))
 	case event.TCPClose:
 		w.flag(`"opened_before_sensor":`, t.Flags&event.TCPEarly != 0)
-		if t.Closer.PID != 0 && t.Closer != ev.Actor {
-			w.open(`"closed_by":{`)
-			w.uint(`"pid":`, uint64(t.Closer.PID))
-			w.uid(`"start_boottime_ns":`, t.Closer.StartTime)
-			w.close('}')
-		}
+		w.closer(ev)
 		w.open(`"tcp_info":{`)
 		w.uint(`"retransmits":`, uint64(t.Retransmits))
 		w.uint(`"rtt_us":`, uint64(t.SRTT))
@@ -152,7 +147,22 @@ func (w *writer) owner(ev *event.Event) {
 	w.rawStrings(p)
 	w.close('}')
 	w.close('}')
-	w.user(`"user":`, p)
+	w.user(p)
+	w.close('}')
+}
+
+// closer names the process that closed the connection when it is not the owner.
+func (w *writer) closer(ev *event.Event) {
+	key := ev.TCP.Closer
+	if key.PID == 0 || key == ev.Actor {
+		return
+	}
+	p := ev.Creator
+	if p == nil || p.Key != key {
+		p = &event.Process{Key: key}
+	}
+	w.open(`"closed_by":{`)
+	w.identity(p)
 	w.close('}')
 }
 

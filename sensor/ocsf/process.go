@@ -78,7 +78,7 @@ func (e *Encoder) fork(w *writer, ev *event.Event) {
 	}
 	w.identity(p)
 	w.cmdLine(p)
-	w.user(`"user":`, p)
+	w.user(p)
 	w.container(p)
 	w.open(`"xattributes":{`)
 	w.kernelIdentity(p)
@@ -178,8 +178,12 @@ func (w *writer) knownProcess(ev *event.Event, p *event.Process) {
 // identity writes the fields that every process object has.
 func (w *writer) identity(p *event.Process) {
 	if p.CPID != "" {
-		w.str(`"uid":`, p.CPID)
-		w.str(`"cpid":`, p.CPID)
+		w.raw(`"uid":`)
+		from := len(w.b)
+		w.b = append(appendQuoted(w.b, p.CPID), ',')
+		to := len(w.b)
+		w.raw(`"cpid":`)
+		w.b = append(w.b, w.b[from:to]...)
 	}
 	w.uint(`"pid":`, uint64(p.Key.PID))
 	w.opt(`"name":`, or(p.Path[strings.LastIndexByte(p.Path, '/')+1:], p.Comm))
@@ -214,9 +218,8 @@ func (w *writer) actor(p *event.Process, key event.ProcessKey, d detail) {
 	if d&withFile != 0 {
 		w.file(p, false)
 	}
-	w.user(`"user":`, p)
 	w.close('}')
-	w.user(`"user":`, p)
+	w.user(p)
 	w.close('}')
 }
 
@@ -235,8 +238,13 @@ func (w *writer) parent(p *event.Process, key event.ProcessKey) {
 	w.open(`"parent_process":{`)
 	w.identity(p)
 	w.cmdLine(p)
-	w.user(`"user":`, p)
-	w.container(p)
+	w.user(p)
+	if contained(p) { // one that differs from the child's is worth a look
+		w.open(`"container":{`)
+		w.str(`"uid":`, p.Container.ID)
+		w.opt(`"runtime":`, p.Container.Runtime)
+		w.close('}')
+	}
 	w.close('}')
 }
 
@@ -305,7 +313,7 @@ func (w *writer) file(p *event.Process, full bool) {
 		}
 		w.open(`"xattributes":{`)
 		if known {
-			w.raw(`"mode":"0`)
+			w.raw(`"mode":"`)
 			mode := f.Mode & 0o7777
 			w.b = append(w.b, '0'+byte(mode>>9), '0'+byte(mode>>6&7), '0'+byte(mode>>3&7), '0'+byte(mode&7), '"', ',')
 			w.uint(`"nlink":`, uint64(f.Nlink))
@@ -321,14 +329,17 @@ func (w *writer) file(p *event.Process, full bool) {
 	w.close('}')
 }
 
+// described tells whether credentials and the like are known, rather than zero:
+// what the kernel or /proc told about a process always has its namespaces.
+func described(p *event.Process) bool { return p != nil && p.NS != event.Namespaces{} }
+
 // user writes the real user. Kinds of accounts follow login.defs: 1 to 999, and
 // nobody, belong to the system.
-func (w *writer) user(key string, p *event.Process) {
-	if p.Partial {
+func (w *writer) user(p *event.Process) {
+	if !described(p) {
 		return
 	}
-	w.raw(key)
-	w.open(`{`)
+	w.open(`"user":{`)
 	w.uid(`"uid":`, uint64(p.Cred.UID))
 	w.opt(`"name":`, p.User)
 	switch uid := p.Cred.UID; {
@@ -343,12 +354,12 @@ func (w *writer) user(key string, p *event.Process) {
 }
 
 // credentials writes users, groups and session: what the profile linux_users
-// is for. They are unknown, not zero, in a partial process.
+// is for.
 func (w *writer) credentials(p *event.Process) {
-	if p.Partial {
+	if !described(p) {
 		return
 	}
-	w.user(`"user":`, p)
+	w.user(p)
 	w.open(`"group":{`)
 	w.uid(`"uid":`, uint64(p.Cred.GID))
 	w.opt(`"name":`, p.Group)
@@ -452,7 +463,7 @@ func (w *writer) argv(x *event.ExecInfo, args []byte) {
 
 // kernelState writes what OCSF has no attribute for.
 func (w *writer) kernelState(p *event.Process) {
-	if p.Partial {
+	if !described(p) {
 		return
 	}
 	c := &p.Cred

@@ -51,6 +51,9 @@ func Validator(t testing.TB) func(event []byte) error {
 		if err != nil {
 			return fmt.Errorf("parse event: %w", err)
 		}
+		if err := unique(json.NewDecoder(bytes.NewReader(event)), ""); err != nil {
+			return err
+		}
 		doc, ok := v.(map[string]any)
 		if !ok {
 			return errors.New("event is not an object")
@@ -64,6 +67,38 @@ func Validator(t testing.TB) func(event []byte) error {
 		}
 		return errors.Join(append(captions("", doc), names(doc), times(doc))...)
 	}
+}
+
+// unique reads one value and fails when an object in it has a name twice, of
+// which parsers keep either.
+func unique(d *json.Decoder, path string) error {
+	token, err := d.Token()
+	if err != nil {
+		return err
+	}
+	bracket, _ := token.(json.Delim)
+	seen := map[string]bool{}
+	for (bracket == '{' || bracket == '[') && d.More() {
+		at := path + "[]"
+		if bracket == '{' {
+			if token, err = d.Token(); err != nil {
+				return err
+			}
+			name, _ := token.(string)
+			at = path + "." + name
+			if seen[name] {
+				return fmt.Errorf("%s occurs twice", at)
+			}
+			seen[name] = true
+		}
+		if err := unique(d, at); err != nil {
+			return err
+		}
+	}
+	if bracket != 0 {
+		_, err = d.Token()
+	}
+	return err
 }
 
 func integer(v any) int64 {

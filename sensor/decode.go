@@ -124,7 +124,7 @@ func (d *decoder) exec(rec []byte, ev *event.Event) error {
 	x.LoginUID, x.SessionID = r.Loginuid, r.Sessionid
 	x.Flags = event.ProcessFlags(r.Flags)
 	x.ArgvSize = r.ArgvSize
-	x.Comm, x.TTY = text(&r.Comm), text(&r.Tty)
+	x.Comm, x.TTY = fixedText(&r.Comm), fixedText(&r.Tty)
 	x.OldPath = ""
 
 	v := variable{rest: rec[execSize:]}
@@ -153,7 +153,7 @@ func decodeFork(rec []byte, ev *event.Event) error {
 	r := (*bpf.SensorForkEvent)(unsafe.Pointer(&rec[0]))
 	ev.Fork = event.ForkInfo{
 		Child:    event.ProcessKey{StartTime: r.ChildStartTime, PID: r.ChildPid},
-		CgroupID: r.ChildCgroupId, NSPID: r.ChildNsPid, Comm: text(&r.ChildComm),
+		CgroupID: r.ChildCgroupId, NSPID: r.ChildNsPid, Comm: fixedText(&r.ChildComm),
 	}
 	return nil
 }
@@ -166,7 +166,7 @@ func decodeExit(rec []byte, ev *event.Event) error {
 	ev.Exit = event.ExitInfo{
 		Parent: event.ProcessKey{StartTime: r.ParentStartTime, PID: r.ParentPid},
 		UTime:  r.UtimeNs, STime: r.StimeNs, Code: r.ExitCode, Signal: r.Signal,
-		CoreDumped: r.CoreDumped != 0, Comm: text(&r.Comm),
+		CoreDumped: r.CoreDumped != 0, Comm: fixedText(&r.Comm),
 	}
 	return nil
 }
@@ -260,8 +260,8 @@ func (d *decoder) take(out []byte) []byte {
 	return out[:len(out):len(out)]
 }
 
-// text is a NUL-terminated string of fixed size, in place.
-func text(s *[16]int8) []byte {
+// fixedText is a NUL-terminated string of fixed size, in place.
+func fixedText(s *[16]int8) []byte {
 	b := (*[16]byte)(unsafe.Pointer(s))[:]
 	if i := bytes.IndexByte(b, 0); i >= 0 {
 		b = b[:i]

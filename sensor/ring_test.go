@@ -415,9 +415,7 @@ type kernelRing struct {
 // is run, or reserves and discards one when the packet is longer than 64 bytes.
 func newKernelRing(t testing.TB, size int) *kernelRing {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("loading a BPF program needs root")
-	}
+	require(t, "root")
 	m, err := ebpf.NewMap(&ebpf.MapSpec{Type: ebpf.RingBuf, MaxEntries: uint32(size)})
 	if err != nil {
 		t.Fatal(err)

@@ -16,6 +16,9 @@ import (
 const (
 	backoffMin = 10 * time.Millisecond
 	backoffMax = time.Second
+
+	// How often a transaction is tried once the queue is being closed.
+	maxCloseTries = 6
 )
 
 // writer is the one goroutine that changes the file.
@@ -223,7 +226,7 @@ func (q *Queue) planLease(c *commit) {
 // terminal: the file is damaged, or the queue is closing and the disk refuses.
 func (w *writer) commit(c *commit) error {
 	q := w.q
-	backoff := backoffMin
+	backoff, closeTries := backoffMin, 0
 	for {
 		start := time.Now()
 		err := w.try(c)
@@ -239,19 +242,18 @@ func (w *writer) commit(c *commit) error {
 			q.commitAt.since = time.Now()
 		}
 		q.commitAt.err = err
-		closing := q.closing
+		stop := q.stop
+		if q.closing {
+			stop = nil
+			closeTries++
+		}
 		q.mu.Unlock()
-		if errors.Is(err, ErrDamaged) || closing && c.clean {
+		if errors.Is(err, ErrDamaged) || closeTries == maxCloseTries {
 			return err
 		}
 		select {
 		case <-time.After(backoff):
-		case <-q.stop:
-			// One more try right away, then give up.
-			if c.clean {
-				return err
-			}
-			c.clean = true
+		case <-stop:
 		}
 		backoff = min(2*backoff, backoffMax)
 	}

@@ -1,0 +1,19 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package buffer
+
+import (
+	"flag"
+	"os"
+	"testing"
+
+	"go.uber.org/goleak"
+)
+
+func TestMain(m *testing.M) {
+	if dir := os.Getenv(killEnv); dir != "" {
+		killChild(dir) // does not return
+	}
+	flag.Parse()
+	goleak.VerifyTestMain(m)
+}

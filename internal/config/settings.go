@@ -78,11 +78,11 @@ func contradictions(c *Config) []contradiction {
 	}
 	b, t := c.Buffer, c.Transport
 	bad(b.RetainBytes > b.Cap/2,
-		formatSize(b.RetainBytes)+" is more than half of buffer.cap ("+formatSize(b.Cap)+"), so delivered records would crowd out new ones",
-		"set "+formatSize(b.Cap/2)+" or less", "buffer.retain_bytes", "buffer.cap")
+		FormatSize(b.RetainBytes)+" is more than half of buffer.cap ("+FormatSize(b.Cap)+"), so delivered records would crowd out new ones",
+		"set "+FormatSize(b.Cap/2)+" or less", "buffer.retain_bytes", "buffer.cap")
 	bad(int64(b.CommitBytes) > b.Cap/16,
-		formatSize(int64(b.CommitBytes))+" is more than a sixteenth of buffer.cap ("+formatSize(b.Cap)+")",
-		"set "+formatSize(b.Cap/16)+" or less", "buffer.commit_bytes", "buffer.cap")
+		FormatSize(int64(b.CommitBytes))+" is more than a sixteenth of buffer.cap ("+FormatSize(b.Cap)+")",
+		"set "+FormatSize(b.Cap/16)+" or less", "buffer.commit_bytes", "buffer.cap")
 	bad(t.BackoffBase > t.BackoffLimit,
 		formatDuration(t.BackoffBase)+" is longer than transport.backoff_limit ("+formatDuration(t.BackoffLimit)+")",
 		"set "+formatDuration(t.BackoffLimit)+" or less", "transport.backoff_base", "transport.backoff_limit")

@@ -87,13 +87,13 @@ func integer(key string, dst *int, least, most int) setting {
 
 // size is a number of bytes; further, if not nil, restricts it more.
 func size[T int | int64](key string, dst *T, least, most T, further func(int64) *fault) setting {
-	return setting{key: key, plain: true, show: func() string { return formatSize(int64(*dst)) }, parse: func(n node) *fault {
+	return setting{key: key, plain: true, show: func() string { return FormatSize(int64(*dst)) }, parse: func(n node) *fault {
 		if n.shape != shapeString && n.shape != shapeNumber && n.shape != shapeText {
 			return faultf("write a size such as 64MiB", "%s, not a size", n.shape)
 		}
 		v, f := parseSize(n.text)
 		if f == nil {
-			f = inRange(v, int64(least), int64(most), formatSize)
+			f = inRange(v, int64(least), int64(most), FormatSize)
 		}
 		if f == nil && further != nil {
 			f = further(v)
@@ -228,7 +228,9 @@ func parseSize(s string) (int64, *fault) {
 	return n * mult, nil
 }
 
-func formatSize(n int64) string {
+// FormatSize writes a number of bytes as the configuration does: in the largest
+// binary unit that is exact.
+func FormatSize(n int64) string {
 	for _, u := range binaryUnits() {
 		if n >= u.bytes && n%u.bytes == 0 {
 			return strconv.FormatInt(n/u.bytes, 10) + u.name
@@ -381,7 +383,7 @@ func ringSize(n int64) *fault {
 		for next < n {
 			next *= 2
 		}
-		return faultf("set "+formatSize(next), "is not a power of two of at least a page (%s)", formatSize(page))
+		return faultf("set "+FormatSize(next), "is not a power of two of at least a page (%s)", FormatSize(page))
 	}
 	return nil
 }

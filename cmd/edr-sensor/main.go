@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Command edr-sensor watches a Linux host with eBPF and delivers what it sees
+// as OCSF events to Redis Streams. One file per subcommand; each turns flags
+// and configuration into one call and its outcome into an exit code.
+package main
+
+import (
+	"context"
+	"os"
+	"os/signal"
+	"syscall"
+)
+
+// version is set by the linker (-X main.version=…).
+var version = ""
+
+func main() {
+	os.Exit(execute())
+}
+
+// execute ends at the first signal in order, and at the second at once: by then
+// the signal has its default action again. The buffer is safe at any instant.
+func execute() int {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	context.AfterFunc(ctx, stop)
+	a := app{stdout: os.Stdout, stderr: os.Stderr, environ: os.Environ()}
+	return a.run(ctx, os.Args[1:])
+}

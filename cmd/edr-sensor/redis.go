@@ -1,0 +1,216 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"math"
+	"net"
+	"os"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/redis/go-redis/v9"
+	redislog "github.com/redis/go-redis/v9/logging"
+	"github.com/redis/go-redis/v9/maintnotifications"
+
+	"github.com/aurorasoc/edr-sensor/internal/config"
+)
+
+// newRedis makes a client for reading: no connection yet.
+func newRedis(t config.Transport) (*redis.Client, error) {
+	redislog.Disable() // errors are returned; the library would print them too
+	o := &redis.Options{
+		Network: "tcp", Addr: t.Address, Username: t.Username, DB: t.DB,
+		Protocol: 2, MaxRetries: -1, ContextTimeoutEnabled: true, DialTimeout: 5 * time.Second, DialerRetries: 1,
+		ReadTimeout: t.Timeout, WriteTimeout: t.Timeout, PoolSize: 1, PipelinePoolSize: -1, DisableIdentity: true,
+		MaintNotificationsConfig: &maintnotifications.Config{Mode: maintnotifications.ModeDisabled},
+	}
+	if path, ok := strings.CutPrefix(t.Address, "unix://"); ok {
+		o.Network, o.Addr = "unix", path
+	}
+	var err error
+	if t.PasswordFile != "" {
+		if o.Password, err = readSecret(t.PasswordFile); err != nil {
+			return nil, fmt.Errorf("transport.password_file: %w", err)
+		}
+	}
+	if o.TLSConfig, err = clientTLS(t); err != nil {
+		return nil, err
+	}
+	return redis.NewClient(o), nil
+}
+
+func clientTLS(t config.Transport) (*tls.Config, error) {
+	if !t.TLS.Enabled {
+		return nil, nil //nolint:nilnil // no TLS is a valid answer
+	}
+	c := &tls.Config{MinVersion: tls.VersionTLS12, ServerName: t.TLS.ServerName}
+	if c.ServerName == "" {
+		if host, _, err := net.SplitHostPort(t.Address); err == nil {
+			c.ServerName = host
+		}
+	}
+	if t.TLS.CAFile != "" {
+		pem, err := os.ReadFile(t.TLS.CAFile)
+		if err != nil {
+			return nil, fmt.Errorf("transport.tls.ca_file: %w", err)
+		}
+		c.RootCAs = x509.NewCertPool()
+		if !c.RootCAs.AppendCertsFromPEM(pem) {
+			return nil, fmt.Errorf("transport.tls.ca_file: %s: no certificate in PEM form in it", t.TLS.CAFile)
+		}
+	}
+	if t.TLS.CertFile != "" {
+		cert, err := tls.LoadX509KeyPair(t.TLS.CertFile, t.TLS.KeyFile)
+		if err != nil {
+			return nil, fmt.Errorf("transport.tls.cert_file: %w", err)
+		}
+		c.Certificates = []tls.Certificate{cert}
+	}
+	return c, nil
+}
+
+// explainRedis says what to do about an error of the server or on the way to it.
+func explainRedis(t config.Transport, err error) error {
+	text := fmt.Errorf("redis at %s: %w", t.Address, err)
+	switch {
+	case redis.IsAuthError(err), strings.Contains(err.Error(), "invalid password"), strings.Contains(err.Error(), "without any password"):
+		return &exit{exitFailure, text, "check transport.username and transport.password_file"}
+	case redis.IsPermissionError(err):
+		return &exit{exitFailure, text, "use --tap, or a Redis user that may XREAD and XREVRANGE the streams"}
+	case isReply(err):
+		return &exit{exitFailure, text, "edr-sensor doctor"}
+	}
+	return &exit{exitUnavailable, text, "edr-sensor doctor, or read from the sensor itself with --tap"}
+}
+
+// isReply tells an answer of the server from a failure to get one.
+func isReply(err error) bool {
+	var re redis.Error
+	return errors.As(err, &re)
+}
+
+// streams reads the events and the decisions of a Redis server in the order in
+// which they arrived there.
+type streams struct {
+	client *redis.Client
+	keys   []string
+	last   map[string]string // id of the last entry seen, by key
+}
+
+// openStreams starts after the entries that are there when since is nil, else
+// at that time.
+func openStreams(ctx context.Context, client *redis.Client, t config.Transport, since *time.Time) (*streams, error) {
+	s := &streams{client, []string{t.EventsKey(), t.DecisionsKey}, map[string]string{}}
+	for _, key := range s.keys {
+		switch {
+		case since == nil:
+			// Asked for once: "$" would skip what arrives between two reads.
+			newest, err := client.XRevRangeN(ctx, key, "+", "-", 1).Result()
+			if err != nil {
+				return nil, err
+			}
+			s.last[key] = "0-0"
+			if len(newest) > 0 {
+				s.last[key] = newest[0].ID
+			}
+		case since.UnixMilli() <= 0:
+			s.last[key] = "0-0"
+		default:
+			// XREAD is exclusive: the last id of the millisecond before.
+			s.last[key] = fmt.Sprintf("%d-%d", since.UnixMilli()-1, uint64(math.MaxUint64))
+		}
+	}
+	return s, nil
+}
+
+const readCount = 512 // entries of each stream at a time
+
+// next returns the payloads of the entries that come next, waiting for one if
+// wait is positive; none means that there are none.
+func (s *streams) next(ctx context.Context, wait time.Duration) ([][]byte, error) {
+	if wait <= 0 {
+		wait = -1 // go-redis: do not block
+	}
+	args := slices.Clone(s.keys)
+	for _, key := range s.keys {
+		args = append(args, s.last[key])
+	}
+	reply, err := s.client.XRead(ctx, &redis.XReadArgs{Streams: args, Count: readCount, Block: wait}).Result()
+	if errors.Is(err, redis.Nil) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	return s.merge(reply), nil
+}
+
+// merge orders the entries of both streams by their ids. When one stream
+// returned as much as was asked for, entries of the other that are newer than
+// its last one wait for the next read: more older ones may follow.
+func (s *streams) merge(reply []redis.XStream) [][]byte {
+	type item struct {
+		key string
+		id  streamID
+		msg redis.XMessage
+	}
+	var all []item
+	limit := streamID{math.MaxUint64, math.MaxUint64}
+	for _, st := range reply {
+		for _, m := range st.Messages {
+			all = append(all, item{st.Stream, parseID(m.ID), m})
+		}
+		if n := len(st.Messages); n >= readCount {
+			if last := parseID(st.Messages[n-1].ID); last.compare(limit) < 0 {
+				limit = last
+			}
+		}
+	}
+	slices.SortStableFunc(all, func(a, b item) int { return a.id.compare(b.id) })
+	var out [][]byte
+	for _, it := range all {
+		if it.id.compare(limit) > 0 {
+			break
+		}
+		s.last[it.key] = it.msg.ID
+		if data, ok := it.msg.Values["data"].(string); ok {
+			out = append(out, []byte(data))
+		}
+	}
+	return out
+}
+
+// streamID is the id of an entry: milliseconds and a counter.
+type streamID struct{ ms, n uint64 }
+
+func parseID(s string) streamID {
+	ms, n, _ := strings.Cut(s, "-")
+	var id streamID
+	id.ms, _ = strconv.ParseUint(ms, 10, 64)
+	id.n, _ = strconv.ParseUint(n, 10, 64)
+	return id
+}
+
+func (a streamID) compare(b streamID) int {
+	if a.ms != b.ms {
+		if a.ms < b.ms {
+			return -1
+		}
+		return 1
+	}
+	switch {
+	case a.n < b.n:
+		return -1
+	case a.n > b.n:
+		return 1
+	}
+	return 0
+}

@@ -12,6 +12,8 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/aurorasoc/edr-sensor/sensor/event"
 )
 
 const docsFile = "../../docs/events.md"
@@ -213,4 +215,48 @@ func shorten(pretty string) string {
 		b.WriteString(long.ReplaceAllStringFunc(line, func(s string) string { return s[:60] + `…"` }) + "\n")
 	}
 	return b.String()
+}
+
+// TestSigmaPipeline fails when docs/sigma maps a rule's field to one that the
+// event does not carry.
+func TestSigmaPipeline(t *testing.T) {
+	file, err := os.ReadFile("../../docs/sigma/ocsf-linux.yml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	exec := execEvent()
+	exec.Subject = login() // in a session
+	events := map[string]golden{
+		"process_creation": {ev: exec}, "network_connection": {ev: tcpEvent(event.TCPConnect)},
+	}
+	mapped := regexp.MustCompile(`(?m)^      \w+: ([a-z_.]+)$`)
+	n := 0
+	for _, part := range strings.Split(string(file), "  - id: ")[1:] {
+		category, _, ok := strings.Cut(part, "_fields\n")
+		if !ok {
+			continue
+		}
+		g, ok := events[category]
+		if !ok {
+			t.Fatalf("%s: no such event", category)
+		}
+		var doc map[string]any
+		if err := json.Unmarshal(pretty(t, newTestEncoder(), &g), &doc); err != nil {
+			t.Fatal(err)
+		}
+		for _, m := range mapped.FindAllStringSubmatch(part, -1) {
+			n++
+			var at any = doc
+			for key := range strings.SplitSeq(m[1], ".") {
+				object, _ := at.(map[string]any)
+				at = object[key]
+			}
+			if at == nil {
+				t.Errorf("%s: %s is not in the event", category, m[1])
+			}
+		}
+	}
+	if n < 15 {
+		t.Errorf("found %d mapped fields, the file has more", n)
+	}
 }

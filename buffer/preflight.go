@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"hash/fnv"
 	"io"
+	"syscall"
 )
 
 // bbolt panics over a damaged tree, partly in a goroutine of its own where no
@@ -32,9 +33,6 @@ const (
 
 	maxDepth = 32
 )
-
-// errPreflight is what a file that must not be opened matches.
-var errPreflight = errors.New("preflight")
 
 // meta is bbolt's meta page.
 type meta struct{ root, freelist, pages, txid uint64 }
@@ -60,9 +58,15 @@ func parseMeta(p []byte) (meta, error) {
 }
 
 // preflight checks the file of the given size and returns its meta in force.
+// What is wrong with the content matches ErrDamaged; a disk that does not yield
+// it does not, as it may yet.
 func preflight(f io.ReaderAt, size int64) (meta, error) {
 	fail := func(format string, args ...any) (meta, error) {
-		return meta{}, fmt.Errorf("%w: "+format, append([]any{errPreflight}, args...)...)
+		err := fmt.Errorf("preflight: "+format, args...)
+		if errors.Is(err, syscall.EIO) {
+			return meta{}, err
+		}
+		return meta{}, fmt.Errorf("%w: %w", ErrDamaged, err)
 	}
 	if size < 4*pageSize {
 		return fail("file of %d bytes", size)

@@ -328,30 +328,13 @@ func (q *Queue) load() (db *bolt.DB, s *state, x index, err error) {
 	if err != nil {
 		return nil, nil, x, err
 	}
-	err = func() error {
-		st, err := f.Stat()
-		if err != nil {
-			return err
-		}
-		m, err := preflight(f, st.Size())
-		if errors.Is(err, errPreflight) {
-			return fmt.Errorf("%w: %w", ErrDamaged, err)
-		}
-		if err != nil {
-			return err
-		}
-		if used := int64(m.pages) * pageSize; used > q.o.Cap {
-			return fmt.Errorf("%d bytes of the file have been used, more than the cap of %d: set buffer.cap to at least that, or move the file away", used, q.o.Cap)
-		}
-		if st.Size() > q.o.Cap {
-			return f.Truncate(q.o.Cap)
-		}
-		if st.Size() < q.o.Cap {
-			return preallocate(f, q.o.Cap)
-		}
-		return nil
-	}()
-	if err = errors.Join(err, f.Close()); err != nil {
+	defer func() { err = errors.Join(err, f.Close()) }()
+	st, err := f.Stat()
+	if err != nil {
+		return nil, nil, x, err
+	}
+	m, err := preflight(f, st.Size())
+	if err != nil {
 		return nil, nil, x, err
 	}
 	if db, err = openBolt(q.path, q.o.Cap); err != nil {
@@ -363,8 +346,18 @@ func (q *Queue) load() (db *bolt.DB, s *state, x index, err error) {
 			return err
 		})
 	})
+	switch used := int64(m.pages) * pageSize; {
+	case err != nil:
+		err = fmt.Errorf("%w: %w", ErrDamaged, err)
+	case used > q.o.Cap:
+		err = fmt.Errorf("%d bytes of the file have been used, more than the cap of %d: set buffer.cap to at least that, or move the file away", used, q.o.Cap)
+	case st.Size() > q.o.Cap:
+		err = f.Truncate(q.o.Cap)
+	case st.Size() < q.o.Cap:
+		err = preallocate(f, q.o.Cap)
+	}
 	if err != nil {
-		return nil, nil, x, errors.Join(fmt.Errorf("%w: %w", ErrDamaged, err), db.Close())
+		return nil, nil, x, errors.Join(err, db.Close())
 	}
 	return db, s, x, nil
 }

@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"testing"
 	"time"
+
+	"github.com/prometheus/client_golang/prometheus/testutil"
 )
 
 // open opens a queue in dir and closes it at the end of the test.
@@ -97,4 +99,9 @@ func TestQueueRoundTrip(t *testing.T) {
 		t.Errorf("after reopen: epoch %s next %d mark %q", q.Epoch(), q.Next(), q.Mark())
 	}
 	check(q)
+}
+
+// testError returns buffer_errors_total{op}.
+func testError(q *Queue, op string) float64 {
+	return testutil.ToFloat64(q.metrics.errors.WithLabelValues(op))
 }

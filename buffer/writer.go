@@ -482,15 +482,6 @@ func (w *writer) publish(c *commit) {
 		q.inflight = nil
 		q.recyclePending(c.p)
 	}
-	flushes := q.flushes[:0]
-	for _, f := range q.flushes {
-		if f.seq <= c.next.last && f.gen <= c.next.gen {
-			close(f.done)
-		} else {
-			flushes = append(flushes, f)
-		}
-	}
-	q.flushes = flushes
 	mark := c.next.mark
 	q.mu.Unlock()
 	q.dateOldest()
@@ -498,6 +489,15 @@ func (w *writer) publish(c *commit) {
 	if q.o.Committed != nil {
 		q.o.Committed(mark)
 	}
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.flushes = slices.DeleteFunc(q.flushes, func(f flush) bool {
+		done := f.seq <= c.next.last && f.gen <= c.next.gen
+		if done {
+			close(f.done)
+		}
+		return done
+	})
 }
 
 // dateOldest learns from the disk how old the oldest unsent chunk is, where

@@ -1,0 +1,417 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package buffer
+
+import (
+	"bytes"
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	bolt "go.etcd.io/bbolt"
+)
+
+// filled returns the bytes of a file that has wrapped, and with it what a kill
+// leaves when clean is false.
+func filled(t testing.TB, clean bool) []byte {
+	t.Helper()
+	dir := fastDir(t)
+	var g gate
+	o := small(dir)
+	g.install(&o)
+	q, err := Open(t.Context(), o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := &sim{t: t, q: q, led: newLedger(), rng: rand.New(rand.NewPCG(7, 7))}
+	for range 250 {
+		s.produce(10, 2000, false)
+	}
+	s.must(q.Flush(t.Context()))
+	path := filepath.Join(dir, fileName)
+	if clean {
+		closeQueue(t, q)
+	}
+	g.mu.Lock()
+	data, err := os.ReadFile(path)
+	g.mu.Unlock()
+	s.must(err)
+	if !clean {
+		closeQueue(t, q)
+	}
+	return data
+}
+
+// plant makes dir a buffer with the given file.
+func plant(t testing.TB, dir string, data []byte) {
+	t.Helper()
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, fileName), data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestDamagedChunkIsCountedNamedAndSkipped(t *testing.T) {
+	o := small(t.TempDir())
+	q := open(t, o)
+	for i := range 30 {
+		add(t, q, strings.Repeat(fmt.Sprint(i), 100), "second", "third")
+		if err := q.Flush(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	q.mu.Lock()
+	bad := q.index.live()[10]
+	q.mu.Unlock()
+	f, err := os.OpenFile(q.path, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.WriteAt([]byte("rot"), int64(bad.root)*pageSize+leafHeader+chunkHeader+20); err != nil {
+		t.Fatal(err)
+	}
+	f.Close()
+
+	var got []uint64
+	var recs []Record
+	for after := uint64(0); after < 90; after = got[len(got)-1] {
+		if recs, err = q.Read(t.Context(), after, recs[:0], 7, 1<<20); err != nil {
+			t.Fatal(err)
+		}
+		for _, r := range recs {
+			got = append(got, r.Seq)
+		}
+	}
+	var want []uint64
+	for seq := uint64(1); seq <= 90; seq++ {
+		if seq < bad.first || seq > bad.last() {
+			want = append(want, seq)
+		}
+	}
+	if d := cmp.Diff(want, got); d != "" {
+		t.Errorf("seqs (-want +got):\n%s", d)
+	}
+	check := func(q *Queue) {
+		t.Helper()
+		if d := cmp.Diff([]Loss{{CauseCorrupt, bad.first, bad.last(), 3}}, q.Unnamed(nil)); d != "" {
+			t.Errorf("losses (-want +got):\n%s", d)
+		}
+		if s := q.Stats(); s.Corrupt != 3 || s.Truncated != 0 || invariant(s) != nil {
+			t.Errorf("%+v", s)
+		}
+	}
+	check(q)
+	closeQueue(t, q)
+	check(open(t, o))
+}
+
+// A chunk whose page header is damaged cannot even be deleted by bbolt without
+// harm to other pages; the file is set aside at the next start.
+func TestDamagedFileIsSetAside(t *testing.T) {
+	page := func(n int, fn func(p []byte)) func([]byte) []byte {
+		return func(b []byte) []byte { fn(b[n*pageSize : (n+1)*pageSize]); return b }
+	}
+	cases := map[string]func([]byte) []byte{
+		"empty":    func([]byte) []byte { return nil },
+		"one page": func(b []byte) []byte { return b[:pageSize] },
+		"half":     func(b []byte) []byte { return b[:len(b)/2] },
+		"zeros":    func(b []byte) []byte { return make([]byte, len(b)) },
+		"garbage":  func(b []byte) []byte { return bytes.Repeat([]byte("garbage!"), len(b)/8) },
+		"text":     func([]byte) []byte { return []byte("I am somebody else's file\n") },
+		"both metas": func(b []byte) []byte {
+			b[20], b[pageSize+20] = b[20]^1, b[pageSize+20]^1
+			return b
+		},
+		"root page": func(b []byte) []byte {
+			m, err := preflight(bytes.NewReader(b), int64(len(b)))
+			if err != nil {
+				t.Fatal(err)
+			}
+			return page(int(m.root), func(p []byte) { clear(p) })(b)
+		},
+		"another bbolt file": func([]byte) []byte {
+			path := filepath.Join(t.TempDir(), "other")
+			db, err := bolt.Open(path, 0o600, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := db.Close(); err != nil {
+				t.Fatal(err)
+			}
+			b, err := os.ReadFile(path)
+			if err != nil {
+				t.Fatal(err)
+			}
+			return b
+		},
+		"counter off by one": func(b []byte) []byte { return tamper(t, b, func(s *state) { s.truncated++ }) },
+		"lease behind acked": func(b []byte) []byte { return tamper(t, b, func(s *state) { s.lease, s.acked = 1, 2 }) },
+	}
+	for _, clean := range []bool{true, false} {
+		data := filled(t, clean)
+		for name, damage := range cases {
+			t.Run(fmt.Sprintf("%s/clean=%v", name, clean), func(t *testing.T) {
+				dir := t.TempDir()
+				before := damage(bytes.Clone(data))
+				plant(t, dir, before)
+				q := open(t, small(dir))
+				s := q.Stats()
+				aside, err := os.ReadFile(s.Quarantined)
+				if err != nil || !bytes.Equal(aside, before) {
+					t.Fatalf("not set aside as it was: %q, %v", s.Quarantined, err)
+				}
+				if d := cmp.Diff([]Loss{{Cause: CauseCorrupt}}, q.Unnamed(nil)); d != "" {
+					t.Errorf("losses (-want +got):\n%s", d)
+				}
+				if q.Next() != 1 || s.Last != 0 || s.Truncated != 0 || len(s.Epoch) != epochLen {
+					t.Errorf("not a new file: %+v", s)
+				}
+				add(t, q, "works")
+				if recs, err := q.Read(t.Context(), 0, nil, 1, 1); err != nil || string(recs[0].Data) != "works" {
+					t.Errorf("%v, %v", recs, err)
+				}
+			})
+		}
+	}
+}
+
+// tamper changes the stored state with valid checksums all over.
+func tamper(t *testing.T, data []byte, change func(*state)) []byte {
+	path := filepath.Join(t.TempDir(), "tampered")
+	if err := os.WriteFile(path, data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	db, err := openBolt(path, int64(len(data)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	err = db.Update(func(tx *bolt.Tx) error {
+		m := tx.Bucket(metaBucket)
+		s, err := decodeState(m.Get(stateKey))
+		if err != nil {
+			return err
+		}
+		change(s)
+		return m.Put(stateKey, s.encode(nil))
+	})
+	if err = errors.Join(err, db.Close()); err != nil {
+		t.Fatal(err)
+	}
+	data, err = os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return data
+}
+
+func TestQuarantineKeepsTwo(t *testing.T) {
+	dir := t.TempDir()
+	var newest string
+	for range 4 {
+		plant(t, dir, []byte("no buffer"))
+		q := open(t, small(dir))
+		newest = q.Stats().Quarantined
+		closeQueue(t, q)
+	}
+	bad, err := filepath.Glob(filepath.Join(dir, fileName+badSuffix+"*"))
+	if err != nil || len(bad) != maxBadFiles || bad[1] != newest {
+		t.Errorf("%v, %v", bad, err)
+	}
+}
+
+// TestDamageAnywhere opens files with random damage. bbolt alone would end the
+// process on some of them: that no test binary dies here is the point.
+func TestDamageAnywhere(t *testing.T) {
+	files := 150
+	if testing.Short() {
+		files = 20
+	}
+	seed := uint64(time.Now().UnixNano())
+	t.Logf("seed %d", seed)
+	rng := rand.New(rand.NewPCG(seed, 0))
+	root := fastDir(t)
+	var opened, aside, corrupt int
+	for i := range files {
+		data := filledOnce(t, i%2 == 0)
+		used := int(binary.LittleEndian.Uint64(data[pageHeader+40:])) * pageSize
+		switch at := rng.IntN(used); i % 5 {
+		case 0, 1: // a bit
+			data[at] ^= 1 << rng.IntN(8)
+		case 2: // a page header or its first elements
+			data[at/pageSize*pageSize+rng.IntN(64)] ^= 1 << rng.IntN(8)
+		case 3: // a page
+			clear(data[at/pageSize*pageSize:][:pageSize])
+		case 4: // a page in the place of another
+			copy(data[at/pageSize*pageSize:][:pageSize], data[rng.IntN(used/pageSize)*pageSize:])
+		}
+		dir := filepath.Join(root, fmt.Sprint(i))
+		plant(t, dir, data)
+		q, err := Open(t.Context(), small(dir))
+		if err != nil {
+			t.Fatalf("file %d: %v", i, err)
+		}
+		s := &sim{t: t, q: q, led: newLedger(), rng: rng}
+		if q.Stats().Quarantined != "" {
+			aside++
+		} else {
+			opened++
+		}
+		s.pos = q.Bounds().First - 1
+		s.led.last = s.pos
+		add(t, q, string(appendItem(nil, 1, 1)))
+		if err := q.Flush(t.Context()); err != nil {
+			t.Fatalf("file %d: %v", i, err)
+		}
+		for s.pos < q.Bounds().Last {
+			s.deliver(1000, 1<<20, 0)
+		}
+		if err := errors.Join(append(s.led.errs, invariant(q.Stats()))...); err != nil {
+			t.Fatalf("file %d: %v", i, err)
+		}
+		if q.Stats().Corrupt > 0 {
+			corrupt++
+		}
+		closeQueue(t, q)
+		if err := os.RemoveAll(dir); err != nil {
+			t.Fatal(err)
+		}
+	}
+	t.Logf("%d files: %d opened, of which %d had damaged chunks; %d set aside", files, opened, corrupt, aside)
+}
+
+func filledOnce(t *testing.T, clean bool) []byte {
+	t.Helper()
+	if filledCache[clean] == nil {
+		filledCache[clean] = filled(t, clean)
+	}
+	return bytes.Clone(filledCache[clean])
+}
+
+var filledCache = map[bool][]byte{}
+
+func TestSecondOpenerIsRefused(t *testing.T) {
+	o := small(t.TempDir())
+	q := open(t, o)
+	add(t, q, "mine")
+	_, err := Open(t.Context(), o)
+	if !errors.Is(err, ErrLocked) {
+		t.Fatalf("got %v", err)
+	}
+	for _, want := range []string{o.Dir, fmt.Sprintf("pid %d", os.Getpid()), "buffer.dir"} {
+		if !strings.Contains(err.Error(), want) {
+			t.Errorf("%q does not say %q", err, want)
+		}
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := Open(ctx, o); !errors.Is(err, ErrLocked) {
+		t.Errorf("with a dead context: %v", err)
+	}
+	if err := q.Flush(t.Context()); err != nil {
+		t.Errorf("the first one suffers: %v", err)
+	}
+}
+
+func TestForeignLockIsRefused(t *testing.T) {
+	o := small(t.TempDir())
+	closeQueue(t, open(t, o))
+	db, err := bolt.Open(filepath.Join(o.Dir, fileName), 0o600, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Open(t.Context(), o); !errors.Is(err, ErrLocked) {
+		t.Errorf("got %v", err)
+	}
+	if err := db.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if bad, _ := filepath.Glob(filepath.Join(o.Dir, "*"+badSuffix+"*")); len(bad) > 0 {
+		t.Errorf("set aside: %v", bad)
+	}
+}
+
+// mount mounts a file system at a new directory, or skips the test.
+func mount(t *testing.T, args ...string) string {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("mounting needs root")
+	}
+	dir := t.TempDir()
+	if out, err := exec.Command("mount", append(args, dir)...).CombinedOutput(); err != nil {
+		t.Skipf("mount %v: %v: %s", args, err, out)
+	}
+	t.Cleanup(func() {
+		if out, err := exec.Command("umount", dir).CombinedOutput(); err != nil {
+			t.Errorf("umount: %v: %s", err, out)
+		}
+	})
+	return dir
+}
+
+func TestFullFileSystem(t *testing.T) {
+	for _, fs := range []string{"tmpfs", "ext4"} {
+		t.Run(fs, func(t *testing.T) {
+			var dir string
+			if fs == "tmpfs" {
+				dir = mount(t, "-t", "tmpfs", "-o", "size=4m", "tmpfs")
+			} else {
+				img := filepath.Join(t.TempDir(), "img")
+				if err := os.WriteFile(img, nil, 0o600); err != nil {
+					t.Fatal(err)
+				}
+				if err := os.Truncate(img, 12*mib); err != nil {
+					t.Fatal(err)
+				}
+				if out, err := exec.Command("mkfs.ext4", "-q", img).CombinedOutput(); err != nil {
+					t.Skipf("mkfs.ext4: %v: %s", err, out)
+				}
+				dir = mount(t, "-o", "loop", img)
+			}
+
+			// More than there is: a clean error, and nothing left behind.
+			big := small(filepath.Join(dir, "big"))
+			big.Cap = 64 * mib
+			if _, err := Open(t.Context(), big); err == nil || !strings.Contains(err.Error(), "preallocate") {
+				t.Fatalf("open with more than fits: %v", err)
+			}
+			if left, _ := filepath.Glob(filepath.Join(big.Dir, "*")); len(left) > 0 {
+				t.Errorf("left behind: %v", left)
+			}
+
+			q := open(t, small(filepath.Join(dir, "small")))
+			f, err := os.Create(filepath.Join(dir, "ballast"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer f.Close()
+			for size := mib; size > 0; {
+				if _, err := f.Write(make([]byte, size)); err != nil {
+					size /= 2
+				}
+			}
+			s := &sim{t: t, q: q, led: newLedger(), rng: rand.New(rand.NewPCG(3, 3))}
+			for range 400 {
+				s.produce(10, 2000, false)
+				s.must(q.Flush(t.Context()))
+			}
+			if st := q.Stats(); st.Err != nil || st.Truncated == 0 || testError(q, opCommit) != 0 {
+				t.Errorf("on a full file system: %+v", st)
+			}
+			for range 20 {
+				s.settle()
+			}
+			s.must(s.verify())
+		})
+	}
+}

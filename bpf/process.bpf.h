@@ -252,7 +252,6 @@ __noinline int fill_process(__u32 index)
 	return 0;
 }
 
-#define PAGE_BYTES 4096
 #define ARGV_PAGES (ARGV_MAX / PAGE_BYTES)
 
 /*
@@ -266,7 +265,7 @@ __noinline int read_argv(__u32 index, __u64 start, __u32 len)
 	__u32 used, done, n;
 	int i;
 
-	if (!slot || len == 0 || len > ARGV_MAX)
+	if (!slot || len > ARGV_MAX)
 		return 0;
 	used = slot->used;
 	if (used > STRINGS_MAX)
@@ -276,13 +275,13 @@ __noinline int read_argv(__u32 index, __u64 start, __u32 len)
 	slot->event.flags |= PROCESS_ARGV_FAULT;
 	done = 0;
 	/* One more than its pages: argv need not begin at a page's start. */
-	for (i = 0; i < ARGV_PAGES + 1; i++) {
+	for (i = 0; i < ARGV_PAGES + 1 && done < len; i++) {
 		n = PAGE_BYTES - ((start + done) & (PAGE_BYTES - 1));
-		if (done >= len)
-			break;
 		if (n > len - done)
 			n = len - done;
-		if (n > PAGE_BYTES || done > ARGV_MAX - PAGE_BYTES)
+		/* Holds by now, but 5.10 wants it said of the register it sees. */
+		barrier_var(n);
+		if (n > PAGE_BYTES || done > ARGV_MAX)
 			break;
 		bpf_probe_read_user(slot->data + used + done, n, (void *)(start + done));
 		done += n;

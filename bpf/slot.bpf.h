@@ -10,6 +10,7 @@
 
 /* filename, interp, exe, cwd and cgroup at their bounds, with slack for the last name */
 #define STRINGS_MAX (20 * 1024)
+#define PAGE_BYTES 4096
 
 struct exec_slot {
 	__u64 users; /* 1: taken */
@@ -21,7 +22,7 @@ struct exec_slot {
 	__u32 used;  /* bytes of data */
 	__u32 truncated;
 	struct exec_event event; /* the record begins here */
-	char data[STRINGS_MAX + ARGV_MAX];
+	char data[STRINGS_MAX + ARGV_MAX + PAGE_BYTES]; /* a page for the verifier, see read_argv */
 };
 
 /*

@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package transport
+
+import (
+	"context"
+	"math/rand/v2"
+	"time"
+)
+
+// backoff spreads attempts over a random time below a growing limit (full
+// jitter): thousands of agents that lost one server must not return in step.
+type backoff struct {
+	first, base, cap time.Duration
+	healthy          time.Duration
+
+	failures int
+}
+
+// next counts a failure and returns how long to wait before the next attempt.
+// up is how long the connection that failed had worked, zero when it never did.
+func (b *backoff) next(up time.Duration, slow bool) time.Duration {
+	if up >= b.healthy {
+		b.failures = 0
+	}
+	limit, top := b.base, b.cap
+	if slow {
+		top *= 2
+	}
+	if b.failures == 0 && up > 0 {
+		limit = b.first
+	}
+	for i := 1; i < b.failures && limit < top; i++ {
+		limit *= 2
+	}
+	b.failures++
+	return rand.N(min(limit, top) + 1)
+}
+
+// jitter returns d give or take a quarter.
+func jitter(d time.Duration) time.Duration {
+	return d - d/4 + rand.N(d/2+1)
+}
+
+// sleep waits for d or until ctx ends.
+func sleep(ctx context.Context, d time.Duration) {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-ctx.Done():
+	}
+}

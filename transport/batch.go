@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package transport
+
+import (
+	"fmt"
+	"strconv"
+	"time"
+	"unsafe"
+
+	"github.com/aurorasoc/edr-sensor/buffer"
+)
+
+// batch holds the arguments of one script call. It is built anew for each call
+// in the same memory: an argument is a pointer to a string of the table, because
+// boxing a slice per field would allocate three times per record.
+type batch struct {
+	keys  [2]string // by buffer.Stream
+	args  []any
+	head  [6]string // agent, epoch, session, flag, first, n
+	key   string
+	table []string
+}
+
+const callHead = 5 + 6 // EVALSHA sha numkeys stream cursors, then head
+
+func newBatch(o *Options, epoch string) *batch {
+	tag := o.Prefix + ":{" + o.Shard + "}:"
+	b := &batch{table: make([]string, 3*o.BatchRecords)}
+	b.keys[buffer.Events] = tag + "events"
+	b.keys[buffer.Decisions] = o.DecisionsKey
+	b.head[0], b.head[1] = o.AgentID, epoch
+	b.args = append(b.args, "EVALSHA", deliverSHA(), "2", &b.key, tag+"cursors")
+	for i := range b.head {
+		b.args = append(b.args, &b.head[i])
+	}
+	for i := range b.table {
+		b.args = append(b.args, &b.table[i])
+	}
+	return b
+}
+
+// probe returns the arguments of a call without records.
+func (b *batch) probe(session, flag string) []any {
+	b.key = b.keys[buffer.Events]
+	b.head[2], b.head[3], b.head[4], b.head[5] = session, flag, "0", "0"
+	return b.args[:callHead]
+}
+
+// write returns the arguments of a call that stores recs, at most BatchRecords
+// of one stream and contiguous. They point into recs.
+func (b *batch) write(session, flag string, recs []buffer.Record) []any {
+	b.key = b.keys[recs[0].Stream]
+	b.head[2], b.head[3] = session, flag
+	b.head[4], b.head[5] = strconv.FormatUint(recs[0].Seq, 10), strconv.Itoa(len(recs))
+	for i := range recs {
+		id, stamp := identify(recs[i].Data)
+		b.table[3*i] = view(id)
+		b.table[3*i+1] = view(stamp)
+		b.table[3*i+2] = view(recs[i].Data)
+		// Both are always there in what the encoder writes; these are for a
+		// record that is not an event.
+		if id == nil {
+			b.table[3*i] = fmt.Sprintf("%s-%d", b.head[1], recs[i].Seq)
+		}
+		if stamp == nil {
+			b.table[3*i+1] = string(appendTime(nil, time.Now()))
+		}
+	}
+	return b.args[:callHead+3*len(recs)]
+}
+
+// release forgets the records, which their owner is about to overwrite.
+func (b *batch) release() { clear(b.table) }
+
+// view is p as a string without a copy. It is read only while the call runs, and
+// the records stay as they are until the next Read.
+func view(p []byte) string { return unsafe.String(unsafe.SliceData(p), len(p)) }
+
+// cut returns how many of recs go into one call: those of the first one's stream
+// that follow each other without a hole, at most limit.
+func cut(recs []buffer.Record, limit int) int {
+	n := 1
+	for n < len(recs) && n < limit && recs[n].Stream == recs[0].Stream && recs[n].Seq == recs[n-1].Seq+1 {
+		n++
+	}
+	return n
+}

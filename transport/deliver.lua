@@ -1,0 +1,107 @@
+#!lua
+-- SPDX-License-Identifier: Apache-2.0
+--
+-- deliver: the server side of protocol "edr/1". One call stores one batch of one
+-- agent, all of it or nothing, exactly once, and says what the agent has to do
+-- next. It reads no clock, draws no random number and touches only its KEYS.
+--
+-- KEYS  1 stream
+--       2 cursors: a hash, agent id -> <epoch>:<last seq stored>:<session>
+-- ARGV  1 agent id
+--       2 epoch     20 hex digits; a greater one is newer and starts at seq 1
+--       3 session   24 hex digits: 20 for the process, 4 for its connection
+--       4 flag      H  hello: install the session, whoever had it
+--                   C  continue on a new connection: install the session if this
+--                      process has it; what is still under way on the process's
+--                      older connections is refused from then on
+--                   P  probe: only answer, with the checks of a write
+--                   W  write
+--                   R  write after a range that the agent no longer has; the
+--                      agent has accounted for that range elsewhere
+--       5 first     seq of the first record
+--       6 n         number of records, 0 with H, C and P
+--       7...        n times: id, timestamp, data
+--
+-- Replies
+--   OK <last>             stored, or probed
+--   OK <last> <session>   hello; the session it replaced, or - when none
+--   DUP <last>            the whole batch had been stored before
+--   GAP <last>            the server has less than the agent thinks: rewind
+--   OVERLAP <last>        a part had been stored before: cut the batch again
+--   FENCED <epoch> <session>  somebody else writes as this agent
+--
+-- There is no allow-oom flag, so a full server refuses the call as a whole.
+
+local stream, cursors = KEYS[1], KEYS[2]
+local agent, epoch, session, flag = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
+local first, n = tonumber(ARGV[5]), tonumber(ARGV[6])
+
+-- Lua's own conversion switches to 1e+15 notation; doubles are exact to 2^53.
+local function int(v) return string.format('%.0f', v) end
+
+if not first or not n or #ARGV ~= 6 + 3 * n then
+  return redis.error_reply('EDRCALL malformed call')
+end
+
+local last, owner = 0, '-'
+local cursor = redis.call('HGET', cursors, agent)
+if cursor then
+  local e, l, s = string.match(cursor, '^(%x+):(%d+):(%x+)$')
+  if not e or #e ~= #epoch then
+    return redis.error_reply('EDRCURSOR the cursor of this agent is not one of edr/1')
+  end
+  if e > epoch then
+    return 'FENCED ' .. e .. ' ' .. s
+  end
+  if e == epoch then
+    local mine = s == session or flag == 'H'
+      or flag == 'C' and string.sub(s, 1, 20) == string.sub(session, 1, 20)
+    if not mine then
+      return 'FENCED ' .. e .. ' ' .. s
+    end
+    last, owner = tonumber(l), s
+  end
+end
+
+local function move(seq)
+  redis.call('HSET', cursors, agent, epoch .. ':' .. int(seq) .. ':' .. session)
+end
+
+if flag == 'H' or flag == 'C' then
+  move(last)
+end
+if flag == 'H' then
+  return 'OK ' .. int(last) .. ' ' .. owner
+end
+if flag == 'C' or flag == 'P' then
+  return 'OK ' .. int(last)
+end
+
+local final = first + n - 1
+if first > last + 1 and flag ~= 'R' then
+  return 'GAP ' .. int(last)
+end
+if final <= last then
+  return 'DUP ' .. int(last)
+end
+if first <= last then
+  return 'OVERLAP ' .. int(last)
+end
+
+-- The cursor goes first: an append-only file that is cut inside this batch then
+-- holds a cursor without entries, which the agent's next call repairs, and not
+-- entries without a cursor, which would be stored twice.
+move(final)
+for i = 0, n - 1 do
+  local a = 7 + 3 * i
+  local r = redis.pcall('XADD', stream, '*',
+    'id', ARGV[a], 'timestamp', ARGV[a + 1], 'data', ARGV[a + 2],
+    'agent', agent, 'epoch', epoch, 'seq', int(first + i))
+  if type(r) == 'table' and r.err then
+    -- A script that fails is not rolled back: without this the cursor would
+    -- claim records that the stream has refused (WRONGTYPE, NOPERM).
+    if i == 0 then move(last) else move(first + i - 1) end
+    return r
+  end
+end
+return 'OK ' .. int(final)

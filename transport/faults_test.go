@@ -1,0 +1,544 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package transport
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"fmt"
+	"math/big"
+	randv2 "math/rand/v2"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/prometheus/client_golang/prometheus/testutil"
+	"github.com/redis/go-redis/v9"
+
+	"github.com/aurorasoc/edr-sensor/buffer"
+	"github.com/aurorasoc/edr-sensor/transport/redistest"
+)
+
+// TestSenderHoldsAndRecovers makes a real server refuse delivery in every way
+// that is quick to make. Each time the Sender must name the class, lose nothing
+// and go on by itself when the cause is gone.
+func TestSenderHoldsAndRecovers(t *testing.T) {
+	config := func(kv ...string) func(*testing.T, *redistest.Server, *redis.Client) {
+		return func(t *testing.T, _ *redistest.Server, c *redis.Client) {
+			t.Helper()
+			for i := 0; i < len(kv); i += 2 {
+				if err := c.ConfigSet(t.Context(), kv[i], kv[i+1]).Err(); err != nil {
+					t.Fatalf("config set %s %s: %v", kv[i], kv[i+1], err)
+				}
+			}
+		}
+	}
+	do := func(cmds ...string) func(*testing.T, *redistest.Server, *redis.Client) {
+		return func(t *testing.T, _ *redistest.Server, c *redis.Client) {
+			t.Helper()
+			for _, cmd := range cmds {
+				var args []any
+				for _, a := range strings.Fields(cmd) {
+					args = append(args, a)
+				}
+				if err := c.Do(t.Context(), args...).Err(); err != nil {
+					t.Fatalf("%s: %v", cmd, err)
+				}
+			}
+		}
+	}
+	type step = func(*testing.T, *redistest.Server, *redis.Client)
+	for _, tt := range []struct {
+		name   string
+		class  Class
+		phase  Phase
+		spoil  step
+		repair step
+	}{
+		{"out of memory", ClassOOM, Held, config("maxmemory-policy", "noeviction", "maxmemory", "1000000"), config("maxmemory", "0")},
+		{"password required", ClassAuth, Held, do("CONFIG SET requirepass x", "CLIENT KILL TYPE normal SKIPME yes"), do("ACL SETUSER default nopass")},
+		{"command not permitted", ClassPermission, Held, do("ACL SETUSER default -evalsha"), do("ACL SETUSER default +evalsha")},
+		{"xadd not permitted", ClassPermission, Held, do("ACL SETUSER default -xadd"), do("ACL SETUSER default +xadd")},
+		{"key not permitted", ClassPermission, Held, do("ACL SETUSER default resetkeys ~other:*"), do("ACL SETUSER default ~*")},
+		{"stream is a string", ClassWrongType, Held, do("RENAME "+eventsKey+" away", "SET "+eventsKey+" mine"), do("RENAME away " + eventsKey)},
+		{"cursors is a string", ClassWrongType, Held, do("RENAME "+cursorKey+" away", "SET "+cursorKey+" mine"), do("RENAME away " + cursorKey)},
+		{"cursor spoilt", ClassCursor, Held, do("HSET " + cursorKey + " " + testAgent + " nonsense"), do("HDEL "+cursorKey+" "+testAgent, "DEL "+eventsKey)},
+		{"read-only replica", ClassReadOnly, Retrying, do("REPLICAOF 127.0.0.1 1"), do("REPLICAOF NO ONE")},
+		{"too few replicas", ClassReplicas, Retrying, config("min-replicas-to-write", "1"), config("min-replicas-to-write", "0")},
+		{
+			"cannot persist", ClassMisconf, Held,
+			func(t *testing.T, s *redistest.Server, c *redis.Client) {
+				// Renaming the snapshot over a directory fails, even for root.
+				if err := os.Mkdir(filepath.Join(s.Dir(), "dump.rdb"), 0o700); err != nil {
+					t.Fatal(err)
+				}
+				config("save", "3600 1")(t, s, c)
+				c.BgSave(t.Context())
+				await(t, text("the failed snapshot"), func() bool {
+					return strings.Contains(c.Info(t.Context(), "persistence").Val(), "rdb_last_bgsave_status:err")
+				})
+			},
+			config("save", "", "stop-writes-on-bgsave-error", "no"),
+		},
+		{
+			"server busy", ClassBusy, Retrying,
+			func(t *testing.T, s *redistest.Server, c *redis.Client) {
+				config("busy-reply-threshold", "1")(t, s, c)
+				other := s.Client()
+				done := make(chan struct{})
+				go func() {
+					defer close(done)
+					other.Eval(t.Context(), "while true do end", nil) // ends with SCRIPT KILL
+				}()
+				t.Cleanup(func() { <-done; other.Close() })
+				await(t, text("the script to run"), func() bool {
+					err := c.Ping(t.Context()).Err()
+					return err != nil && strings.HasPrefix(err.Error(), "BUSY")
+				})
+			},
+			do("SCRIPT KILL"),
+		},
+		{
+			"no free client slot", ClassMaxClients, Retrying,
+			func(t *testing.T, s *redistest.Server, c *redis.Client) {
+				config("maxclients", "1")(t, s, c)
+				do("CLIENT KILL TYPE normal SKIPME yes")(t, s, c)
+			},
+			config("maxclients", "100"),
+		},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			srv := redistest.Start(t, redistest.Options{})
+			c := srv.Client()
+			defer c.Close()
+			q := newMemQueue()
+			s := start(t, fast(srv.Addr()), q)
+			s.delivered(t, q.add(10, buffer.Events, false))
+
+			tt.spoil(t, srv, c)
+			last := q.add(10, buffer.Events, false)
+			before := testutil.ToFloat64(s.m.errors[tt.class])
+			s.reaches(t, tt.phase, tt.class)
+			await(t, text("further attempts"), func() bool { return testutil.ToFloat64(s.m.errors[tt.class]) >= before+2 })
+			if st := s.State(); st.Acked != 10 || st.Error == "" || st.Hint == "" {
+				t.Errorf("state %+v", st)
+			}
+			if got := testutil.ToFloat64(s.m.connected); got != 0 {
+				t.Errorf("connected = %v", got)
+			}
+
+			tt.repair(t, srv, c)
+			s.delivered(t, last)
+			s.reaches(t, Connected, ClassNone)
+			exactlyOnce(t, c, last)
+			if got := q.forfeited(); got != nil {
+				t.Errorf("forfeited %v", got)
+			}
+		})
+	}
+}
+
+func TestSenderLoadsScriptAgain(t *testing.T) {
+	srv := redistest.Start(t, redistest.Options{})
+	c := srv.Client()
+	defer c.Close()
+	q := newMemQueue()
+	s := start(t, fast(srv.Addr()), q)
+	s.delivered(t, q.add(10, buffer.Events, false))
+	if err := c.ScriptFlush(t.Context()).Err(); err != nil {
+		t.Fatal(err)
+	}
+	s.delivered(t, q.add(10, buffer.Events, false))
+	exactlyOnce(t, c, 20)
+	for class, n := range s.m.errors {
+		if got := testutil.ToFloat64(n); got != 0 {
+			t.Errorf("%v errors of class %s", got, class)
+		}
+	}
+}
+
+func TestSenderWithoutScripting(t *testing.T) {
+	srv := redistest.Start(t, redistest.Options{Config: map[string]string{"rename-command": "EVALSHA NOPE"}})
+	s := start(t, fast(srv.Addr()), newMemQueue())
+	s.reaches(t, Held, ClassScripting)
+}
+
+func TestSenderWaitsWhileServerLoads(t *testing.T) {
+	srv := redistest.Start(t, redistest.Options{AOF: "always"})
+	c := srv.Client()
+	defer c.Close()
+	q := newMemQueue()
+	s := start(t, fast(srv.Addr()), q)
+	s.delivered(t, q.add(1000, buffer.Events, false))
+	for i := range 50 {
+		c.Set(t.Context(), fmt.Sprintf("ballast-%d", i), strings.Repeat("x", 4096), 0)
+	}
+	// A base file in RDB form, which loads as slowly as we want.
+	if err := c.BgRewriteAOF(t.Context()).Err(); err != nil {
+		t.Fatal(err)
+	}
+	await(t, text("the rewritten log"), func() bool {
+		info := c.Info(t.Context(), "persistence").Val()
+		return strings.Contains(info, "aof_rewrite_in_progress:0") && strings.Contains(info, "aof_rewrite_scheduled:0")
+	})
+	srv.Kill9()
+	srv.SetConfig("key-load-delay", "10000") // microseconds
+	srv.SetConfig("loading-process-events-interval-bytes", "1024")
+	srv.Launch()
+	last := q.add(10, buffer.Events, false)
+	s.reaches(t, Retrying, ClassLoading)
+	s.delivered(t, last)
+	exactlyOnce(t, c, last)
+}
+
+// TestSenderAccountsForEverything mixes all accidents: a lossy network, a server
+// that is emptied and killed, a queue that drops what is old. At the end every
+// record is in the stream exactly once, or in a forfeited range, or the queue
+// has dropped it undelivered.
+func TestSenderAccountsForEverything(t *testing.T) {
+	srv := redistest.Start(t, redistest.Options{AOF: "everysec"})
+	c := srv.Client()
+	defer c.Close()
+	seed := randv2.Uint64()
+	t.Logf("seed %d", seed)
+	rng := randv2.New(randv2.NewPCG(seed, 0))
+	proxy := redistest.StartProxy(t, srv.Addr(), redistest.Faults{
+		DropReply: 0.10, Reset: 0.05, Stall: 0.02, StallFor: 60 * time.Millisecond, Seed: seed,
+	})
+	q := newMemQueue()
+	o := fast(proxy.Addr())
+	o.Timeout = 50 * time.Millisecond
+	o.BatchRecords = 16
+	s := start(t, o, q)
+	dropped := make(map[uint64]bool) // by the queue, never delivered
+	for range 40 {
+		last := q.add(20+rng.IntN(100), buffer.Events, rng.IntN(2) == 0)
+		switch rng.IntN(6) {
+		case 0:
+			if err := c.FlushAll(t.Context()).Err(); err != nil {
+				t.Fatal(err)
+			}
+		case 1:
+			srv.Kill9()
+			srv.Restart()
+		case 2: // the retained tail shrinks
+			acked := q.Bounds().Acked
+			q.drop(1, acked-min(acked, uint64(rng.IntN(200))))
+		case 3: // overflow: the oldest go, delivered or not
+			q.mu.Lock()
+			upto := q.acked + min(30, q.last-q.acked)
+			for seq := q.acked + 1; seq <= upto; seq++ {
+				dropped[seq] = true
+			}
+			q.mu.Unlock()
+			q.drop(1, upto)
+		default:
+			s.delivered(t, last-uint64(rng.IntN(20)))
+		}
+	}
+	proxy.SetFaults(redistest.Faults{})
+	s.delivered(t, q.add(1, buffer.Events, true))
+	last := q.add(1, buffer.Events, true) // a rewind that is still due happens now
+	s.delivered(t, last)
+
+	seen := make(map[uint64]int)
+	prev := uint64(0)
+	for _, e := range entries(t, c, eventsKey) {
+		seen[e.Seq]++
+		if e.Seq <= prev {
+			t.Errorf("seq %d after %d", e.Seq, prev)
+		}
+		prev = e.Seq
+	}
+	named := make(map[uint64]int)
+	for _, f := range q.forfeited() {
+		for seq := f.first; seq <= f.last; seq++ {
+			named[seq]++
+		}
+	}
+	var lost, twice, named2 []uint64
+	for seq := uint64(1); seq <= last; seq++ {
+		if seen[seq]+named[seq] == 0 && !dropped[seq] {
+			lost = append(lost, seq)
+		}
+		if seen[seq] > 1 {
+			twice = append(twice, seq)
+		}
+		if named[seq] > 1 {
+			named2 = append(named2, seq)
+		}
+	}
+	if lost != nil || twice != nil || named2 != nil {
+		t.Errorf("of %d: lost %v, stored twice %v, named twice %v", last, lost, twice, named2)
+	}
+	t.Logf("%d records, %d stored, %d forfeited, %d dropped undelivered, %v rewinds, faults %d/%d/%d", last, len(seen), len(named), len(dropped),
+		testutil.ToFloat64(s.m.rewinds), proxy.Dropped.Load(), proxy.Resets.Load(), proxy.Stalls.Load())
+}
+
+func TestSenderReadsPasswordAtEachConnect(t *testing.T) {
+	srv := redistest.Start(t, redistest.Options{Password: "good", Config: map[string]string{"requirepass": "good"}})
+	c := srv.Client()
+	defer c.Close()
+	o := fast(srv.Addr())
+	o.PasswordFile = filepath.Join(t.TempDir(), "password")
+	q := newMemQueue()
+	last := q.add(5, buffer.Events, false)
+	s := start(t, o, q)
+	s.reaches(t, Held, ClassCredentials)
+	write := func(p string) {
+		if err := os.WriteFile(o.PasswordFile, []byte(p+"\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write("wr0ng-secret")
+	s.reaches(t, Held, ClassAuth)
+	if st := fmt.Sprintf("%+v", s.State()); strings.Contains(st, "wr0ng-secret") {
+		t.Errorf("the password shows in %s", st)
+	}
+	write("good")
+	s.delivered(t, last)
+	exactlyOnce(t, c, last)
+}
+
+// TestACLFile proves that the ACL file that is shipped is enough, and that
+// nothing in it can be left out.
+func TestACLFile(t *testing.T) {
+	file, err := os.ReadFile("../packaging/redis/edr-sensor.acl")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var rules []string
+	for line := range strings.Lines(string(file)) {
+		if f := strings.Fields(line); len(f) > 1 && f[0] == "user" {
+			rules = f[2:]
+		}
+	}
+	srv := redistest.Start(t, redistest.Options{})
+	c := srv.Client()
+	defer c.Close()
+	setUser := func(rules []string) {
+		t.Helper()
+		args := []any{"ACL", "SETUSER", "edr-sensor", "reset"}
+		for _, r := range rules {
+			args = append(args, r)
+		}
+		if err := c.Do(t.Context(), args...).Err(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	o := fast(srv.Addr())
+	o.Username = "edr-sensor"
+	o.PasswordFile = filepath.Join(t.TempDir(), "password")
+	if err := os.WriteFile(o.PasswordFile, []byte("CHANGE-ME"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	setUser(rules)
+	q := newMemQueue()
+	q.add(5, buffer.Events, false)
+	last := q.add(5, buffer.Decisions, false)
+	s := start(t, o, q)
+	s.delivered(t, last)
+	if st := s.State(); st.Phase != Connected {
+		t.Errorf("state %+v", st)
+	}
+	s.stop(t)
+	for _, r := range rules {
+		optional := r == "+info" || r == "+hello" // go-redis falls back to AUTH
+		if !strings.HasPrefix(r, "+") && !strings.HasPrefix(r, "~") || optional {
+			continue
+		}
+		var fewer []string
+		for _, other := range rules {
+			if other != r {
+				fewer = append(fewer, other)
+			}
+		}
+		setUser(fewer)
+		c.FlushAll(t.Context())
+		c.ScriptFlush(t.Context())
+		q := newMemQueue()
+		q.add(1, buffer.Events, false)
+		q.add(1, buffer.Decisions, false)
+		s := start(t, o, q)
+		s.reaches(t, Held, ClassPermission)
+		s.stop(t)
+	}
+}
+
+func TestSenderOverTLS(t *testing.T) {
+	dir := t.TempDir()
+	ca := newCA(t)
+	serverCert, serverKey := ca.issue(t, dir, "server", "127.0.0.1")
+	caFile := filepath.Join(dir, "ca.pem")
+	if err := os.WriteFile(caFile, ca.pem, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	port := redistest.FreePort(t)
+	srv := redistest.Start(t, redistest.Options{TCP: true, Config: map[string]string{
+		"tls-port": fmt.Sprint(port), "tls-cert-file": serverCert, "tls-key-file": serverKey, "tls-ca-cert-file": caFile, "tls-auth-clients": "yes",
+	}})
+	c := srv.Client()
+	defer c.Close()
+	addr := fmt.Sprintf("127.0.0.1:%d", port)
+	pool := x509.NewCertPool()
+	pool.AppendCertsFromPEM(ca.pem)
+	certFile, keyFile := ca.issue(t, dir, "client", "client")
+	cert, err := tls.LoadX509KeyPair(certFile, keyFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	with := func(edit func(*Options)) Options {
+		o := fast(addr)
+		o.DialTimeout = 300 * time.Millisecond
+		o.TLS = &tls.Config{RootCAs: pool, Certificates: []tls.Certificate{cert}, MinVersion: tls.VersionTLS12}
+		edit(&o)
+		return o
+	}
+
+	q := newMemQueue()
+	last := q.add(20, buffer.Events, false)
+	s := start(t, with(func(*Options) {}), q)
+	s.delivered(t, last)
+	exactlyOnce(t, c, last)
+	s.stop(t)
+
+	silent, err := net.Listen("tcp", "127.0.0.1:0") // accepts and says nothing
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer silent.Close()
+	for _, tt := range []struct {
+		name  string
+		phase Phase
+		class Class
+		edit  func(*Options)
+	}{
+		{"unknown ca", Held, ClassTLS, func(o *Options) { o.TLS.RootCAs = x509.NewCertPool() }},
+		{"wrong name", Held, ClassTLS, func(o *Options) { o.TLS.ServerName = "redis.example" }},
+		{"no client certificate", Held, ClassTLS, func(o *Options) { o.TLS.Certificates = nil }},
+		{"plain port", Retrying, ClassHandshake, func(o *Options) { o.Addr = srv.Addr() }},
+		{"silent port", Retrying, ClassHandshake, func(o *Options) { o.Addr = silent.Addr().String() }},
+		{"plain client", Retrying, ClassNetwork, func(o *Options) { o.TLS = nil }},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			s := start(t, with(tt.edit), newMemQueue())
+			s.reaches(t, tt.phase, tt.class)
+		})
+	}
+}
+
+// authority is a CA made for one test.
+type authority struct {
+	cert *x509.Certificate
+	key  *ecdsa.PrivateKey
+	pem  []byte
+}
+
+func newCA(t *testing.T) *authority {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tmpl := &x509.Certificate{
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "test ca"}, IsCA: true, BasicConstraintsValid: true,
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour), KeyUsage: x509.KeyUsageCertSign,
+	}
+	der, err := x509.CreateCertificate(rand.Reader, tmpl, tmpl, &key.PublicKey, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cert, err := x509.ParseCertificate(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &authority{cert, key, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})}
+}
+
+// issue writes a certificate and its key for a name or an IP address.
+func (a *authority) issue(t *testing.T, dir, file, name string) (certFile, keyFile string) {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tmpl := &x509.Certificate{
+		SerialNumber: big.NewInt(2), Subject: pkix.Name{CommonName: name},
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour), KeyUsage: x509.KeyUsageDigitalSignature,
+		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
+	}
+	if ip := net.ParseIP(name); ip != nil {
+		tmpl.IPAddresses = []net.IP{ip}
+	} else {
+		tmpl.DNSNames = []string{name}
+	}
+	der, err := x509.CreateCertificate(rand.Reader, tmpl, a.cert, &key.PublicKey, a.key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	private, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	certFile, keyFile = filepath.Join(dir, file+".pem"), filepath.Join(dir, file+".key")
+	for path, block := range map[string]*pem.Block{certFile: {Type: "CERTIFICATE", Bytes: der}, keyFile: {Type: "PRIVATE KEY", Bytes: private}} {
+		if err := os.WriteFile(path, pem.EncodeToMemory(block), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return certFile, keyFile
+}
+
+func TestSubtract(t *testing.T) {
+	for _, tt := range []struct {
+		a     span
+		spans []span
+		want  []span
+	}{
+		{span{1, 9}, nil, []span{{1, 9}}},
+		{span{5, 4}, nil, nil},
+		{span{1, 9}, []span{{1, 9}}, nil},
+		{span{1, 9}, []span{{3, 4}}, []span{{1, 2}, {5, 9}}},
+		{span{3, 9}, []span{{1, 3}, {9, 12}, {20, 30}}, []span{{4, 8}}},
+		{span{1, 9}, []span{{1, 2}, {8, 9}, {5, 5}}, []span{{3, 4}, {6, 7}}},
+	} {
+		if d := cmp.Diff(tt.want, subtract(tt.a, tt.spans), cmp.AllowUnexported(span{})); d != "" {
+			t.Errorf("%v minus %v (-want +got):\n%s", tt.a, tt.spans, d)
+		}
+	}
+}
+
+func TestBackoff(t *testing.T) {
+	limit := func(b backoff, up time.Duration, slow bool) (top time.Duration) {
+		for range 2000 {
+			b := b
+			top = max(top, b.next(up, slow))
+		}
+		return top
+	}
+	b := backoff{first: 500 * time.Millisecond, base: 250 * time.Millisecond, cap: 30 * time.Second, healthy: time.Minute}
+	near := func(what string, got, want time.Duration) {
+		t.Helper()
+		if got > want || got < want*9/10 {
+			t.Errorf("%s: longest wait %v, want just below %v", what, got, want)
+		}
+	}
+	near("first dial", limit(b, 0, false), b.base)
+	near("first reconnect", limit(b, time.Hour, false), b.first)
+	for _, want := range []time.Duration{250, 250, 500, 1000, 2000, 4000, 8000, 16000, 30000, 30000} {
+		near(fmt.Sprintf("failure %d", b.failures), limit(b, 0, false), want*time.Millisecond)
+		b.next(0, false)
+	}
+	near("slow class", limit(b, 0, true), 60*time.Second)
+	near("a connect alone proves nothing", limit(b, 59*time.Second, false), b.cap)
+	near("healthy traffic does", limit(b, time.Minute, false), b.first)
+}

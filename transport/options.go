@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package transport
+
+import (
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"net"
+	"strings"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// Options say where the records go and how eagerly. Zero values mean the
+// defaults given at each field.
+type Options struct {
+	// Addr is host:port, or unix:///path/to/socket.
+	Addr string
+	// TLS makes the connection a TLS one; an empty ServerName becomes the host
+	// of Addr. The Sender clones it. There is no fallback to plain text.
+	TLS *tls.Config
+	// Username is the ACL user; empty is the server's default user.
+	Username string
+	// PasswordFile holds the password, one line. It is read at each connect, so
+	// that a changed password needs no restart. Empty: no authentication.
+	PasswordFile string
+	// DB is the number of the logical database.
+	DB int
+
+	// AgentID names the agent in the cursor and in every entry.
+	AgentID string
+	// Prefix and Shard make the keys <Prefix>:{<Shard>}:events and :cursors.
+	// Defaults "edr" and "s000".
+	Prefix, Shard string
+	// DecisionsKey is the stream of the decisions, default "decisions:system".
+	// On a cluster it must carry the same {<Shard>} tag.
+	DecisionsKey string
+
+	// A batch is sent when it has BatchRecords (256) or BatchBytes (256 KiB) of
+	// payload, Linger (50 ms) after its first record was seen, or at once when
+	// it holds an urgent record. A larger record travels alone.
+	BatchRecords int
+	BatchBytes   int
+	Linger       time.Duration
+
+	// DialTimeout (5 s) covers the dial and, separately, the TLS handshake;
+	// Timeout (3 s) one request and its reply.
+	DialTimeout, Timeout time.Duration
+	// ProbeInterval (30 s, jittered by a quarter) is how often an idle Sender
+	// asks whether the server still has everything.
+	ProbeInterval time.Duration
+
+	// After a failure the Sender waits a random time below a limit. The limit is
+	// FirstReconnect (500 ms) when a healthy connection broke, then BackoffBase
+	// (250 ms), doubled at each failure up to BackoffCap (30 s; twice that for
+	// refused credentials, TLS and a full server). It starts over after
+	// HealthyAfter (60 s) without failure: a connect alone proves nothing.
+	FirstReconnect          time.Duration
+	BackoffBase, BackoffCap time.Duration
+	HealthyAfter            time.Duration
+
+	// Registerer gets the metrics; nil leaves them unregistered.
+	Registerer prometheus.Registerer
+	// OnChange is called with each new [State] whose phase, class or warning
+	// differs from the one before. It runs on the sending goroutine and must not
+	// block.
+	OnChange func(State)
+}
+
+func (o *Options) setDefaults() {
+	def(&o.Prefix, "edr")
+	def(&o.Shard, "s000")
+	def(&o.DecisionsKey, "decisions:system")
+	def(&o.BatchRecords, 256)
+	def(&o.BatchBytes, 256<<10)
+	def(&o.Linger, 50*time.Millisecond)
+	def(&o.DialTimeout, 5*time.Second)
+	def(&o.Timeout, 3*time.Second)
+	def(&o.ProbeInterval, 30*time.Second)
+	def(&o.FirstReconnect, 500*time.Millisecond)
+	def(&o.BackoffBase, 250*time.Millisecond)
+	def(&o.BackoffCap, 30*time.Second)
+	def(&o.HealthyAfter, time.Minute)
+	if o.OnChange == nil {
+		o.OnChange = func(State) {}
+	}
+}
+
+func def[T comparable](p *T, v T) {
+	var zero T
+	if *p == zero {
+		*p = v
+	}
+}
+
+func (o *Options) validate() error {
+	if o.AgentID == "" {
+		return errors.New("agent id is empty")
+	}
+	if strings.ContainsAny(o.Prefix+o.Shard, "{}") {
+		return fmt.Errorf("prefix %q and shard %q must not contain braces", o.Prefix, o.Shard)
+	}
+	if o.BatchRecords < 1 || o.BatchBytes < 1 {
+		return fmt.Errorf("batch of %d records and %d bytes: both must be positive", o.BatchRecords, o.BatchBytes)
+	}
+	_, _, err := splitAddr(o.Addr)
+	return err
+}
+
+// splitAddr turns an address of [Options] into what a net.Dialer takes.
+func splitAddr(addr string) (network, address string, err error) {
+	if path, ok := strings.CutPrefix(addr, "unix://"); ok {
+		if !strings.HasPrefix(path, "/") {
+			return "", "", fmt.Errorf("address %q: the path of a unix socket must be absolute, as in unix:///run/redis/redis.sock", addr)
+		}
+		return "unix", path, nil
+	}
+	if _, _, err := net.SplitHostPort(addr); err != nil {
+		return "", "", fmt.Errorf("address %q: want host:port or unix:///path: %w", addr, err)
+	}
+	return "tcp", addr, nil
+}

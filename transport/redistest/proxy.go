@@ -1,0 +1,227 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package redistest
+
+import (
+	"math/rand/v2"
+	"net"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+// Faults says how often a [Proxy] does what to a request, as probabilities.
+type Faults struct {
+	DropReply float64       // the server applies the request; the reply is dropped, the connection reset
+	Reset     float64       // half of the request is passed on, then both sides are reset
+	Stall     float64       // the reply is held back for StallFor, then the connection is reset
+	StallFor  time.Duration // choose it longer than the client's timeout
+	Seed      uint64
+}
+
+// Proxy passes TCP connections on to a server and injects faults. It takes what
+// a client sends until a reply comes as one request.
+type Proxy struct {
+	network, upstream string
+	ln                net.Listener
+	wg                sync.WaitGroup
+	done              chan struct{}
+
+	mu     sync.Mutex
+	rng    *rand.Rand
+	faults Faults
+	open   map[net.Conn]struct{}
+
+	// Dropped, Resets and Stalls count the faults injected.
+	Dropped, Resets, Stalls atomic.Int64
+}
+
+// StartProxy listens on a free loopback port for connections to addr, in the
+// form of [Server.Addr], and ends with the test.
+func StartProxy(tb testing.TB, addr string, f Faults) *Proxy {
+	tb.Helper()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		tb.Fatal(err)
+	}
+	p := &Proxy{
+		network: "tcp", upstream: addr, ln: ln, done: make(chan struct{}),
+		rng: rand.New(rand.NewPCG(f.Seed, 1)), faults: f, open: make(map[net.Conn]struct{}),
+	}
+	if path, unix := strings.CutPrefix(addr, "unix://"); unix {
+		p.network, p.upstream = "unix", path
+	}
+	p.wg.Go(p.accept)
+	tb.Cleanup(p.close)
+	return p
+}
+
+// Addr is where clients connect.
+func (p *Proxy) Addr() string { return p.ln.Addr().String() }
+
+// SetFaults replaces the probabilities; the random sequence goes on.
+func (p *Proxy) SetFaults(f Faults) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.faults = f
+}
+
+func (p *Proxy) close() {
+	close(p.done)
+	p.ln.Close()
+	p.mu.Lock()
+	for c := range p.open {
+		c.Close()
+	}
+	p.mu.Unlock()
+	p.wg.Wait()
+}
+
+func (p *Proxy) accept() {
+	for {
+		client, err := p.ln.Accept()
+		if err != nil {
+			return
+		}
+		server, err := net.Dial(p.network, p.upstream)
+		if err != nil {
+			reset(client)
+			continue
+		}
+		p.mu.Lock()
+		p.open[client], p.open[server] = struct{}{}, struct{}{}
+		p.mu.Unlock()
+		l := &link{p: p, client: client, server: server}
+		p.wg.Go(l.requests)
+		p.wg.Go(l.replies)
+	}
+}
+
+type fate int
+
+const (
+	pass fate = iota
+	dropReply
+	resetRequest
+	stallReply
+)
+
+// draw decides what happens to a request.
+func (p *Proxy) draw() (fate, time.Duration) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	x, f := p.rng.Float64(), p.faults
+	switch {
+	case x < f.DropReply:
+		return dropReply, 0
+	case x < f.DropReply+f.Reset:
+		return resetRequest, 0
+	case x < f.DropReply+f.Reset+f.Stall:
+		return stallReply, f.StallFor
+	}
+	return pass, 0
+}
+
+// link is one client's connection through the proxy.
+type link struct {
+	p              *Proxy
+	client, server net.Conn
+
+	mu      sync.Mutex
+	pending bool // a request was begun and not answered
+	fate    fate
+	stall   time.Duration
+}
+
+func (l *link) requests() {
+	defer l.end()
+	buf := make([]byte, 64<<10)
+	for {
+		n, err := l.client.Read(buf)
+		if n > 0 {
+			l.mu.Lock()
+			if !l.pending {
+				l.pending = true
+				l.fate, l.stall = l.p.draw()
+			}
+			f := l.fate
+			l.mu.Unlock()
+			if f == resetRequest {
+				l.p.Resets.Add(1)
+				_, _ = l.server.Write(buf[:n/2])
+				return
+			}
+			if _, err := l.server.Write(buf[:n]); err != nil {
+				return
+			}
+		}
+		if err != nil {
+			return
+		}
+	}
+}
+
+func (l *link) replies() {
+	defer l.end()
+	buf := make([]byte, 64<<10)
+	for {
+		n, err := l.server.Read(buf)
+		if n > 0 {
+			l.mu.Lock()
+			f, stall := l.fate, l.stall
+			l.pending = false
+			l.mu.Unlock()
+			switch f {
+			case dropReply:
+				l.p.Dropped.Add(1)
+				return
+			case stallReply:
+				l.p.Stalls.Add(1)
+				t := time.NewTimer(stall)
+				select {
+				case <-t.C:
+				case <-l.p.done:
+				}
+				t.Stop()
+				return
+			}
+			if _, err := l.client.Write(buf[:n]); err != nil {
+				return
+			}
+		}
+		if err != nil {
+			return
+		}
+	}
+}
+
+// end resets both sides; the other direction then ends as well.
+func (l *link) end() {
+	l.p.mu.Lock()
+	delete(l.p.open, l.client)
+	delete(l.p.open, l.server)
+	l.p.mu.Unlock()
+	reset(l.client)
+	reset(l.server)
+}
+
+// reset closes c with RST where there is one.
+func reset(c net.Conn) {
+	if t, tcp := c.(*net.TCPConn); tcp {
+		_ = t.SetLinger(0)
+	}
+	_ = c.Close()
+}
+
+// FreePort returns a TCP port on loopback that was free a moment ago.
+func FreePort(tb testing.TB) int {
+	tb.Helper()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		tb.Fatal(err)
+	}
+	defer ln.Close()
+	return ln.Addr().(*net.TCPAddr).Port
+}

@@ -245,8 +245,12 @@ func (h *hasher) hash(job *hashJob, buf []byte) (sum, note string, keep bool) {
 }
 
 // hashFile hashes what path leads to, if it is the file and version of key from
-// the first byte to the last. Of a file that own, a magic link, leads to, the
-// device may differ: btrfs and overlayfs show another one than the kernel uses.
+// the first byte to the last.
+//
+// own is a process's link to its executable. The kernel denies writing to that
+// file for as long as the process runs it, so a ctime that moved is no change of
+// content but a name: a program that unlinks itself is hashed all the same. The
+// device may differ too: btrfs and overlayfs show another one than the kernel uses.
 func (h *hasher) hashFile(path string, own bool, key fileKey, buf []byte) (sum, note string, keep bool) {
 	fd, err := openQuietly(path)
 	if err != nil {
@@ -257,14 +261,10 @@ func (h *hasher) hashFile(path string, own bool, key fileKey, buf []byte) (sum, 
 	if err != nil {
 		return "", noteError, false
 	}
-	want := key
-	if own {
-		want.major, want.minor = found.major, found.minor
-	}
-	if found != want {
+	if !key.matches(found, own) {
 		// Another file means that this way leads elsewhere by now; the same file
 		// with other content means that what ran is lost.
-		if found.ino == want.ino && found.major == want.major && found.minor == want.minor {
+		if found.ino == key.ino && (own || found.major == key.major && found.minor == key.minor) {
 			return "", noteChanged, false
 		}
 		return "", noteGone, false
@@ -287,11 +287,22 @@ func (h *hasher) hashFile(path string, own bool, key fileKey, buf []byte) (sum, 
 		left -= uint64(n)
 	}
 	now := h.now().UnixNano()
-	if after, err := keyOfFD(fd); err != nil || after != found {
+	after, err := keyOfFD(fd)
+	if err != nil || !found.matches(after, own) {
 		return "", noteChanged, false
 	}
 	age := now - key.ctime
-	return hex.EncodeToString(digest.Sum(buf[:0])), "", age < -int64(racy) || age > int64(racy)
+	keep = after.ctime == key.ctime && (age < -int64(racy) || age > int64(racy))
+	return hex.EncodeToString(digest.Sum(buf[:0])), "", keep
+}
+
+// matches tells whether k and found are one version of one file; hashFile says
+// what may differ when a process holds it.
+func (k fileKey) matches(found fileKey, own bool) bool {
+	if own {
+		found.major, found.minor, found.ctime = k.major, k.minor, k.ctime
+	}
+	return k == found
 }
 
 // openQuietly opens without waiting for a pipe's writer, without becoming a

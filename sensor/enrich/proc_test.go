@@ -5,6 +5,7 @@ package enrich
 import (
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -14,14 +15,14 @@ import (
 )
 
 // fakeProc writes files of one process in a scratch /proc.
-func fakeProc(t *testing.T, pid string, files map[string]string) procfs {
+func fakeProc(t testing.TB, pid string, files map[string]string) procfs {
 	t.Helper()
 	root := t.TempDir()
 	addProc(t, root, pid, files)
 	return procfs(root)
 }
 
-func addProc(t *testing.T, root, pid string, files map[string]string) {
+func addProc(t testing.TB, root, pid string, files map[string]string) {
 	t.Helper()
 	for name, content := range files {
 		path := filepath.Join(root, pid, name)
@@ -39,6 +40,8 @@ func addProc(t *testing.T, root, pid string, files map[string]string) {
 		}
 	}
 }
+
+func itoa(n uint32) string { return strconv.FormatUint(uint64(n), 10) }
 
 func statLine(comm, ppid, start string) string {
 	return "4711 (" + comm + ") S " + ppid + " 4711 4711 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 " + start + " 1000 100 0\n"

@@ -281,10 +281,10 @@ func (r *record) what() (what string, notes []string, after string) {
 				notes = append(notes, n.name)
 			}
 		}
+		trailer = append(trailer, from(p.Parent)...)
 		if x.Script {
 			trailer = append(trailer, "script "+x.Filename)
 		}
-		trailer = append(trailer, from(p.Parent)...)
 	case code == "process.fork":
 		what = p.CmdLine
 		trailer = append(trailer, from(r.Actor.Process)...)
@@ -337,7 +337,7 @@ func (r *record) what() (what string, notes []string, after string) {
 // sensor says what the sensor decided or lost.
 func (r *record) sensor() string {
 	what := r.Message
-	if s := r.Unmapped.Sensor; s.Before != "" && s.After != "" && r.Metadata.EventCode == "sensor.mode_change" {
+	if s := r.Unmapped.Sensor; s.Before != "" && s.After != "" && !strings.Contains(what, s.After) {
 		what = s.Before + " → " + s.After + ": " + what
 	}
 	if what == "" {

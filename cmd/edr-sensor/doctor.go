@@ -255,7 +255,7 @@ func (d *doctor) configuration(c config.Config) {
 		// The configuration may be read by all; secrets may not.
 		forbidden := fs.FileMode(0o022)
 		if path != d.file {
-			forbidden = 0o026 | 0o004
+			forbidden = 0o026
 		}
 		if st, err := os.Stat(path); err == nil && st.Mode().Perm()&forbidden != 0 {
 			loose = append(loose, fmt.Sprintf("%s (%v)", path, st.Mode().Perm()))
@@ -349,7 +349,7 @@ func examineRedis(ctx context.Context, t config.Transport) []finding {
 	if err != nil {
 		return []finding{{"redis.reachable", fail, err.Error(), "edr-sensor check"}}
 	}
-	defer client.Close() //nolint:errcheck // only read
+	defer client.Close()
 	ctx, cancel := context.WithTimeout(ctx, t.Timeout+5*time.Second)
 	defer cancel()
 	err = client.Ping(ctx).Err()

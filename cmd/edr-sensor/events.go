@@ -177,7 +177,7 @@ func (a *app) tapEvents(ctx context.Context, socket string, p *printer, say func
 	if err != nil {
 		return err
 	}
-	defer body.Close() //nolint:errcheck // only read
+	defer body.Close()
 	say("live from the sensor on %s; Ctrl-C ends", c.socket)
 	r := bufio.NewReaderSize(body, 64<<10)
 	for {
@@ -240,7 +240,7 @@ func (a *app) redisEvents(ctx context.Context, t config.Transport, f *eventsFlag
 	if err != nil {
 		return &exit{exitConfig, err, "edr-sensor check" + a.configFlag()}
 	}
-	defer client.Close() //nolint:errcheck // only read
+	defer client.Close()
 	since, err := f.start(time.Now())
 	if err != nil {
 		return err

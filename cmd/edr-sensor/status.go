@@ -80,7 +80,7 @@ func (a *app) statusCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			defer body.Close() //nolint:errcheck // only read
+			defer body.Close()
 			answer, err := io.ReadAll(io.LimitReader(body, 1<<20))
 			if err != nil {
 				return fmt.Errorf("read status: %w", err)
@@ -169,7 +169,9 @@ func (s *sensorStatus) screen(now time.Time, colour bool) string {
 		r := s.Sensor.Rings[name]
 		rings = append(rings, fmt.Sprintf("%s %s of %s", safe(name), percent(int64(r.Used), int64(r.Size)), bytesText(int64(r.Size))))
 	}
-	row("rings", "%s", strings.Join(rings, ", "))
+	if len(rings) > 0 {
+		row("rings", "%s", strings.Join(rings, ", "))
+	}
 
 	f := s.Buffer
 	row("buffer", "%s records, %s of %s (%s), %s not sent", thousands(f.Records), bytesText(f.Bytes), bytesText(f.Cap), percent(f.Bytes, f.Cap), thousands(f.Unsent))

@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"os"
+	"testing"
+
+	"github.com/rogpeppe/go-internal/testscript"
+)
+
+func TestMain(m *testing.M) {
+	testscript.Main(m, map[string]func(){"edr-sensor": main})
+}
+
+// TestScripts runs the binary as people do. Each script says what is typed and
+// what exactly comes back.
+func TestScripts(t *testing.T) {
+	testscript.Run(t, testscript.Params{
+		Dir:                 "testdata/script",
+		RequireUniqueNames:  true,
+		RequireExplicitExec: true,
+		Condition: func(cond string) (bool, error) {
+			return cond == "root" && os.Geteuid() == 0, nil
+		},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){"exits": exits},
+	})
+}
+
+// exits runs edr-sensor and wants the exit code that comes first.
+func exits(ts *testscript.TestScript, _ bool, args []string) {
+	if len(args) < 2 {
+		ts.Fatalf("usage: exits CODE PROGRAM [ARGUMENT…]")
+	}
+	// A shell makes the code visible; testscript only tells success from failure.
+	script := append([]string{"-c", `"$@"; code=$?; [ $code = "$0" ] || { echo "exit code $code, want $0" >&2; exit 1; }`}, args...)
+	ts.Check(ts.Exec("sh", script...))
+}

@@ -346,6 +346,7 @@ struct sock_common {
 	__be16 skc_dport;
 	__u16 skc_num;
 	unsigned short skc_family;
+	volatile unsigned char skc_state;
 	possible_net_t skc_net;
 	struct in6_addr skc_v6_daddr;
 	struct in6_addr skc_v6_rcv_saddr;
@@ -358,6 +359,10 @@ struct sock {
 	__u16 sk_protocol;
 	__u8 sk_shutdown;
 	__u32 sk_max_ack_backlog;
+};
+
+struct socket {
+	struct sock *sk;
 };
 
 struct inet_sock {
@@ -387,6 +392,12 @@ struct bpf_iter_meta {
 struct bpf_iter__task {
 	struct bpf_iter_meta *meta;
 	struct task_struct *task;
+};
+
+struct bpf_iter__task_file {
+	struct bpf_iter_meta *meta;
+	struct task_struct *task;
+	struct file *file;
 };
 
 #pragma clang attribute pop

@@ -33,8 +33,8 @@ struct socket_state {
 	__u32 established;
 };
 
-/* Keyed by struct sock *. An address is reused only after the socket went through
- * CLOSE, which removes it here. */
+/* Keyed by struct sock *. CLOSE removes a socket; should that have been missed, the
+ * next one at its address takes its place or removes it. */
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 65536);
@@ -181,6 +181,15 @@ static __always_inline void remember(struct sock *sk, struct socket_state *state
 	count_lost(kind);
 }
 
+/* not_mine ends what is known of an earlier socket at this address. */
+static __always_inline int not_mine(struct sock *sk)
+{
+	__u64 key = (__u64)sk;
+
+	bpf_map_delete_elem(&sockets, &key);
+	return 0;
+}
+
 /* connect(2) and sendto(2) with MSG_FASTOPEN, in the task that called them. */
 static __always_inline int connect_began(struct sock *sk)
 {
@@ -188,7 +197,7 @@ static __always_inline int connect_began(struct sock *sk)
 	struct socket_state state = {};
 
 	if (!task_in_scope(task))
-		return 0;
+		return not_mine(sk);
 	set_opened(&state);
 	set_owner(&state, task);
 	state.role = ROLE_CONNECTING;
@@ -205,7 +214,7 @@ static __always_inline int listen_began(struct sock *sk)
 	struct socket_state state = {};
 
 	if (!task_in_scope(task))
-		return 0;
+		return not_mine(sk);
 	set_opened(&state);
 	set_owner(&state, task);
 	state.role = ROLE_LISTENING;
@@ -247,7 +256,7 @@ static __always_inline int accept_began(struct sock *sk)
 	} else if (scope_mode == SCOPE_ALL) {
 		state.flags = TCP_FLAG_OWNER_UNKNOWN;
 	} else {
-		return 0;
+		return not_mine(sk);
 	}
 	remember(sk, &state, EVENT_KIND_TCP_ACCEPT);
 	return 0;
@@ -267,7 +276,8 @@ static __always_inline int established(struct sock *sk, __u16 old)
 	return 0;
 }
 
-/* early_state makes up the state of a socket that was opened before the sensor. */
+/* early_state makes up the state of a socket that was opened before the sensor and that
+ * handle_open_file did not find: a process outside of the scope held it, or none. */
 static __always_inline void early_state(struct socket_state *state)
 {
 	state->conn_id = new_conn_id(bpf_ktime_get_boot_ns());
@@ -351,6 +361,49 @@ static __always_inline int handle_state(struct sock *sk, __u32 old, __u32 new)
 	case TCP_CLOSE:
 		return closed(sk, old);
 	}
+	return 0;
+}
+
+/*
+ * handle_open_file takes in a socket that is open while the programs are attached
+ * already, so that listeners of old have an owner for what they accept. Of several
+ * processes that hold one, the first that the iterator comes to is the owner; who
+ * connected an established one cannot be told any more.
+ */
+static __always_inline int handle_open_file(struct task_struct *task, struct file *file)
+{
+	struct socket_state state = {};
+	struct socket *socket;
+	struct sock *sk;
+	__u16 family;
+	__u8 status;
+	__u64 key;
+
+	if ((BPF_CORE_READ(file, f_inode, i_mode) & S_IFMT) != S_IFSOCK || !task_in_scope(task))
+		return 0;
+	socket = BPF_CORE_READ(file, private_data);
+	sk = BPF_CORE_READ(socket, sk);
+	family = BPF_CORE_READ(sk, __sk_common.skc_family);
+	if ((family != AF_INET && family != AF_INET6) ||
+	    BPF_CORE_READ(sk, sk_protocol) != IPPROTO_TCP)
+		return 0;
+	status = BPF_CORE_READ(sk, __sk_common.skc_state);
+	if (status == TCP_CLOSE)
+		return 0;
+	state.conn_id = new_conn_id(bpf_ktime_get_boot_ns());
+	state.flags = TCP_FLAG_EARLY;
+	state.role = ROLE_EARLY;
+	state.established = 1;
+	set_owner(&state, task);
+	if (status == TCP_LISTEN) {
+		state.role = ROLE_LISTENING;
+	} else if (status == TCP_SYN_SENT) {
+		state.role = ROLE_CONNECTING;
+		state.flags |= TCP_FLAG_INITIATED;
+		state.established = 0;
+	}
+	key = (__u64)sk;
+	bpf_map_update_elem(&sockets, &key, &state, BPF_NOEXIST);
 	return 0;
 }
 

@@ -109,3 +109,19 @@ int on_task(struct bpf_iter__task *ctx)
 		return 0;
 	return handle_task(ctx->meta->seq, task);
 }
+
+/*
+ * Sees: every open file, once, when the sensor starts.
+ * Why: tells sockets with their owners, in every network namespace; /proc/net/tcp would
+ * need a search through all descriptors for each of them. Ignores: all but TCP sockets.
+ */
+SEC("iter/task_file")
+int on_task_file(struct bpf_iter__task_file *ctx)
+{
+	struct task_struct *task = ctx->task;
+	struct file *file = ctx->file;
+
+	if (!task || !file)
+		return 0;
+	return handle_open_file(task, file);
+}

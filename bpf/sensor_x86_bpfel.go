@@ -207,6 +207,7 @@ const (
 	SensorProgOnSchedProcessExit  = "on_sched_process_exit"
 	SensorProgOnSchedProcessFork  = "on_sched_process_fork"
 	SensorProgOnTask              = "on_task"
+	SensorProgOnTaskFile          = "on_task_file"
 	SensorProgRawInetSockSetState = "raw_inet_sock_set_state"
 	SensorProgRawSchedProcessExec = "raw_sched_process_exec"
 	SensorProgRawSchedProcessExit = "raw_sched_process_exit"
@@ -263,6 +264,7 @@ type SensorProgramSpecs struct {
 	OnSchedProcessExit  *ebpf.ProgramSpec `ebpf:"on_sched_process_exit"`
 	OnSchedProcessFork  *ebpf.ProgramSpec `ebpf:"on_sched_process_fork"`
 	OnTask              *ebpf.ProgramSpec `ebpf:"on_task"`
+	OnTaskFile          *ebpf.ProgramSpec `ebpf:"on_task_file"`
 	RawInetSockSetState *ebpf.ProgramSpec `ebpf:"raw_inet_sock_set_state"`
 	RawSchedProcessExec *ebpf.ProgramSpec `ebpf:"raw_sched_process_exec"`
 	RawSchedProcessExit *ebpf.ProgramSpec `ebpf:"raw_sched_process_exit"`
@@ -350,6 +352,7 @@ type SensorPrograms struct {
 	OnSchedProcessExit  *ebpf.Program `ebpf:"on_sched_process_exit"`
 	OnSchedProcessFork  *ebpf.Program `ebpf:"on_sched_process_fork"`
 	OnTask              *ebpf.Program `ebpf:"on_task"`
+	OnTaskFile          *ebpf.Program `ebpf:"on_task_file"`
 	RawInetSockSetState *ebpf.Program `ebpf:"raw_inet_sock_set_state"`
 	RawSchedProcessExec *ebpf.Program `ebpf:"raw_sched_process_exec"`
 	RawSchedProcessExit *ebpf.Program `ebpf:"raw_sched_process_exit"`
@@ -363,6 +366,7 @@ func (p *SensorPrograms) Close() error {
 		p.OnSchedProcessExit,
 		p.OnSchedProcessFork,
 		p.OnTask,
+		p.OnTaskFile,
 		p.RawInetSockSetState,
 		p.RawSchedProcessExec,
 		p.RawSchedProcessExit,

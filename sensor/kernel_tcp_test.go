@@ -3,10 +3,12 @@
 package sensor
 
 import (
+	"fmt"
 	"net/netip"
 	"strconv"
 	"testing"
 
+	"github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
 
 	"github.com/aurorasoc/edr-sensor/bpf"
@@ -248,26 +250,72 @@ func TestRootTCPSharedPort(t *testing.T) {
 	}
 }
 
-// A connection that was open before the sensor is reported when a process in scope
-// closes it.
+// What was open before the sensor is known by its owner, or, where nobody in scope
+// held it, by who closes it.
 func TestRootTCPEarly(t *testing.T) {
+	for _, known := range []bool{true, false} {
+		t.Run(fmt.Sprintf("known %t", known), func(t *testing.T) {
+			a := startActor(t)
+			server := a.spawn()
+			address := server.must(request{Op: "listen", Network: "tcp4"}).Local
+			client := a.must(request{Op: "dial", Network: "tcp4", Addr: address}).Local
+			server.must(request{Op: "accept"})
+			k := watch(t, server)
+			requireHook(t, k, event.TCPClose)
+			if !known {
+				forgetAll(t, k.maps["sockets"])
+			}
+			bulk := newTap(t, k.bulk)
+			server.must(request{Op: "drop"})
+			a.must(request{Op: "drop"})
+			records := bulk.until("close", closes(1))
+			e := records[0].tcp
+			local, remote := endpoints(e)
+			if len(records) != 1 || local.String() != address || remote.String() != client {
+				t.Errorf("%d records, the first from %s to %s", len(records), local, remote)
+			}
+			flags, pid := event.TCPEarly|event.TCPOwnerUnknown, 0
+			if known {
+				flags, pid = event.TCPEarly, server.pid
+			}
+			if event.TCPFlags(e.Flags) != flags || e.Opened != 0 || int(e.Header.Pid) != pid || int(e.CloserPid) != server.pid || e.ConnId == 0 {
+				t.Errorf("flags %#x, opened %d, process %d, closer %d; want %#x of %d", e.Flags, e.Opened, e.Header.Pid, e.CloserPid, flags, pid)
+			}
+		})
+	}
+}
+
+// A listener older than the sensor still gives its connections an owner.
+func TestRootTCPEarlyListener(t *testing.T) {
 	a := startActor(t)
 	server := a.spawn()
-	address := server.must(request{Op: "listen", Network: "tcp4"}).Local
-	answer := a.must(request{Op: "dial", Network: "tcp4", Addr: address})
-	server.must(request{Op: "accept"})
-	k := watch(t, server)
+	address := server.must(request{Op: "serve", Network: "tcp4"}).Local
+	k := watch(t, a)
 	requireHook(t, k, event.TCPClose)
 	bulk := newTap(t, k.bulk)
-	server.must(request{Op: "drop"})
-	records := bulk.until("close", closes(1))
-	e := records[0].tcp
-	local, remote := endpoints(e)
-	if len(records) != 1 || local.String() != address || remote.String() != answer.Local {
-		t.Errorf("%d records, the first from %s to %s", len(records), local, remote)
+	client := a.must(request{Op: "connect", Network: "tcp4", Addr: address}).Local
+	_, accepted := connections(t, bulk.until("both closes", closes(2)), client)
+	e := accepted[event.TCPAccept]
+	if e == nil || int(e.Header.Pid) != server.pid || event.TCPFlags(e.Flags) != event.TCPOwnerListener || e.Opened == 0 {
+		t.Errorf("accepted: %+v, want by %d", e, server.pid)
 	}
-	want := event.TCPEarly | event.TCPOwnerUnknown
-	if event.TCPFlags(e.Flags) != want || e.Opened != 0 || e.Header.Pid != 0 || int(e.CloserPid) != server.pid || e.ConnId == 0 {
-		t.Errorf("flags %#x, opened %d, process %d, closer %d", e.Flags, e.Opened, e.Header.Pid, e.CloserPid)
+}
+
+func forgetAll(t *testing.T, sockets *ebpf.Map) {
+	t.Helper()
+	var keys []uint64
+	var key uint64
+	value := make([]byte, sockets.ValueSize())
+	it := sockets.Iterate()
+	for it.Next(&key, &value) {
+		keys = append(keys, key)
+	}
+	if err := it.Err(); err != nil || len(keys) == 0 {
+		t.Fatalf("%d sockets, %v", len(keys), err)
+	}
+	for _, key := range keys {
+		if err := sockets.Delete(key); err != nil {
+			t.Fatal(err)
+		}
 	}
 }

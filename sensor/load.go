@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -129,7 +130,7 @@ func newMap(spec *ebpf.MapSpec) (*ebpf.Map, error) {
 
 // attach puts the programs in place, the best that the kernel accepts for each
 // hook. The error names the required events that no program sees; all others are in
-// coverage. With ScopeTree it then finds the processes that are in scope already.
+// coverage. It then finds the processes and the sockets that are in scope already.
 func (k *kernel) attach() error {
 	cache := btf.NewCache() // parsing the kernel's types takes longer than all the rest
 	load := func(name string) (*ebpf.Program, *ebpf.ProgramSpec, error) {
@@ -151,7 +152,36 @@ func (k *kernel) attach() error {
 			return fmt.Errorf("scope: %w", err)
 		}
 	}
+	if err := seedSockets(load); err != nil {
+		for i, a := range k.attached {
+			if slices.Contains(a.kinds, event.TCPClose) {
+				k.attached[i].errs = append(a.errs, fmt.Errorf("sockets open before the start are not known: %w", err))
+			}
+		}
+	}
 	return nil
+}
+
+// seedSockets runs the program that takes in the sockets that are open. The one that
+// follows them is attached already, so that none is missed in between.
+func seedSockets(load func(string) (*ebpf.Program, *ebpf.ProgramSpec, error)) error {
+	program, _, err := load("on_task_file")
+	if err != nil {
+		return err
+	}
+	defer program.Close()
+	iter, err := link.AttachIter(link.IterOptions{Program: program})
+	if err != nil {
+		return err
+	}
+	defer iter.Close()
+	f, err := iter.Open()
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	_, err = io.Copy(io.Discard, f) // the program runs while its file is read
+	return err
 }
 
 // load loads one program with only the maps it uses: what a kernel cannot do must

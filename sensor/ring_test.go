@@ -624,6 +624,12 @@ func TestRootWaiter(t *testing.T) {
 	}
 	await(2) // unreleased: the kernel does not notify
 	await(3)
+	if err := w.wait(40 * time.Millisecond); err != nil {
+		t.Fatal(err)
+	}
+	if w.interval != pollMax {
+		t.Errorf("with an unreleased record, the waiter polls every %v and not every %v", w.interval, pollMax)
+	}
 	r.release(r.position())
 	await(4)
 	r.release(r.position())

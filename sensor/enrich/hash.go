@@ -81,6 +81,7 @@ type hashJob struct {
 	key         fileKey
 	pid, parent uint32 // a process that runs it, and that one's parent
 	path        string // empty when no path leads to it
+	anyDevice   bool   // see hashFile
 	done        chan struct{}
 	sum, note   string
 }
@@ -150,7 +151,7 @@ func (h *hasher) request(p program) (sum, note string, job *hashJob) {
 	if !h.rate.take(h.now()) {
 		return "", noteRate, nil
 	}
-	job = &hashJob{key: key, pid: p.pid, parent: p.parent, done: make(chan struct{})}
+	job = &hashJob{key: key, pid: p.pid, parent: p.parent, anyDevice: hidesDevice(p.file.FSMagic), done: make(chan struct{})}
 	if p.flags&(event.FlagMemfd|event.FlagDeleted|event.FlagExeTruncated) == 0 {
 		job.path = string(p.path)
 	}
@@ -232,7 +233,7 @@ func (h *hasher) hash(job *hashJob, buf []byte) (sum, note string, keep bool) {
 		if !way.own && (job.path == "" || strings.HasPrefix(way.path, string(h.proc)+"/0/")) {
 			continue
 		}
-		sum, n, keep := h.hashFile(way.path, way.own, job.key, buf)
+		sum, n, keep := h.hashFile(way.path, job.key, leeway{device: way.own || job.anyDevice, ctime: way.own}, buf)
 		switch n {
 		case "":
 			return sum, "", keep
@@ -244,14 +245,20 @@ func (h *hasher) hash(job *hashJob, buf []byte) (sum, note string, keep bool) {
 	return "", note, false
 }
 
+// leeway is what may differ between the file of an event and the one that is
+// opened.
+type leeway struct{ device, ctime bool }
+
 // hashFile hashes what path leads to, if it is the file and version of key from
 // the first byte to the last.
 //
-// own is a process's link to its executable. The kernel denies writing to that
-// file for as long as the process runs it, so a ctime that moved is no change of
-// content but a name: a program that unlinks itself is hashed all the same. The
-// device may differ too: btrfs and overlayfs show another one than the kernel uses.
-func (h *hasher) hashFile(path string, own bool, key fileKey, buf []byte) (sum, note string, keep bool) {
+// The ctime may differ when path is the link of a process to its executable: the
+// kernel denies writing to that file for as long as the process runs it, so a
+// ctime that moved is no change of content but of names. A program that unlinks
+// itself is hashed all the same. The device may differ there, too, and on file
+// systems that show another one than the kernel uses; then the inode, size and
+// times, the ctime among them, must do.
+func (h *hasher) hashFile(path string, key fileKey, may leeway, buf []byte) (sum, note string, keep bool) {
 	fd, err := openQuietly(path)
 	if err != nil {
 		return "", noteGone, false
@@ -261,10 +268,10 @@ func (h *hasher) hashFile(path string, own bool, key fileKey, buf []byte) (sum, 
 	if err != nil {
 		return "", noteError, false
 	}
-	if !key.matches(found, own) {
+	if !key.matches(found, may) {
 		// Another file means that this way leads elsewhere by now; the same file
 		// with other content means that what ran is lost.
-		if found.ino == key.ino && (own || found.major == key.major && found.minor == key.minor) {
+		if found.ino == key.ino && (may.device || found.major == key.major && found.minor == key.minor) {
 			return "", noteChanged, false
 		}
 		return "", noteGone, false
@@ -288,7 +295,7 @@ func (h *hasher) hashFile(path string, own bool, key fileKey, buf []byte) (sum, 
 	}
 	now := h.now().UnixNano()
 	after, err := keyOfFD(fd)
-	if err != nil || !found.matches(after, own) {
+	if err != nil || !found.matches(after, may) {
 		return "", noteChanged, false
 	}
 	age := now - key.ctime
@@ -296,13 +303,22 @@ func (h *hasher) hashFile(path string, own bool, key fileKey, buf []byte) (sum, 
 	return hex.EncodeToString(digest.Sum(buf[:0])), "", keep
 }
 
-// matches tells whether k and found are one version of one file; hashFile says
-// what may differ when a process holds it.
-func (k fileKey) matches(found fileKey, own bool) bool {
-	if own {
-		found.major, found.minor, found.ctime = k.major, k.minor, k.ctime
+// matches tells whether k and found are one version of one file.
+func (k fileKey) matches(found fileKey, may leeway) bool {
+	if may.device {
+		found.major, found.minor = k.major, k.minor
+	}
+	if may.ctime {
+		found.ctime = k.ctime
 	}
 	return k == found
+}
+
+// hidesDevice tells the file systems on which stat(2) shows another device than
+// the one in the kernel's inode: of a subvolume, or of the layer below.
+func hidesDevice(magic uint32) bool {
+	const bcachefs = 0xca451a4e
+	return magic == unix.OVERLAYFS_SUPER_MAGIC || magic == unix.BTRFS_SUPER_MAGIC || magic == bcachefs
 }
 
 // openQuietly opens without waiting for a pipe's writer, without becoming a

@@ -113,14 +113,17 @@ func TestHash(t *testing.T) {
 			sum:    sha("content"),
 		},
 		{
-			name: "on overlayfs the device differs",
+			name: "the device differs, by the process's own link",
 			prepare: func(t *testing.T, proc string) {
 				addProc(t, proc, "7", map[string]string{"exe": "-> " + prog})
 			},
 			change: func(p *program) { p.file.DevMajor, p.file.DevMinor = 0, 99; p.path = []byte("/nowhere") },
 			sum:    sha("content"),
 		},
-		{name: "by path the device may not differ", change: func(p *program) { p.file.DevMinor++ }, note: noteGone},
+		{
+			name: "the device differs on overlayfs, by path", change: func(p *program) { p.file.DevMinor, p.file.FSMagic = 99, unix.OVERLAYFS_SUPER_MAGIC }, sum: sha("content"),
+		},
+		{name: "elsewhere the device may not differ", change: func(p *program) { p.file.DevMinor++ }, note: noteGone},
 		{name: "deleted", change: func(p *program) { p.flags = event.FlagDeleted }, note: noteGone},
 		{name: "memfd", change: func(p *program) { p.flags = event.FlagMemfd }, note: noteGone},
 		{name: "path cut short", change: func(p *program) { p.flags = event.FlagExeTruncated }, note: noteGone},

@@ -22,7 +22,7 @@
 
 #define ARGV_MAX (256 * 1024) /* bytes of argv carried; longer is cut and flagged */
 #define PATH_MAX_BYTES 4096   /* bytes of one walked path */
-#define NAME_BYTES 256	       /* one name of a path, NUL included */
+#define NAME_BYTES 256        /* one name of a path, NUL included */
 #define CGROUP_MAX_BYTES 1024
 #define FILENAME_MAX_BYTES 4096 /* bprm->filename and bprm->interp, each, NUL excluded */
 #define COMM_LEN 16
@@ -48,7 +48,7 @@ struct event_header {
 	enum event_kind kind;
 	__u64 ktime;
 	__u64 start_time; /* of the acting process: group_leader->start_boottime */
-	__u32 pid;	   /* 0 when no process can be named */
+	__u32 pid;        /* 0 when no process can be named */
 	__u32 tid;
 };
 
@@ -88,14 +88,14 @@ struct file_info {
 };
 
 enum process_flags {
-	PROCESS_MEMFD = 1 << 0, /* executable is a memfd */
-	PROCESS_DELETED = 1 << 1,	  /* executable has no link left */
-	PROCESS_SCRIPT = 1 << 2,	 /* filename is a script, exe its interpreter */
+	PROCESS_MEMFD = 1 << 0,          /* executable is a memfd */
+	PROCESS_DELETED = 1 << 1,        /* executable has no link left */
+	PROCESS_SCRIPT = 1 << 2,         /* filename is a script, exe its interpreter */
 	PROCESS_SECUREEXEC = 1 << 3,     /* exec raised privileges (bprm->secureexec) */
 	PROCESS_ARGV_TRUNCATED = 1 << 4, /* argv_size says how long it was */
-	PROCESS_EXE_TRUNCATED = 1 << 5, /* path walk stopped at a bound */
+	PROCESS_EXE_TRUNCATED = 1 << 5,  /* path walk stopped at a bound */
 	PROCESS_CWD_TRUNCATED = 1 << 6,
-	PROCESS_CGROUP_V1 = 1 << 7,	    /* cgroup path comes from a v1 hierarchy */
+	PROCESS_CGROUP_V1 = 1 << 7, /* cgroup path comes from a v1 hierarchy */
 	PROCESS_CGROUP_TRUNCATED = 1 << 8,
 	PROCESS_KTHREAD = 1 << 9,
 	PROCESS_ARGV_FAULT = 1 << 10, /* part of argv could not be read; zeroes stand there */
@@ -120,13 +120,13 @@ struct exec_event {
 	__u32 flags;     /* enum process_flags */
 	__u32 argv_size; /* bytes of argv in the process, before any cut */
 	char comm[COMM_LEN];
-	char tty[TTY_LEN]; /* "pts/3", empty without one */
+	char tty[TTY_LEN];  /* "pts/3", empty without one */
 	__u32 filename_len; /* bprm->filename: what was asked for */
-	__u32 interp_len;	  /* bprm->interp: what runs it */
+	__u32 interp_len;   /* bprm->interp: what runs it */
 	__u32 exe_len;      /* path of mm->exe_file */
 	__u32 cwd_len;      /* path */
-	__u32 cgroup_len;	  /* path */
-	__u32 argv_len; /* NUL-terminated arguments */
+	__u32 cgroup_len;   /* path */
+	__u32 argv_len;     /* NUL-terminated arguments */
 };
 
 /* fork_event: EVENT_KIND_FORK; the header names the parent. Threads are not reported. */
@@ -146,17 +146,18 @@ struct exit_event {
 	__u64 utime_ns; /* of the whole process */
 	__u64 stime_ns;
 	__u32 parent_pid;
-	__s32 exit_code;	 /* as passed to exit(2), 0..255; 0 when a signal ended it */
-	__u32 signal;	      /* 0 when it exited by itself */
-	__u32 core_dumped;   /* 0 or 1 */
+	__s32 exit_code;   /* as passed to exit(2), 0..255; 0 when a signal ended it */
+	__u32 signal;      /* 0 when it exited by itself */
+	__u32 core_dumped; /* 0 or 1 */
 	char comm[COMM_LEN];
 };
 
 enum tcp_flags {
-	TCP_FLAG_INITIATED = 1 << 0,	     /* this host connected; otherwise it accepted */
+	TCP_FLAG_INITIATED = 1 << 0,      /* this host connected; otherwise it accepted */
 	TCP_FLAG_OWNER_LISTENER = 1 << 1, /* header names the process that called listen */
 	TCP_FLAG_OWNER_UNKNOWN = 1 << 2,
-	TCP_FLAG_EARLY = 1 << 3, /* open was before the sensor's start: opened is 0 */
+	/* Opened before the sensor's start: opened is 0, who connected is not known. */
+	TCP_FLAG_EARLY = 1 << 3,
 };
 
 /* tcp_event: every EVENT_KIND_TCP_*. Addresses are 16 bytes, IPv4 in the first 4. */
@@ -172,7 +173,9 @@ struct tcp_event {
 	__u32 segs_out, segs_in;
 	__u32 retransmits;
 	__u32 srtt_us;
-	__s32 error;   /* positive errno of a failed connect or a reset, else 0 */
+	/* Positive errno of a failed connect or of what broke a connection. 0 in a failed
+	 * connect: the process gave up before there was an answer. */
+	__s32 error;
 	__u32 backlog; /* of a listener */
 	__u16 family;  /* AF_INET, AF_INET6 */
 	__u16 old_state;

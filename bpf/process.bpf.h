@@ -188,6 +188,20 @@ static __always_inline __u32 fill_cgroup(struct exec_event *event, struct task_s
 	return walk_cgroup(index, (__u64)kn);
 }
 
+/* The kernel calls a terminal pts3 whose device is /dev/pts/3. */
+static __always_inline void fill_tty(struct exec_event *event, struct tty_struct *tty)
+{
+	char *name = event->tty;
+
+	if (!tty)
+		return;
+	bpf_core_read_str(name, TTY_LEN, &tty->name);
+	if (name[0] == 'p' && name[1] == 't' && name[2] == 's') {
+		name[3] = '/';
+		bpf_core_read_str(name + 4, TTY_LEN - 4, &tty->name[3]);
+	}
+}
+
 /*
  * fill_process describes slot->task, all but what only an exec knows. Verified
  * once for its callers. The task comes by the slot because the verifier does not let
@@ -218,9 +232,7 @@ __noinline int fill_process(__u32 index)
 		event->sessionid = BPF_CORE_READ(task, sessionid);
 	}
 	bpf_core_read_str(event->comm, sizeof(event->comm), &task->comm);
-	bpf_probe_read_kernel_str(
-		event->tty, sizeof(event->tty),
-		BPF_CORE_READ(task, signal, tty) ? BPF_CORE_READ(task, signal, tty)->name : NULL);
+	fill_tty(event, BPF_CORE_READ(task, signal, tty));
 	if (BPF_CORE_READ(task, flags) & PF_KTHREAD)
 		event->flags |= PROCESS_KTHREAD;
 

@@ -21,7 +21,7 @@ struct exec_slot {
 	__u64 mount; /* struct vfsmount */
 	__u32 used;  /* bytes of data */
 	__u32 truncated;
-	struct exec_event event; /* the record begins here */
+	struct exec_event event;                        /* the record begins here */
 	char data[STRINGS_MAX + ARGV_MAX + PAGE_BYTES]; /* a page for the verifier, see read_argv */
 };
 

@@ -152,6 +152,28 @@ func TestRootExec(t *testing.T) {
 			t.Errorf("uid %d, euid %d, effective %#x, flags %#x", e.Cred.Uid, e.Cred.Euid, e.Cred.CapEffective, e.Flags)
 		}
 	})
+	t.Run("pid namespace", func(t *testing.T) {
+		pid := a.must(request{Op: "run", Path: plain, PIDNS: true}).PID
+		records := priority.until("exit", exited(pid))
+		e := one(t, records, event.Exec, pid).exec
+		inum, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/pid", a.pid))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if e.NsPid != 1 || fmt.Sprintf("pid:[%d]", e.Ns.Pid) == inum || e.Ns.Pid == 0 {
+			t.Errorf("process %d in namespace %d, outside is %s", e.NsPid, e.Ns.Pid, inum)
+		}
+		if f := one(t, records, event.Fork, a.pid).fork; int(f.ChildPid) != pid || f.ChildNsPid != 1 {
+			t.Errorf("fork of %d, in its namespace %d", f.ChildPid, f.ChildNsPid)
+		}
+	})
+	t.Run("terminal", func(t *testing.T) {
+		ran := a.must(request{Op: "run", Path: plain, TTY: true})
+		e := one(t, priority.until("exit", exited(ran.PID)), event.Exec, ran.PID).exec
+		if got := text(e.Tty[:]); got != ran.Local || got == "" {
+			t.Errorf("terminal %q, want %q", got, ran.Local)
+		}
+	})
 	t.Run("script", func(t *testing.T) {
 		e := run(t, request{Path: script, Args: []string{"argument"}})
 		if e.filename != script || e.interp != "/bin/sh" || e.exe != shell || event.ProcessFlags(e.Flags)&event.FlagScript == 0 {

@@ -178,6 +178,19 @@ func TestRootTCPRefused(t *testing.T) {
 	}
 }
 
+func TestRootTCPAbandoned(t *testing.T) {
+	a := startActor(t)
+	k := watch(t, a)
+	requireHook(t, k, event.TCPClose)
+	bulk := newTap(t, k.bulk)
+	address := a.must(request{Op: "abandon"}).Remote
+	records := bulk.until("failure", func(r record) bool { return kindOf(r.SensorEventHeader) == event.TCPConnectFailed })
+	e := records[len(records)-1].tcp
+	if _, remote := endpoints(e); remote.String() != address || e.Error != 0 || int(e.Header.Pid) != a.pid {
+		t.Errorf("to %s, error %d, process %d; want %s", remote, e.Error, e.Header.Pid, address)
+	}
+}
+
 // A dual-stack listener takes IPv4 connections into IPv6 sockets; what is reported is
 // what is on the wire.
 func TestRootTCPMappedAddress(t *testing.T) {

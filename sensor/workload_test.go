@@ -14,6 +14,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -57,6 +58,8 @@ type request struct {
 	Dir   string
 	UID   uint32
 	Count int
+	PIDNS bool // in a pid namespace of its own
+	TTY   bool // in a session of its own with a terminal
 
 	Network  string // tcp4, tcp6
 	Addr     string // to connect to
@@ -272,6 +275,8 @@ func (c *company) play(r request) (reply, error) {
 		}
 		c.conn = conn
 		return reply{Local: conn.LocalAddr().String()}, nil
+	case "abandon":
+		return abandon()
 	case "drop":
 		return reply{}, c.conn.Close()
 	case "end":
@@ -285,18 +290,51 @@ func run(r request) (reply, error) {
 	var out bytes.Buffer
 	cmd := exec.Command(r.Path, r.Args...)
 	cmd.Dir, cmd.Env, cmd.Stdout, cmd.Stderr = r.Dir, r.Env, &out, &out
+	cmd.SysProcAttr = &syscall.SysProcAttr{}
 	if r.UID != 0 {
-		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: r.UID, Gid: r.UID}}
+		cmd.SysProcAttr.Credential = &syscall.Credential{Uid: r.UID, Gid: r.UID}
+	}
+	if r.PIDNS {
+		cmd.SysProcAttr.Cloneflags = syscall.CLONE_NEWPID
+	}
+	var answer reply
+	if r.TTY {
+		master, slave, err := openTerminal()
+		if err != nil {
+			return answer, err
+		}
+		defer master.Close()
+		defer slave.Close()
+		cmd.Stdin = slave // descriptor 0, the default of Ctty
+		cmd.SysProcAttr.Setsid, cmd.SysProcAttr.Setctty = true, true
+		answer.Local = strings.TrimPrefix(slave.Name(), "/dev/")
 	}
 	err := cmd.Run()
 	if exit := (&exec.ExitError{}); errors.As(err, &exit) {
 		err = nil
 	}
-	answer := reply{Output: out.String()}
+	answer.Output = out.String()
 	if cmd.Process != nil {
 		answer.PID = cmd.Process.Pid
 	}
 	return answer, err
+}
+
+// openTerminal makes a pseudo terminal.
+func openTerminal() (master, slave *os.File, err error) {
+	if master, err = os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0); err != nil {
+		return nil, nil, err
+	}
+	fd := int(master.Fd())
+	n, err := unix.IoctlGetInt(fd, unix.TIOCGPTN)
+	err = errors.Join(err, unix.IoctlSetPointerInt(fd, unix.TIOCSPTLCK, 0))
+	if err == nil {
+		slave, err = os.OpenFile("/dev/pts/"+strconv.Itoa(n), os.O_RDWR|unix.O_NOCTTY, 0)
+	}
+	if err != nil {
+		return nil, nil, errors.Join(err, master.Close())
+	}
+	return master, slave, nil
 }
 
 func listen(r request) (net.Listener, error) {
@@ -402,4 +440,37 @@ func endWithThreads(n int) {
 	}
 	ready.Wait()
 	os.Exit(0)
+}
+
+// abandon connects to a listener whose queue is full, and gives up while the
+// connection is neither made nor refused.
+func abandon() (reply, error) {
+	loopback := &unix.SockaddrInet4{Addr: [4]byte{127, 0, 0, 1}}
+	var fds [3]int // listener, the one that fills its queue, the one that waits
+	for i := range fds {
+		flags := 0
+		if i == 2 {
+			flags = unix.SOCK_NONBLOCK
+		}
+		fd, err := unix.Socket(unix.AF_INET, unix.SOCK_STREAM|flags, 0)
+		if err != nil {
+			return reply{}, err
+		}
+		fds[i] = fd
+		defer unix.Close(fd)
+	}
+	if err := errors.Join(unix.Bind(fds[0], loopback), unix.Listen(fds[0], 0)); err != nil {
+		return reply{}, err
+	}
+	address, err := unix.Getsockname(fds[0])
+	if err != nil {
+		return reply{}, err
+	}
+	if err := unix.Connect(fds[1], address); err != nil {
+		return reply{}, err
+	}
+	if err := unix.Connect(fds[2], address); !errors.Is(err, unix.EINPROGRESS) {
+		return reply{}, fmt.Errorf("connect to a full queue: %w", err)
+	}
+	return reply{Remote: fmt.Sprintf("127.0.0.1:%d", address.(*unix.SockaddrInet4).Port)}, nil
 }

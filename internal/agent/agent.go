@@ -17,6 +17,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -99,9 +100,9 @@ func (a *Agent) undo(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeWithin)
 	defer cancel()
 	var errs []error
-	for i := len(a.cleanups) - 1; i >= 0; i-- {
-		if err := a.cleanups[i].undo(ctx); err != nil {
-			errs = append(errs, fmt.Errorf("close %s: %w", a.cleanups[i].name, err))
+	for _, c := range slices.Backward(a.cleanups) {
+		if err := c.undo(ctx); err != nil {
+			errs = append(errs, fmt.Errorf("close %s: %w", c.name, err))
 		}
 	}
 	a.cleanups = nil

@@ -54,7 +54,7 @@ func writeFile(path, content string) error {
 	if err != nil {
 		return err
 	}
-	defer os.Remove(f.Name()) //nolint:errcheck // gone after the rename
+	defer os.Remove(f.Name())
 	_, err = f.WriteString(content)
 	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
 		return err

@@ -19,6 +19,9 @@ import (
 	"github.com/aurorasoc/edr-sensor/transport"
 )
 
+// awayGrace is how long Redis may be away before the sensor says that it buffers.
+const awayGrace = 3 * time.Second
+
 // monitor decides the mode once a second until ctx ends, and feeds systemd's
 // watchdog as long as the stages move.
 func (a *Agent) monitor(ctx context.Context) {
@@ -68,7 +71,9 @@ func (a *Agent) facts(now time.Time) facts {
 	}
 	if a.sender != nil {
 		t := a.sender.State()
-		f.delivering = t.Phase == transport.Connected
+		// A reconnect that takes a moment is no change of mode.
+		f.delivering = t.Phase == transport.Connected ||
+			(t.Phase == transport.Connecting || t.Phase == transport.Retrying) && now.Sub(t.Since) < awayGrace
 		f.transportReason = fmt.Sprintf("Redis at %s does not take events (%s): %s %s", t.Address, t.Phase, t.Error, t.Hint)
 	}
 	return f
@@ -78,7 +83,7 @@ func (a *Agent) reportMode(ctx context.Context, before, now modeState) {
 	log := logging.From(ctx).With(zap.String(logging.KeyMode, string(now.Mode)), zap.String("before", string(before.Mode)), zap.String(logging.KeyReason, now.Reason))
 	i := event.SelfInfo{
 		Activity: event.ActivityMode, Severity: 1, Code: "MODE", Before: string(before.Mode), After: string(now.Mode),
-		Message: fmt.Sprintf("mode %s → %s: %s", before.Mode, now.Mode, now.Reason),
+		Message: now.Reason,
 	}
 	switch now.Mode {
 	case Truncating, Degraded:
@@ -130,7 +135,7 @@ func binarySum() (string, error) {
 	if err != nil {
 		return "", err
 	}
-	defer f.Close() //nolint:errcheck // read only
+	defer f.Close()
 	h := sha256.New()
 	if _, err := io.Copy(h, f); err != nil {
 		return "", err

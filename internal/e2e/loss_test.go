@@ -26,7 +26,9 @@ func TestTruncation(t *testing.T) {
 	for _, killed := range []bool{false, true} {
 		t.Run(map[bool]string{false: "redis away", true: "redis away and sensor killed"}[killed], func(t *testing.T) {
 			w := startWorkload(t)
-			server := redistest.Start(t, redistest.Options{})
+			// What Redis has confirmed must survive its death here: this test is
+			// about losses of the buffer's own making.
+			server := redistest.Start(t, redistest.Options{AOF: "always"})
 			dir := filepath.Join(t.TempDir(), "buffer")
 			h := newHost(t, w, server.Addr(), fmt.Sprintf(smallBuffer, dir))
 			h.start()
@@ -85,7 +87,7 @@ func TestDiskStall(t *testing.T) {
 	requireHost(t)
 	mount := loopMount(t)
 	w := startWorkload(t)
-	server := redistest.Start(t, redistest.Options{})
+	server := redistest.Start(t, redistest.Options{AOF: "everysec"})
 	h := newHost(t, w, server.Addr(), fmt.Sprintf(`buffer: {dir: "%s/buffer", cap: 64MiB}`, mount))
 	h.start()
 	l, err := net.Listen("tcp", "127.0.0.1:0")

@@ -27,7 +27,7 @@ func TestPipeline(t *testing.T) {
 		connN = 250  // each way, in each half
 	)
 	w := startWorkload(t)
-	server := redistest.Start(t, redistest.Options{})
+	server := redistest.Start(t, redistest.Options{AOF: "everysec"})
 	h := newHost(t, w, server.Addr(), "")
 	h.start()
 
@@ -239,7 +239,7 @@ func makeContainer(t *testing.T) (dir, id string) {
 func TestLogContext(t *testing.T) {
 	requireHost(t)
 	w := startWorkload(t)
-	server := redistest.Start(t, redistest.Options{})
+	server := redistest.Start(t, redistest.Options{AOF: "everysec"})
 	h := newHost(t, w, server.Addr(), "")
 	h.env = []string{"EDR_SENSOR_CONTEXT__CASE_ID=C-17", "EDR_SENSOR_CONTEXT__INVESTIGATION_ID=I-4", "EDR_SENSOR_CONTEXT__USER_ID=ann"}
 	h.start()
@@ -279,7 +279,7 @@ func TestLogContext(t *testing.T) {
 func TestMetrics(t *testing.T) {
 	requireHost(t)
 	w := startWorkload(t)
-	server := redistest.Start(t, redistest.Options{})
+	server := redistest.Start(t, redistest.Options{AOF: "everysec"})
 	h := newHost(t, w, server.Addr(), "")
 	h.start()
 	w.do(order{Op: "exec", From: 1, N: 20})

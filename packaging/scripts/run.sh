@@ -50,7 +50,7 @@ finish() {
 	rm -rf "$dir"
 }
 trap finish EXIT
-trap 'exit 130' INT TERM
+trap 'exit 0' INT TERM
 
 setsid redis-server --port 0 --unixsocket "$dir/redis.sock" --unixsocketperm 600 --dir "$dir" \
 	--appendonly yes --appendfsync everysec --save '' --maxmemory-policy noeviction \

@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"fmt"
 	"net/netip"
+	"slices"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -257,7 +258,7 @@ func (d *decoder) room(n int) []byte {
 // take makes out, which room gave and which was appended to, part of the arena.
 func (d *decoder) take(out []byte) []byte {
 	d.arena = d.arena[:cap(d.arena)-cap(out)+len(out)]
-	return out[:len(out):len(out)]
+	return slices.Clip(out)
 }
 
 // fixedText is a NUL-terminated string of fixed size, in place.
@@ -266,5 +267,5 @@ func fixedText(s *[16]int8) []byte {
 	if i := bytes.IndexByte(b, 0); i >= 0 {
 		b = b[:i]
 	}
-	return b[:len(b):len(b)]
+	return slices.Clip(b)
 }

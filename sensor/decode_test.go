@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"errors"
 	"net/netip"
+	"slices"
 	"strings"
 	"testing"
 	"unsafe"
@@ -316,7 +317,7 @@ func FuzzDecode(f *testing.F) {
 			d  decoder
 			ev event.Event
 		)
-		rec = rec[:len(rec):len(rec)]
+		rec = slices.Clip(rec)
 		before := bytes.Clone(rec)
 		err := d.decode(rec, &ev)
 		if !bytes.Equal(before, rec) {

@@ -420,12 +420,12 @@ func newKernelRing(t testing.TB, size int) *kernelRing {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { m.Close() }) //nolint:errcheck // nothing to lose
+	t.Cleanup(func() { m.Close() })
 	count, err := ebpf.NewMap(&ebpf.MapSpec{Type: ebpf.Array, KeySize: 4, ValueSize: 8, MaxEntries: 1})
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { count.Close() }) //nolint:errcheck // nothing to lose
+	t.Cleanup(func() { count.Close() })
 	prog, err := ebpf.NewProgram(&ebpf.ProgramSpec{
 		Type:    ebpf.SocketFilter,
 		License: "GPL",
@@ -471,7 +471,7 @@ func newKernelRing(t testing.TB, size int) *kernelRing {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { prog.Close() }) //nolint:errcheck // nothing to lose
+	t.Cleanup(func() { prog.Close() })
 	return &kernelRing{m, prog}
 }
 

@@ -85,6 +85,19 @@ func (o *observer) until(kind event.Kind, comm string) *event.Event {
 	return nil
 }
 
+// mount mounts until the end of the test.
+func mount(t *testing.T, dir, kind, data string) error {
+	if err := unix.Mount("none", dir, kind, 0, data); err != nil {
+		return err
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
+			t.Errorf("unmount %s: %v", dir, err)
+		}
+	})
+	return nil
+}
+
 // TestRootUnderstand follows one process of a real kernel from the snapshot of its
 // parent to its end, on the file systems that programs come from.
 func TestRootUnderstand(t *testing.T) {
@@ -118,14 +131,13 @@ func TestRootUnderstand(t *testing.T) {
 		mount func(t *testing.T, dir string) error
 	}{
 		{"file system of TMPDIR", func(*testing.T, string) error { return nil }},
-		{"tmpfs", func(_ *testing.T, dir string) error { return unix.Mount("none", dir, "tmpfs", 0, "") }},
+		{"tmpfs", func(t *testing.T, dir string) error { return mount(t, dir, "tmpfs", "") }},
 		{"overlayfs", func(t *testing.T, dir string) error {
 			// On a tmpfs of its own: an overlay cannot stand on every file system.
 			base := t.TempDir()
-			if err := unix.Mount("none", base, "tmpfs", 0, ""); err != nil {
+			if err := mount(t, base, "tmpfs", ""); err != nil {
 				return err
 			}
-			t.Cleanup(func() { unix.Unmount(base, unix.MNT_DETACH) })
 			layers := []string{filepath.Join(base, "lower"), filepath.Join(base, "upper"), filepath.Join(base, "work")}
 			for _, d := range layers {
 				if err := os.Mkdir(d, 0o755); err != nil {
@@ -133,7 +145,7 @@ func TestRootUnderstand(t *testing.T) {
 				}
 			}
 			program(t, layers[0], "below")
-			return unix.Mount("none", dir, "overlay", 0, "lowerdir="+layers[0]+",upperdir="+layers[1]+",workdir="+layers[2])
+			return mount(t, dir, "overlay", "lowerdir="+layers[0]+",upperdir="+layers[1]+",workdir="+layers[2])
 		}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -141,7 +153,6 @@ func TestRootUnderstand(t *testing.T) {
 			if err := tt.mount(t, dir); err != nil {
 				t.Skip("mount:", err)
 			}
-			t.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })
 			program(t, dir, "above")
 			for _, name := range []string{"above", "below"} {
 				path := filepath.Join(dir, name)

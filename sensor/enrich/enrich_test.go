@@ -37,9 +37,9 @@ func newHost(t testing.TB, change func(*Options)) *host {
 	}
 	h := &host{t: t, proc: proc, now: 1000 * tick}
 	h.Enricher = newEnricher(o.withDefaults(), procfs(proc), etc)
-	h.Enricher.hashes.now = later
-	h.Enricher.clock.read = func() (int64, int64) { return int64(h.now), int64(h.now) + 1e18 }
-	h.Enricher.clock.measure()
+	h.hashes.now = later
+	h.clock.read = func() (int64, int64) { return int64(h.now), int64(h.now) + 1e18 }
+	h.clock.measure()
 	t.Cleanup(h.Close)
 	return h
 }

@@ -263,7 +263,7 @@ func (h *hasher) hashFile(path string, key fileKey, may leeway, buf []byte) (sum
 	if err != nil {
 		return "", noteGone, false
 	}
-	defer unix.Close(fd) //nolint:errcheck // read only
+	defer unix.Close(fd)
 	found, err := keyOfFD(fd)
 	if err != nil {
 		return "", noteError, false

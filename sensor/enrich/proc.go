@@ -70,7 +70,7 @@ func (f procfs) cmdline(key event.ProcessKey, dst []byte) []byte {
 	if err != nil {
 		return dst
 	}
-	defer file.Close() //nolint:errcheck // read only
+	defer file.Close()
 	start := len(dst)
 	for len(dst)-start < argvMax {
 		if cap(dst)-len(dst) < 4096 {

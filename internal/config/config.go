@@ -169,7 +169,7 @@ func Default() Config {
 			PriorityRing: 16 * MiB,
 			BulkRing:     8 * MiB,
 			ProcessTable: 65536,
-			Hash:         Hash{Enabled: true, MaxSize: 64 * MiB, PerSecond: 50, Wait: 20 * time.Millisecond},
+			Hash:         Hash{Enabled: true, MaxSize: 64 * MiB, PerSecond: 200, Wait: 50 * time.Millisecond},
 		},
 		Buffer: Buffer{
 			Dir: "/var/lib/edr-sensor/buffer", Cap: 512 * MiB,

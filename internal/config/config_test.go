@@ -239,7 +239,7 @@ buffer: {cap: 1TB, dir: /data/buffer}
 transport:
   address: unix:///run/redis/redis.sock
   password_file: redis-password
-  linger: 0s
+  linger: 1ms
   timeout: 1m
 http: {listen: ""}
 context: {case_id: "0123"}
@@ -250,7 +250,7 @@ agent:
 		t.Fatal(problems)
 	}
 	if c.Sensor.Scope != (Scope{Kind: ScopeCgroup, Cgroup: "/system.slice/x.service"}) || c.Sensor.PriorityRing != 65536 ||
-		c.Buffer.Cap != 1e12 || c.Buffer.Dir != "/data/buffer" || c.Transport.Linger != 0 || c.Transport.Timeout != time.Minute ||
+		c.Buffer.Cap != 1e12 || c.Buffer.Dir != "/data/buffer" || c.Transport.Linger != time.Millisecond || c.Transport.Timeout != time.Minute ||
 		c.HTTP.Listen != "" || c.Context.CaseID != "0123" {
 		t.Errorf("got %+v", c)
 	}

@@ -5,7 +5,9 @@ package config
 import "time"
 
 // table lists every setting once, in the order of the default file. It is the
-// only place that connects keys with fields and says what they may hold.
+// only place that connects keys with fields and says what they may hold. Zero is
+// allowed only where it means nothing but zero: the stages take a zero option for
+// their default.
 func table(c *Config) []setting {
 	a, s, b, t := &c.Agent, &c.Sensor, &c.Buffer, &c.Transport
 	return []setting{
@@ -31,16 +33,16 @@ func table(c *Config) []setting {
 		integer("sensor.process_table", &s.ProcessTable, 1024, 4194304),
 		boolean("sensor.fork_events", &s.ForkEvents),
 		boolean("sensor.hash.enabled", &s.Hash.Enabled),
-		size("sensor.hash.max_size", &s.Hash.MaxSize, 0, 16*GiB, nil),
+		size("sensor.hash.max_size", &s.Hash.MaxSize, KiB, 16*GiB, nil),
 		integer("sensor.hash.per_second", &s.Hash.PerSecond, 1, 100000),
-		duration("sensor.hash.wait", &s.Hash.Wait, 0, time.Second),
+		duration("sensor.hash.wait", &s.Hash.Wait, time.Millisecond, time.Second),
 
 		text("buffer.dir", &b.Dir, required(absolute)),
 		size("buffer.cap", &b.Cap, 16*MiB, TiB, nil),
 		size("buffer.commit_bytes", &b.CommitBytes, 4*KiB, 8*MiB, nil),
 		duration("buffer.commit_interval", &b.CommitInterval, time.Millisecond, 5*time.Second),
-		duration("buffer.retain_age", &b.RetainAge, 0, 24*time.Hour),
-		size("buffer.retain_bytes", &b.RetainBytes, 0, TiB, nil),
+		duration("buffer.retain_age", &b.RetainAge, time.Second, 24*time.Hour),
+		size("buffer.retain_bytes", &b.RetainBytes, KiB, TiB, nil),
 
 		text("transport.address", &t.Address, redisAddress),
 		text("transport.username", &t.Username, anyText),
@@ -56,7 +58,7 @@ func table(c *Config) []setting {
 		text("transport.decisions_key", &t.DecisionsKey, required(streamKey)),
 		integer("transport.batch_records", &t.BatchRecords, 1, 10000),
 		size("transport.batch_bytes", &t.BatchBytes, KiB, MiB, nil),
-		duration("transport.linger", &t.Linger, 0, 10*time.Second),
+		duration("transport.linger", &t.Linger, time.Millisecond, 10*time.Second),
 		duration("transport.timeout", &t.Timeout, 100*time.Millisecond, time.Minute),
 		duration("transport.backoff_base", &t.BackoffBase, 10*time.Millisecond, time.Minute),
 		duration("transport.backoff_limit", &t.BackoffLimit, 100*time.Millisecond, 10*time.Minute),

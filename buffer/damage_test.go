@@ -33,10 +33,16 @@ func filled(t testing.TB, clean bool) []byte {
 		t.Fatal(err)
 	}
 	s := &sim{t: t, q: q, led: newLedger(), rng: rand.New(rand.NewPCG(7, 7))}
-	for range 250 {
-		s.produce(10, 2000, false)
+	for i := range 900 { // enough chunks for a tree of two levels
+		s.produce(1+i%3, 2000, false)
+		if i%4 > 0 {
+			s.must(q.Flush(t.Context()))
+		}
 	}
 	s.must(q.Flush(t.Context()))
+	if s := q.Stats(); s.Truncated == 0 {
+		t.Fatal("the file has not wrapped")
+	}
 	path := filepath.Join(dir, fileName)
 	if clean {
 		closeQueue(t, q)

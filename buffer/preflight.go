@@ -37,6 +37,8 @@ const (
 // meta is bbolt's meta page.
 type meta struct{ root, freelist, pages, txid uint64 }
 
+var errPageSize = errors.New("unexpected page size")
+
 func parseMeta(p []byte) (meta, error) {
 	le := binary.LittleEndian
 	b := p[pageHeader:]
@@ -52,7 +54,7 @@ func parseMeta(p []byte) (meta, error) {
 	case h.Sum64() != le.Uint64(b[56:]):
 		return meta{}, errors.New("checksum")
 	case le.Uint32(b[8:]) != pageSize:
-		return meta{}, fmt.Errorf("page size %d", le.Uint32(b[8:]))
+		return meta{}, fmt.Errorf("%w %d", errPageSize, le.Uint32(b[8:]))
 	}
 	return meta{root: le.Uint64(b[16:]), freelist: le.Uint64(b[32:]), pages: le.Uint64(b[40:]), txid: le.Uint64(b[48:])}, nil
 }
@@ -82,6 +84,10 @@ func preflight(f io.ReaderAt, size int64) (meta, error) {
 		if this, errs[i] = parseMeta(page); errs[i] == nil && (m.pages == 0 || this.txid > m.txid) {
 			m = this
 		}
+	}
+	// bbolt takes the page size from the first meta that is valid otherwise.
+	if errors.Is(errs[0], errPageSize) || errors.Is(errs[1], errPageSize) {
+		return fail("%w", errors.Join(errs[:]...))
 	}
 	if errs[0] != nil && errs[1] != nil {
 		return fail("meta page 0: %w; meta page 1: %w", errs[0], errs[1])

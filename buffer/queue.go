@@ -173,6 +173,7 @@ type Queue struct {
 	// What the next transaction has to take in, besides pending.
 	ack      uint64
 	forfeits []Loss
+	lossGen  uint64 // the transaction that holds the last Forfeit
 	damaged  []damage
 	resolve  *uint64   // a Read waits until doubt about what is above is decided
 	handed   uint64    // newest record handed out
@@ -444,10 +445,6 @@ func (q *Queue) NewBatch() *Batch {
 // whole, in order, after those appended before. Append blocks while enough
 // batches wait; on an error b is still the caller's. One goroutine appends.
 func (q *Queue) Append(ctx context.Context, b *Batch) error {
-	if b.count == 0 && !b.marked {
-		q.recycle(b)
-		return nil
-	}
 	for {
 		q.mu.Lock()
 		if err := q.usable(); err != nil {
@@ -466,8 +463,10 @@ func (q *Queue) Append(ctx context.Context, b *Batch) error {
 		}
 	}
 	defer q.mu.Unlock()
-	q.add(b, time.Now())
-	q.recycleLocked(b)
+	if b.count > 0 || b.marked {
+		q.add(b, time.Now())
+	}
+	q.recycle(b)
 	return nil
 }
 
@@ -570,12 +569,6 @@ func (q *Queue) usable() error {
 }
 
 func (q *Queue) recycle(b *Batch) {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	q.recycleLocked(b)
-}
-
-func (q *Queue) recycleLocked(b *Batch) {
 	b.reset()
 	if len(q.batches) < 4 {
 		q.batches = append(q.batches, b)
@@ -601,7 +594,9 @@ func (q *Queue) Ack(seq uint64) {
 
 // Forfeit reports a loss of delivered records that was found elsewhere: the
 // server has gone back further than the queue reaches. It joins the losses to
-// be named. cause is one of a small closed set, at most 255 bytes.
+// be named. cause is one of a small closed set, at most 255 bytes. The next Read
+// returns only when that is durable: whoever sends what it returns passes over
+// the range for good.
 func (q *Queue) Forfeit(first, last uint64, cause string) {
 	if first == 0 || last < first {
 		return
@@ -609,6 +604,10 @@ func (q *Queue) Forfeit(first, last uint64, cause string) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.forfeits = append(q.forfeits, span{first, last}.loss(cause[:min(len(cause), 255)]))
+	q.lossGen = q.state.gen + 1
+	if q.inflight != nil {
+		q.lossGen++
+	}
 	q.force = true
 	q.dirty()
 	q.wake()
@@ -690,14 +689,15 @@ func (q *Queue) Stats() Stats {
 	return s
 }
 
-// Flush waits until everything appended so far is durable.
+// Flush waits until what was appended, acknowledged and forfeited so far is
+// durable.
 func (q *Queue) Flush(ctx context.Context) error {
 	q.mu.Lock()
 	if err := q.usable(); err != nil {
 		q.mu.Unlock()
 		return fmt.Errorf("flush: %w", err)
 	}
-	if q.state.last >= q.next-1 && q.pending.empty() && q.inflight == nil {
+	if q.pending.empty() && q.inflight == nil && q.dirtyAt.IsZero() {
 		q.mu.Unlock()
 		return nil
 	}
@@ -718,17 +718,10 @@ func (q *Queue) Flush(ctx context.Context) error {
 		if q.state.last >= f.seq {
 			return nil
 		}
-		return fmt.Errorf("flush: %w", cmpErr(q.err, ErrClosed))
+		return fmt.Errorf("flush: %w", q.err)
 	case <-ctx.Done():
 		return fmt.Errorf("flush: %w", ctx.Err())
 	}
-}
-
-func cmpErr(err, other error) error {
-	if err != nil {
-		return err
-	}
-	return other
 }
 
 // Close makes durable what was appended and closes the file in a form that

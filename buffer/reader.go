@@ -105,6 +105,9 @@ func (q *Queue) plan(after uint64, maxBytes int) (bool, error) {
 		q.wake()
 		return false, nil
 	}
+	if q.state.gen < q.lossGen {
+		return false, nil // and for what was forfeited, whose commit is forced
+	}
 	l := q.index.live()
 	for i := q.index.above(after); i < len(l) && l[i].first <= q.state.lease; i++ {
 		r.plan = append(r.plan, l[i])

@@ -193,8 +193,12 @@ func decodeState(b []byte) (*state, error) {
 		l.First, l.Last, l.Count, l.by = d.uint64(), d.uint64(), d.uint64(), d.uint64()
 		s.losses = append(s.losses, l)
 	}
-	if d.byte() == 1 {
+	switch d.byte() {
+	case 0:
+	case 1:
 		s.mark = append([]byte{}, d.bytes(int(d.uint32()))...)
+	default:
+		d.bad = true
 	}
 	if d.bad || len(d.b) != 0 {
 		return nil, fmt.Errorf("%w: lengths do not add up", errState)

@@ -51,6 +51,7 @@ enum {
 #define AF_INET 2
 #define AF_INET6 10
 #define IPPROTO_TCP 6
+#define IPPROTO_MPTCP 262
 
 #define PF_KTHREAD 0x00200000
 #define SIGNAL_GROUP_EXIT 0x00000004
@@ -363,6 +364,10 @@ struct sock {
 
 struct socket {
 	struct sock *sk;
+};
+
+struct mptcp_sock {
+	struct sock *first; /* the subflow that the socket began with, a TCP socket */
 };
 
 struct inet_sock {

@@ -383,6 +383,11 @@ static __always_inline int handle_open_file(struct task_struct *task, struct fil
 		return 0;
 	socket = BPF_CORE_READ(file, private_data);
 	sk = BPF_CORE_READ(socket, sk);
+	/* Of a multipath socket the subflow is what changes state; Go's listeners are
+	 * such sockets wherever the kernel has them. */
+	if (bpf_core_field_exists(((struct mptcp_sock *)sk)->first) &&
+	    BPF_CORE_READ(sk, sk_protocol) == IPPROTO_MPTCP)
+		sk = BPF_CORE_READ((struct mptcp_sock *)sk, first);
 	family = BPF_CORE_READ(sk, __sk_common.skc_family);
 	if ((family != AF_INET && family != AF_INET6) ||
 	    BPF_CORE_READ(sk, sk_protocol) != IPPROTO_TCP)

@@ -96,6 +96,9 @@ func (t *table) add(p event.Process) *entry {
 func (t *table) adopt(e *entry, parent event.ProcessKey) {
 	t.orphan(e)
 	e.Parent = parent
+	if t.byKey[e.Key] != e {
+		return // it was held for the one it was orphaned from: a circle, which is now gone
+	}
 	if p := t.byKey[parent]; p != nil && p != e {
 		p.children++
 		e.parentID = p.id

@@ -4,13 +4,10 @@ package main
 
 import (
 	"context"
-	"crypto/tls"
-	"crypto/x509"
 	"errors"
 	"fmt"
 	"math"
 	"net"
-	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -20,6 +17,7 @@ import (
 	redislog "github.com/redis/go-redis/v9/logging"
 	"github.com/redis/go-redis/v9/maintnotifications"
 
+	"github.com/aurorasoc/edr-sensor/internal/agent"
 	"github.com/aurorasoc/edr-sensor/internal/config"
 )
 
@@ -41,40 +39,13 @@ func newRedis(t config.Transport) (*redis.Client, error) {
 			return nil, fmt.Errorf("transport.password_file: %w", err)
 		}
 	}
-	if o.TLSConfig, err = clientTLS(t); err != nil {
-		return nil, err
+	if o.TLSConfig, err = agent.ClientTLS(t.TLS); err != nil {
+		return nil, fmt.Errorf("transport.tls: %w", err)
+	}
+	if host, _, err := net.SplitHostPort(t.Address); err == nil && o.TLSConfig != nil && o.TLSConfig.ServerName == "" {
+		o.TLSConfig.ServerName = host
 	}
 	return redis.NewClient(o), nil
-}
-
-func clientTLS(t config.Transport) (*tls.Config, error) {
-	if !t.TLS.Enabled {
-		return nil, nil //nolint:nilnil // no TLS is a valid answer
-	}
-	c := &tls.Config{MinVersion: tls.VersionTLS12, ServerName: t.TLS.ServerName}
-	if c.ServerName == "" {
-		if host, _, err := net.SplitHostPort(t.Address); err == nil {
-			c.ServerName = host
-		}
-	}
-	if t.TLS.CAFile != "" {
-		pem, err := os.ReadFile(t.TLS.CAFile)
-		if err != nil {
-			return nil, fmt.Errorf("transport.tls.ca_file: %w", err)
-		}
-		c.RootCAs = x509.NewCertPool()
-		if !c.RootCAs.AppendCertsFromPEM(pem) {
-			return nil, fmt.Errorf("transport.tls.ca_file: %s: no certificate in PEM form in it", t.TLS.CAFile)
-		}
-	}
-	if t.TLS.CertFile != "" {
-		cert, err := tls.LoadX509KeyPair(t.TLS.CertFile, t.TLS.KeyFile)
-		if err != nil {
-			return nil, fmt.Errorf("transport.tls.cert_file: %w", err)
-		}
-		c.Certificates = []tls.Certificate{cert}
-	}
-	return c, nil
 }
 
 // explainRedis says what to do about an error of the server or on the way to it.

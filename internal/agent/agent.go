@@ -16,8 +16,10 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"os/user"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"sync/atomic"
 	"time"
 
@@ -157,6 +159,7 @@ func (a *Agent) build(ctx context.Context, version string) error {
 	enricher := enrich.New(enrich.Options{
 		Host: host, TableSize: a.cfg.Sensor.ProcessTable,
 		HashMaxBytes: a.cfg.Sensor.Hash.MaxSize, HashPerSecond: rate, HashWait: a.cfg.Sensor.Hash.Wait,
+		Scoped:     a.cfg.Sensor.Scope.Kind != config.ScopeAll,
 		Registerer: a.registry,
 	})
 	a.defers("enricher", func(context.Context) error { enricher.Close(); return nil })
@@ -216,7 +219,7 @@ func (a *Agent) listen(ctx context.Context) (err error) {
 		a.defers("http listener", func(context.Context) error { return ignoreClosed(a.http.Close()) })
 	}
 	if path := a.cfg.Control.Socket; path != "" {
-		if a.control, err = listenControl(ctx, path); err != nil {
+		if a.control, err = listenControl(ctx, path, a.cfg.Control.Group); err != nil {
 			return fmt.Errorf("control.socket: %w", err)
 		}
 		a.defers("control socket", func(context.Context) error { return ignoreClosed(a.control.Close()) })
@@ -226,7 +229,7 @@ func (a *Agent) listen(ctx context.Context) (err error) {
 
 // listenControl takes over the path of a sensor that is gone, never of one
 // that still answers.
-func listenControl(ctx context.Context, path string) (net.Listener, error) {
+func listenControl(ctx context.Context, path, group string) (net.Listener, error) {
 	var lc net.ListenConfig
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return nil, err
@@ -247,10 +250,29 @@ func listenControl(ctx context.Context, path string) (net.Listener, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := os.Chmod(path, 0o660); err != nil {
+	if err := admit(path, group); err != nil {
 		return nil, errors.Join(err, l.Close())
 	}
 	return l, nil
+}
+
+// admit lets root, and the group if one is named, connect to the socket.
+func admit(path, group string) error {
+	if group == "" {
+		return os.Chmod(path, 0o600)
+	}
+	g, err := user.LookupGroup(group)
+	if err != nil {
+		return fmt.Errorf("control.group: %w: make the group, or leave it empty for root only", err)
+	}
+	gid, err := strconv.Atoi(g.Gid)
+	if err != nil {
+		return fmt.Errorf("control.group %s: gid %q: %w", group, g.Gid, err)
+	}
+	if err := os.Chown(path, -1, gid); err != nil {
+		return fmt.Errorf("control.group %s: %w", group, err)
+	}
+	return os.Chmod(path, 0o660)
 }
 
 func ignoreClosed(err error) error {

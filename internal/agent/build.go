@@ -64,7 +64,7 @@ func cgroupID(path string) (uint64, error) {
 
 func (a *Agent) newSender(ctx context.Context) (*transport.Sender, error) {
 	t := a.cfg.Transport
-	tlsConfig, err := tlsOf(t.TLS)
+	tlsConfig, err := ClientTLS(t.TLS)
 	if err != nil {
 		return nil, fmt.Errorf("transport.tls: %w", err)
 	}
@@ -86,7 +86,10 @@ func (a *Agent) newSender(ctx context.Context) (*transport.Sender, error) {
 	return s, nil
 }
 
-func tlsOf(c config.TLS) (*tls.Config, error) {
+// ClientTLS reads the files that c names. The result is nil without TLS; an
+// empty ServerName is left to who dials. Certificates are read again at each
+// handshake.
+func ClientTLS(c config.TLS) (*tls.Config, error) {
 	if !c.Enabled {
 		return nil, nil //nolint:nilnil // no TLS is a valid answer
 	}

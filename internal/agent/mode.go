@@ -17,7 +17,7 @@ type Mode string
 // The modes, from the start on. Truncating is worse than degraded, which is
 // worse than buffering: the worst that holds is the mode.
 const (
-	Starting   Mode = "starting"   // not all programs are attached yet
+	Starting   Mode = "starting"   // not everything is in place yet
 	Online     Mode = "online"     // events are seen, kept and delivered
 	Buffering  Mode = "buffering"  // events are seen and kept; Redis does not take them
 	Degraded   Mode = "degraded"   // something the sensor should see or keep is missing
@@ -111,7 +111,7 @@ func (m *modeMachine) decide(f facts, now time.Time) (Mode, string) {
 	case f.stopping:
 		return Stopping, "the sensor was asked to stop"
 	case !f.started:
-		return Starting, "programs are being attached"
+		return Starting, "programs are being attached and Redis is being connected"
 	case !m.truncAt.IsZero() && now.Sub(m.truncAt) < lossHold:
 		return Truncating, fmt.Sprintf("the buffer is full and drops its oldest records: %d in all (buffer_truncations_total)", f.truncated)
 	case f.bufferError != "":

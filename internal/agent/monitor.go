@@ -71,10 +71,12 @@ func (a *Agent) facts(now time.Time) facts {
 	}
 	if a.sender != nil {
 		t := a.sender.State()
-		// A reconnect that takes a moment is no change of mode.
-		f.delivering = t.Phase == transport.Connected ||
-			(t.Phase == transport.Connecting || t.Phase == transport.Retrying) && now.Sub(t.Since) < awayGrace
-		f.transportReason = fmt.Sprintf("Redis at %s does not take events (%s): %s %s", t.Address, t.Phase, t.Error, t.Hint)
+		// A reconnect that takes a moment is no change of mode, and before the
+		// first connection none is known.
+		moment := (t.Phase == transport.Connecting || t.Phase == transport.Retrying) && now.Sub(t.Since) < awayGrace
+		f.delivering = t.Phase == transport.Connected || moment
+		f.started = f.started && (t.Phase == transport.Connected || !moment || !t.LastReply.IsZero())
+		f.transportReason = fmt.Sprintf("Redis at %s does not take events: %s: %s (%s)", t.Address, t.Phase, t.Error, t.Hint)
 	}
 	return f
 }

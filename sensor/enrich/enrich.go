@@ -28,6 +28,7 @@ type Options struct {
 	HashMaxBytes  int64         // larger executables are not hashed; 64 MiB
 	HashPerSecond float64       // new executables hashed a second, and at once; 200. Negative: no hashes at all
 	HashWait      time.Duration // for how long hashes may delay a batch of events; 50 ms. Negative: not at all
+	Scoped        bool          // only a part of the host is watched: arguments of processes outside of it are not taken from /proc
 	Registerer    prometheus.Registerer
 }
 
@@ -56,6 +57,7 @@ const maxAncestors = 16
 // Enricher knows the host's processes. It is not safe for concurrent use.
 type Enricher struct {
 	host    event.Host
+	scoped  bool
 	boot    [16]byte
 	metrics *metrics
 	proc    procfs
@@ -107,7 +109,7 @@ func New(o Options) *Enricher { return newEnricher(o.withDefaults(), "/proc", "/
 
 func newEnricher(o Options, proc procfs, etc string) *Enricher {
 	e := &Enricher{
-		host: o.Host, boot: parseUUID(o.Host.BootID), metrics: newMetrics(o.Registerer), proc: proc, clock: newClock(),
+		host: o.Host, scoped: o.Scoped, boot: parseUUID(o.Host.BootID), metrics: newMetrics(o.Registerer), proc: proc, clock: newClock(),
 		users: nameFile{path: etc + "/passwd"}, groups: nameFile{path: etc + "/group"},
 		cgroups: newCgroups(), strings: newInterner(),
 		hashes: newHasher(o.HashMaxBytes, o.HashPerSecond, proc),
@@ -218,6 +220,9 @@ func (e *Enricher) lookUp(key event.ProcessKey) *entry {
 		return event.ProcessKey{}
 	}) {
 		return nil
+	}
+	if e.scoped {
+		p.CmdLine = ""
 	}
 	e.identify(&p)
 	e.nameUsers(&p, e.table.now)
@@ -339,9 +344,9 @@ func (e *Enricher) fork(ev *event.Event) *entry {
 	var p event.Process
 	if parent != nil {
 		p = parent.Process
-		p.Exited, p.ExitTime, p.Partial = false, 0, false
+		p.Exited, p.ExitTime = false, 0
 	} else {
-		p.LoginUID, p.SessionID = event.Unset, event.Unset
+		p.LoginUID, p.SessionID, p.Partial = event.Unset, event.Unset, true
 	}
 	p.Key, p.Parent, p.NSPID, p.Comm = f.Child, ev.Actor, f.NSPID, e.strings.string(f.Comm)
 	if p.CgroupID != f.CgroupID { // clone3 put it into another group

@@ -479,6 +479,7 @@ func (s *Sensor) snapshot(ctx context.Context) error {
 	n := 0
 	err := s.kernel.snapshot(func(rec []byte) error {
 		if n++; n%pollRecords == 0 {
+			s.o.Enricher.EndBatch()
 			if err := s.flush(ctx, false); err != nil {
 				return err
 			}
@@ -492,10 +493,10 @@ func (s *Sensor) snapshot(ctx context.Context) error {
 		ev.Hook = s.hooks[ev.Kind]
 		s.metrics.events[ev.Kind].Inc()
 		s.o.Enricher.Apply(ev)
-		s.o.Enricher.EndBatch()
 		s.write(ctx, time.Now().UnixNano(), ev, false, false, nil)
 		return ctx.Err()
 	})
+	s.o.Enricher.EndBatch()
 	if err != nil {
 		return err
 	}

@@ -213,16 +213,13 @@ func (e *Enricher) actor(key event.ProcessKey) *entry {
 // lookUp enters a process with what /proc knows of it, if it is still there.
 func (e *Enricher) lookUp(key event.ProcessKey) *entry {
 	p := event.Process{Key: key}
-	if !e.proc.fill(&p, func(pid uint32, ticks uint64) event.ProcessKey {
+	if !e.proc.fill(&p, !e.scoped, func(pid uint32, ticks uint64) event.ProcessKey {
 		if parent := e.table.find(pid, ticks); parent != nil {
 			return parent.Key
 		}
 		return event.ProcessKey{}
 	}) {
 		return nil
-	}
-	if e.scoped {
-		p.CmdLine = ""
 	}
 	e.identify(&p)
 	e.nameUsers(&p, e.table.now)

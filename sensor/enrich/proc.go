@@ -94,7 +94,8 @@ func (f procfs) cmdline(key event.ProcessKey, dst []byte) []byte {
 
 // fill sets what /proc knows of the process p.Key. parent finds the key of its
 // parent. It returns false, and p is then unchanged, when the process is gone.
-func (f procfs) fill(p *event.Process, parent func(pid uint32, ticks uint64) event.ProcessKey) bool {
+// Its arguments are read only on request.
+func (f procfs) fill(p *event.Process, arguments bool, parent func(pid uint32, ticks uint64) event.ProcessKey) bool {
 	s, ok := f.stat(p.Key.PID)
 	if !ok || s.ticks != p.Key.StartTime/tick {
 		return false
@@ -116,7 +117,9 @@ func (f procfs) fill(p *event.Process, parent func(pid uint32, ticks uint64) eve
 			q.Parent = parent(s.parent, ps.ticks)
 		}
 	}
-	q.CmdLine = cmdLine(nil, f.cmdline(p.Key, nil))
+	if arguments {
+		q.CmdLine = cmdLine(nil, f.cmdline(p.Key, nil))
+	}
 	if !f.is(p.Key) {
 		return false
 	}

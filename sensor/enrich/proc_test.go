@@ -117,7 +117,7 @@ func TestProcFill(t *testing.T) {
 		return key(42, 4000*tick+1)
 	}
 	got := event.Process{Key: key(4711, 5000*tick+77)}
-	if !f.fill(&got, parent) {
+	if !f.fill(&got, true, parent) {
 		t.Fatal("not filled")
 	}
 	if got.File.Ino == 0 || got.File.Size != 2 || got.File.Mode&0o777 != 0o755 || got.File.FSMagic == 0 {
@@ -138,7 +138,7 @@ func TestProcFill(t *testing.T) {
 	}
 
 	other := event.Process{Key: key(4711, 5001*tick), Comm: "before"}
-	if f.fill(&other, parent) || other.Comm != "before" {
+	if f.fill(&other, true, parent) || other.Comm != "before" {
 		t.Errorf("filled from a process of another start time: %+v", other)
 	}
 }
@@ -170,7 +170,7 @@ func TestProcSelf(t *testing.T) {
 		t.Skip("no /proc")
 	}
 	p := event.Process{Key: key(pid, s.ticks*tick)}
-	if !f.fill(&p, func(uint32, uint64) event.ProcessKey { return key(1, 2) }) {
+	if !f.fill(&p, true, func(uint32, uint64) event.ProcessKey { return key(1, 2) }) {
 		t.Fatal("not filled")
 	}
 	exe, err := os.Executable()

@@ -20,7 +20,7 @@ export CGO_ENABLED ?= 0
 ## help: list the targets
 .PHONY: help
 help:
-	@sed -n 's/^## //p' $(MAKEFILE_LIST) | awk -F': ' '{ printf "  %-12s %s\n", $$1, $$2 }'
+	@sed -n 's/^## //p' $(MAKEFILE_LIST) | awk -F': ' '{ printf "  %-18s %s\n", $$1, $$2 }'
 
 ## build: the binary for this machine, in bin/
 .PHONY: build
@@ -71,11 +71,16 @@ format:
 	$(GO) tool gofumpt -w .
 	$(CLANG_FORMAT) -i bpf/*.c bpf/*.h
 
-## generate: compile the BPF objects and the generated documents (needs clang)
+## generate: compile the BPF objects (needs clang) and write docs/events.md
 .PHONY: generate
 generate:
 	$(GO) generate ./bpf
-	$(GO) test -run 'Drift' ./... -args -update
+	$(GO) test -count=1 ./sensor/ocsf -args -update
+
+## generate-metrics: write docs/metrics.md from a running sensor (root)
+.PHONY: generate-metrics
+generate-metrics: deps
+	$(GO) test -count=1 ./internal/e2e -run TestMetrics -args -update
 
 ## check-generated: fail when the committed BPF objects differ from their sources
 .PHONY: check-generated

@@ -75,7 +75,11 @@ func TestRootExec(t *testing.T) {
 	run := func(t *testing.T, r request) *execRecord {
 		t.Helper()
 		r.Op = "run"
-		pid := a.must(r).PID
+		ran := a.must(r)
+		if ran.Output != "" {
+			t.Errorf("the program said %q", ran.Output)
+		}
+		pid := ran.PID
 		records := priority.until("exit", exited(pid))
 		var last *execRecord
 		for _, r := range records {

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/btf"
 	"github.com/cilium/ebpf/ringbuf"
 
 	"github.com/aurorasoc/edr-sensor/bpf"
@@ -280,6 +281,31 @@ func TestRootFallback(t *testing.T) {
 	one(t, records, event.Exec, ran.PID)
 	a.must(request{Op: "tcp", Network: "tcp4", Up: 1})
 	bulk.until("close", func(r record) bool { return kindOf(r.SensorEventHeader) == event.TCPClose })
+}
+
+// The scope is a constant to the verifier, which then sees another program. This
+// loads them all and attaches none: a test does not watch the whole host.
+func TestRootEveryProgramLoadsInEveryScope(t *testing.T) {
+	require(t, "root")
+	require(t, "btf")
+	for _, mode := range []ScopeMode{ScopeAll, ScopeTree, ScopeCgroup} {
+		k, err := loadKernel(kernelOptions{Scope: Scope{Mode: mode, PID: 1, CgroupID: 1}, PriorityBytes: testRing, BulkBytes: testRing})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer k.close()
+		cache := btf.NewCache()
+		for name := range k.spec.Programs {
+			program, _, err := k.load(name, cache)
+			if err != nil {
+				t.Errorf("scope %d: %s: %v", mode, name, err)
+				continue
+			}
+			if err := program.Close(); err != nil {
+				t.Error(err)
+			}
+		}
+	}
 }
 
 func TestRootRequiredHook(t *testing.T) {

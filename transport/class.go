@@ -126,12 +126,10 @@ func classify(err error) Class {
 		return ClassNone
 	}
 	// Ours know what they are.
-	var c *classError
-	if errors.As(err, &c) {
+	if c, ours := errors.AsType[*classError](err); ours {
 		return c.class
 	}
-	var re redis.Error
-	if errors.As(err, &re) {
+	if re, said := errors.AsType[redis.Error](err); said {
 		return classifyReply(re.Error())
 	}
 	var ne net.Error

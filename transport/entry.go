@@ -67,7 +67,7 @@ func (c *cursor) next(want byte) bool {
 }
 
 func (c *cursor) space() {
-	for c.i < len(c.data) && strings.IndexByte(" \t\n\r", c.data[c.i]) >= 0 {
+	for c.i < len(c.data) && c.data[c.i] <= ' ' {
 		c.i++
 	}
 }

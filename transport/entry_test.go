@@ -4,6 +4,8 @@ package transport
 
 import (
 	"encoding/json"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 )
@@ -35,6 +37,33 @@ func TestIdentify(t *testing.T) {
 	usual := []byte(payload(7))
 	if n := testing.AllocsPerRun(100, func() { identify(usual) }); n != 0 {
 		t.Errorf("%v allocations", n)
+	}
+}
+
+// TestIdentifyGoldenEvents reads what the encoder really writes.
+func TestIdentifyGoldenEvents(t *testing.T) {
+	files, err := filepath.Glob("../sensor/ocsf/testdata/*.json")
+	if err != nil || len(files) == 0 {
+		t.Fatalf("no golden events: %v", err)
+	}
+	for _, file := range files {
+		data, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var want struct {
+			TimeDT   string `json:"time_dt"`
+			Metadata struct {
+				UID string `json:"uid"`
+			} `json:"metadata"`
+		}
+		if err := json.Unmarshal(data, &want); err != nil {
+			t.Fatalf("%s: %v", file, err)
+		}
+		id, stamp := identify(data)
+		if string(id) != want.Metadata.UID || string(stamp) != want.TimeDT || len(id) == 0 || len(stamp) == 0 {
+			t.Errorf("%s: got %q, %q, want %q, %q", file, id, stamp, want.Metadata.UID, want.TimeDT)
+		}
 	}
 }
 

@@ -32,6 +32,7 @@ import (
 // that is quick to make. Each time the Sender must name the class, lose nothing
 // and go on by itself when the cause is gone.
 func TestSenderHoldsAndRecovers(t *testing.T) {
+	t.Parallel()
 	config := func(kv ...string) func(*testing.T, *redistest.Server, *redis.Client) {
 		return func(t *testing.T, _ *redistest.Server, c *redis.Client) {
 			t.Helper()
@@ -47,7 +48,7 @@ func TestSenderHoldsAndRecovers(t *testing.T) {
 			t.Helper()
 			for _, cmd := range cmds {
 				var args []any
-				for _, a := range strings.Fields(cmd) {
+				for a := range strings.FieldsSeq(cmd) {
 					args = append(args, a)
 				}
 				if err := c.Do(t.Context(), args...).Err(); err != nil {
@@ -147,6 +148,31 @@ func TestSenderHoldsAndRecovers(t *testing.T) {
 	}
 }
 
+// TestSenderSurvivesStalledServer stops the server with requests in its sockets:
+// when it goes on it meets them beside those of newer connections.
+func TestSenderSurvivesStalledServer(t *testing.T) {
+	t.Parallel()
+	srv := redistest.Start(t, redistest.Options{TCP: true})
+	c := srv.Client()
+	defer c.Close()
+	q := newMemQueue()
+	o := fast(srv.Addr())
+	o.Timeout = 20 * time.Millisecond
+	o.BatchRecords = 32
+	s := start(t, o, q)
+	var last uint64
+	for range 8 {
+		last = q.add(3000, buffer.Events, false)
+		s.delivered(t, last-2000)
+		srv.Stall()
+		timeouts := testutil.ToFloat64(s.m.errors[ClassTimeout])
+		await(t, text("several timeouts"), func() bool { return testutil.ToFloat64(s.m.errors[ClassTimeout]) >= timeouts+3 })
+		srv.Resume()
+	}
+	s.delivered(t, last)
+	exactlyOnce(t, c, last)
+}
+
 func TestSenderLoadsScriptAgain(t *testing.T) {
 	srv := redistest.Start(t, redistest.Options{})
 	c := srv.Client()
@@ -173,6 +199,7 @@ func TestSenderWithoutScripting(t *testing.T) {
 }
 
 func TestSenderWaitsWhileServerLoads(t *testing.T) {
+	t.Parallel()
 	srv := redistest.Start(t, redistest.Options{AOF: "always"})
 	c := srv.Client()
 	defer c.Close()
@@ -205,6 +232,7 @@ func TestSenderWaitsWhileServerLoads(t *testing.T) {
 // record is in the stream exactly once, or in a forfeited range, or the queue
 // has dropped it undelivered.
 func TestSenderAccountsForEverything(t *testing.T) {
+	t.Parallel()
 	srv := redistest.Start(t, redistest.Options{AOF: "everysec"})
 	c := srv.Client()
 	defer c.Close()
@@ -375,6 +403,7 @@ func TestACLFile(t *testing.T) {
 }
 
 func TestSenderOverTLS(t *testing.T) {
+	t.Parallel()
 	dir := t.TempDir()
 	ca := newCA(t)
 	serverCert, serverKey := ca.issue(t, dir, "server", "127.0.0.1")

@@ -63,8 +63,8 @@ type Options struct {
 
 	// Registerer gets the metrics; nil leaves them unregistered.
 	Registerer prometheus.Registerer
-	// OnChange is called with each new [State] whose phase, class or warning
-	// differs from the one before. It runs on the sending goroutine and must not
+	// OnChange is called with each new [State] that differs from the one before
+	// in its phase, class, warning or number of rewinds. It runs on the sending goroutine and must not
 	// block.
 	OnChange func(State)
 }

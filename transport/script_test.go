@@ -152,6 +152,7 @@ func (m *modelServer) call(c modelCall) string {
 // and server accidents against the script and the model, and compares every
 // reply, the cursor and the stream. EDR_MODEL_RUNS changes how many.
 func TestScriptAgainstModel(t *testing.T) {
+	t.Parallel()
 	runs := 5_000
 	if v := os.Getenv("EDR_MODEL_RUNS"); v != "" {
 		n, err := strconv.Atoi(v)

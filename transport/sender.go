@@ -7,7 +7,9 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"slices"
 	"strconv"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -33,7 +35,8 @@ type Queue interface {
 	// Bounds returns the oldest readable, the acknowledged and the last seq.
 	Bounds() buffer.Bounds
 	// Forfeit says that a range that had been acknowledged is lost: the server
-	// went back further than the queue remembers.
+	// went back further than the queue remembers. The next Read returns only
+	// when that is durable.
 	Forfeit(first, last uint64, cause string)
 }
 
@@ -62,7 +65,7 @@ type Sender struct {
 	sent    uint64 // highest seq the server can have from us
 	flight  span   // the batch in flight or in doubt, and its stream
 	stream  buffer.Stream
-	lost    []span // ranges forfeited by this process, disjoint
+	holes   []span // ranges that are accounted for as lost, disjoint, newest last
 	detours int    // verdicts other than OK in a row
 	doubt   bool   // the last failure was that of a write: a hello does not clear it
 
@@ -123,9 +126,8 @@ func (s *Sender) Run(ctx context.Context) error {
 		if ctx.Err() != nil {
 			break
 		}
-		var qe *queueError
-		if errors.As(err, &qe) {
-			return err
+		if qe, broken := errors.AsType[*queueError](err); broken {
+			return qe
 		}
 		sleep(ctx, s.fail(ctx, err))
 	}
@@ -229,7 +231,7 @@ func (s *Sender) inspect(ctx context.Context) error {
 	}
 	s.asked = !known // each refusal is a line in the server's ACL log
 	s.warning = ""
-	if known && len(policy) > 8 && policy[:8] == "allkeys-" {
+	if strings.HasPrefix(policy, "allkeys-") {
 		s.warning = "maxmemory-policy is " + policy + ": a full server deletes whole streams without an error; set noeviction"
 		s.limiter.Log(ctx, zapcore.WarnLevel, "eviction", "redis may delete events silently", zap.String(logging.KeyReason, s.warning))
 	}
@@ -307,7 +309,9 @@ func (s *Sender) send(ctx context.Context, recs []buffer.Record) error {
 		n := cut(recs, s.o.BatchRecords)
 		flag := flagWrite
 		if first := recs[0].Seq; first > s.pos+1 {
-			s.forfeit(ctx, span{s.pos + 1, first - 1})
+			if s.forfeit(ctx, span{s.pos + 1, first - 1}) {
+				return nil // read again: the loss must be durable before we pass over it
+			}
 			flag = flagResume
 		}
 		s.flight, s.stream = span{recs[0].Seq, recs[n-1].Seq}, recs[0].Stream
@@ -410,6 +414,9 @@ func (s *Sender) take(ctx context.Context, r reply) error {
 		s.m.rewinds.Inc()
 		s.limiter.Log(ctx, zapcore.WarnLevel, "rewind", "server lost confirmed records, sending them again",
 			zap.Uint64(logging.KeyFirst, r.last+1), zap.Uint64(logging.KeyLast, s.pos))
+		st := *s.state.Load()
+		st.Rewinds++
+		s.set(&st)
 	}
 	if r.last > s.acked {
 		if n := (span{s.acked + 1, r.last}).overlap(s.flight); n > 0 {
@@ -423,18 +430,26 @@ func (s *Sender) take(ctx context.Context, r reply) error {
 	return nil
 }
 
+// maxHoles bounds the memory of holes. Forgetting the oldest can only make a
+// range be named twice, if the server loses it once more.
+const maxHoles = 1024
+
 // forfeit tells the queue which part of a hole had been delivered once and is
 // now gone on both sides. What is above acked was dropped by the queue itself,
-// which has accounted for it.
-func (s *Sender) forfeit(ctx context.Context, hole span) {
-	hole.last = min(hole.last, s.acked)
-	for _, gone := range subtract(hole, s.lost) {
+// which has accounted for it. It reports whether there was anything to tell.
+func (s *Sender) forfeit(ctx context.Context, hole span) bool {
+	lost := subtract(span{hole.first, min(hole.last, s.acked)}, s.holes)
+	for _, gone := range lost {
 		s.q.Forfeit(gone.first, gone.last, CauseServerLoss)
-		s.lost = append(s.lost, gone)
 		logging.From(ctx).Error("server lost records that the buffer no longer has",
 			zap.Uint64(logging.KeyFirst, gone.first), zap.Uint64(logging.KeyLast, gone.last),
 			zap.Uint64(logging.KeyCount, gone.len()))
 	}
+	s.holes = append(s.holes, subtract(hole, s.holes)...)
+	if n := len(s.holes) - maxHoles; n > 0 {
+		s.holes = slices.Delete(s.holes, 0, n)
+	}
+	return len(lost) > 0
 }
 
 // fail records a failure and returns how long to wait before the next attempt.
@@ -449,7 +464,7 @@ func (s *Sender) fail(ctx context.Context, err error) time.Duration {
 	s.m.connected.Set(0)
 
 	prev := s.state.Load()
-	st := &State{Phase: p.phase, Since: prev.Since, Address: s.o.Addr, Class: class, Error: err.Error(), Hint: p.hint, Warning: s.warning}
+	st := &State{Phase: p.phase, Since: prev.Since, Address: s.o.Addr, Class: class, Error: err.Error(), Hint: p.hint, Warning: s.warning, Rewinds: prev.Rewinds}
 	var up time.Duration
 	if prev.Phase != st.Phase {
 		st.Since = time.Now()
@@ -474,7 +489,7 @@ func (s *Sender) fail(ctx context.Context, err error) time.Duration {
 func (s *Sender) recover(ctx context.Context) {
 	s.m.connected.Set(1)
 	prev := s.state.Load()
-	st := &State{Phase: Connected, Since: time.Now(), Address: s.o.Addr, Warning: s.warning}
+	st := &State{Phase: Connected, Since: time.Now(), Address: s.o.Addr, Warning: s.warning, Rewinds: prev.Rewinds}
 	s.limiter.Log(ctx, zapcore.InfoLevel, string(Connected), "delivering",
 		zap.String(logging.KeyAddress, s.o.Addr), zap.Uint64(logging.KeySeq, s.pos), zap.Int(logging.KeyAttempt, s.failed),
 		zap.Duration(logging.KeyDuration, st.Since.Sub(prev.Since)))

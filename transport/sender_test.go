@@ -14,8 +14,12 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+	"go.uber.org/zap/zaptest/observer"
 
 	"github.com/aurorasoc/edr-sensor/buffer"
+	"github.com/aurorasoc/edr-sensor/internal/logging"
 	"github.com/aurorasoc/edr-sensor/transport/redistest"
 )
 
@@ -73,7 +77,8 @@ func TestSenderStoresEntries(t *testing.T) {
 }
 
 func TestSenderExactlyOnceThroughLossyProxy(t *testing.T) {
-	const total = 12_000
+	t.Parallel()
+	const total = 9_000
 	faults := redistest.Faults{DropReply: 0.10, Reset: 0.05, Stall: 0.03, StallFor: 150 * time.Millisecond, Seed: 7}
 	srv := redistest.Start(t, redistest.Options{})
 	c := srv.Client()
@@ -110,6 +115,7 @@ func TestSenderExactlyOnceThroughLossyProxy(t *testing.T) {
 }
 
 func TestSenderSurvivesKilledServer(t *testing.T) {
+	t.Parallel()
 	const total = 20_000
 	srv := redistest.Start(t, redistest.Options{AOF: "everysec"})
 	q := newMemQueue()
@@ -144,7 +150,10 @@ func TestSenderRewindsOverRetainedTail(t *testing.T) {
 	c := srv.Client()
 	defer c.Close()
 	q := newMemQueue()
-	s := start(t, fast(srv.Addr()), q)
+	changes := make(chan State, 16)
+	o := fast(srv.Addr())
+	o.OnChange = func(st State) { changes <- st }
+	s := start(t, o, q)
 	s.delivered(t, q.add(1000, buffer.Events, false))
 	if err := c.FlushAll(t.Context()).Err(); err != nil {
 		t.Fatal(err)
@@ -153,6 +162,9 @@ func TestSenderRewindsOverRetainedTail(t *testing.T) {
 	exactlyOnce(t, c, 1010)
 	if got := testutil.ToFloat64(s.m.rewinds); got != 1 {
 		t.Errorf("rewinds = %v, want 1", got)
+	}
+	if first, second := <-changes, <-changes; first.Rewinds != 0 || second.Rewinds != 1 || second.Phase != Connected {
+		t.Errorf("changes %+v, %+v", first, second)
 	}
 	if got := q.forfeited(); got != nil {
 		t.Errorf("forfeited %v", got)
@@ -469,6 +481,54 @@ func TestSenderReportsChanges(t *testing.T) {
 		}
 	}
 	s.stop(t)
+}
+
+// TestSenderLogs checks that a server that is away for many attempts costs two
+// lines, that they carry what the context binds, and that they help.
+func TestSenderLogs(t *testing.T) {
+	srv := redistest.Start(t, redistest.Options{})
+	core, logs := observer.New(zapcore.DebugLevel)
+	ctx, cancel := context.WithCancel(logging.With(logging.Into(t.Context(), zap.New(core)), zap.String(logging.KeyCaseID, "case-7")))
+	q := newMemQueue()
+	s, err := New(fast(srv.Addr()), q)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	r := &running{Sender: s}
+	done := make(chan error, 1)
+	go func() { done <- s.Run(ctx) }()
+	r.delivered(t, q.add(1, buffer.Events, true))
+	srv.Kill9()
+	last := q.add(1, buffer.Events, true)
+	await(t, text("many attempts"), func() bool { return testutil.ToFloat64(s.m.errors[ClassDial]) > 10 })
+	srv.Restart()
+	r.delivered(t, last)
+	cancel()
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	perClass := make(map[string]int)
+	for _, e := range logs.All() {
+		f := e.ContextMap()
+		if f[logging.KeyCaseID] != "case-7" {
+			t.Errorf("%q does not carry the case: %v", e.Message, f)
+		}
+		if class, failed := f[logging.KeyClass].(string); failed {
+			perClass[class]++
+			if f[logging.KeyRemedy] == "" || f["error"] == "" {
+				t.Errorf("%q does not help: %v", e.Message, f)
+			}
+		}
+	}
+	for class, n := range perClass {
+		if n != 1 {
+			t.Errorf("%d lines for class %s", n, class)
+		}
+	}
+	if perClass[string(ClassDial)] != 1 || logs.FilterMessage("delivering").Len() == 0 {
+		t.Errorf("lines: %v", logs.All())
+	}
 }
 
 func TestNewRefusesBadOptions(t *testing.T) {

@@ -33,8 +33,10 @@ type State struct {
 	// last answered (zero: never).
 	Acked     uint64
 	LastReply time.Time
+	// Rewinds counts how often the server had less than it had confirmed.
+	Rewinds uint64
 }
 
 func (s *State) differs(o *State) bool {
-	return s.Phase != o.Phase || s.Class != o.Class || s.Warning != o.Warning
+	return s.Phase != o.Phase || s.Class != o.Class || s.Warning != o.Warning || s.Rewinds != o.Rewinds
 }

@@ -365,6 +365,55 @@ func mount(t *testing.T, args ...string) string {
 	return dir
 }
 
+// mountExt4 makes an ext4 file system of the given size and mounts it.
+func mountExt4(t *testing.T, size int64) string {
+	t.Helper()
+	img := filepath.Join(t.TempDir(), "img")
+	if err := os.WriteFile(img, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(img, size); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := exec.Command("mkfs.ext4", "-q", img).CombinedOutput(); err != nil {
+		t.Skipf("mkfs.ext4: %v: %s", err, out)
+	}
+	return mount(t, "-o", "loop", img)
+}
+
+// TestFrozenFileSystem stalls the disk for real: every write blocks until the
+// file system is thawed.
+func TestFrozenFileSystem(t *testing.T) {
+	dir := mountExt4(t, 12*mib)
+	o := small(dir)
+	q := open(t, o)
+	s := &sim{t: t, q: q, led: newLedger(), rng: rand.New(rand.NewPCG(4, 4))}
+	s.produce(1, 10, false)
+	s.must(q.Flush(t.Context()))
+	if out, err := exec.Command("fsfreeze", "-f", dir).CombinedOutput(); err != nil {
+		t.Skipf("fsfreeze: %v: %s", err, out)
+	}
+	thaw := func() {
+		if out, err := exec.Command("fsfreeze", "-u", dir).CombinedOutput(); err != nil {
+			t.Fatalf("thaw: %v: %s", err, out)
+		}
+	}
+	for q.Stats().Pending < o.CommitBytes*2 { // memory takes it, none of it gets durable
+		s.produce(10, 500, false)
+	}
+	if st := q.Stats(); st.Last != 1 || st.Err != nil {
+		t.Errorf("while frozen: %+v", st)
+	}
+	thaw()
+	for range 5 {
+		s.settle()
+	}
+	s.must(s.verify())
+	if st := q.Stats(); st.Truncated != 0 || st.Err != nil {
+		t.Errorf("after the thaw: %+v", st)
+	}
+}
+
 func TestFullFileSystem(t *testing.T) {
 	for _, fs := range []string{"tmpfs", "ext4"} {
 		t.Run(fs, func(t *testing.T) {
@@ -372,17 +421,7 @@ func TestFullFileSystem(t *testing.T) {
 			if fs == "tmpfs" {
 				dir = mount(t, "-t", "tmpfs", "-o", "size=4m", "tmpfs")
 			} else {
-				img := filepath.Join(t.TempDir(), "img")
-				if err := os.WriteFile(img, nil, 0o600); err != nil {
-					t.Fatal(err)
-				}
-				if err := os.Truncate(img, 12*mib); err != nil {
-					t.Fatal(err)
-				}
-				if out, err := exec.Command("mkfs.ext4", "-q", img).CombinedOutput(); err != nil {
-					t.Skipf("mkfs.ext4: %v: %s", err, out)
-				}
-				dir = mount(t, "-o", "loop", img)
+				dir = mountExt4(t, 12*mib)
 			}
 
 			// More than there is: a clean error, and nothing left behind.

@@ -10,6 +10,8 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"runtime/debug"
+	"slices"
 	"sync"
 	"testing"
 	"time"
@@ -90,6 +92,10 @@ func copyFile(t testing.TB, dst, src string) {
 // of each life of the file.
 func TestModel(t *testing.T) {
 	const lives = 10
+	ops := *modelOps
+	if raceDetector() {
+		ops /= 4 // it is that much slower
+	}
 	seed := uint64(time.Now().UnixNano())
 	t.Logf("seed %d", seed)
 	var total Stats
@@ -99,7 +105,7 @@ func TestModel(t *testing.T) {
 		root := fastDir(t)
 		m := &modelRun{sim: sim{t: t, led: newLedger(), rng: rng}, root: root, dir: filepath.Join(root, "0")}
 		m.open()
-		for op := range *modelOps / lives {
+		for op := range ops / lives {
 			m.step()
 			if err := invariant(m.q.Stats()); err != nil {
 				t.Fatalf("life %d op %d: %v", life, op, err)
@@ -124,6 +130,11 @@ func TestModel(t *testing.T) {
 	if total.Truncated == 0 || total.Corrupt == 0 || total.Reclaimed == 0 || crashes == 0 || faults == 0 {
 		t.Error("the run did not meet everything it is meant to")
 	}
+}
+
+func raceDetector() bool {
+	info, ok := debug.ReadBuildInfo()
+	return ok && slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"})
 }
 
 type modelRun struct {

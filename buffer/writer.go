@@ -11,11 +11,19 @@ import (
 
 	bolt "go.etcd.io/bbolt"
 	berrors "go.etcd.io/bbolt/errors"
+	"golang.org/x/sys/unix"
 )
 
 const (
 	backoffMin = 10 * time.Millisecond
 	backoffMax = time.Second
+
+	// Chunks that leave in one transaction without need, so that a backlog
+	// acknowledged at once does not stall a commit.
+	maxReclaim = 128
+
+	// Deleted chunks between two calls of forget.
+	forgetAfter = 32
 
 	// How often a transaction is tried once the queue is being closed.
 	maxCloseTries = 6
@@ -23,9 +31,10 @@ const (
 
 // writer is the one goroutine that changes the file.
 type writer struct {
-	q   *Queue
-	db  *bolt.DB // nil after a failed reopen
-	buf []byte   // encoded state
+	q       *Queue
+	db      *bolt.DB // nil after a failed reopen
+	buf     []byte   // encoded state
+	touched int      // chunks deleted since the mapping was last forgotten
 }
 
 // run commits what is due until the queue is closed.
@@ -60,6 +69,7 @@ func (w *writer) run() {
 			w.end(err)
 			return
 		}
+		w.forget(c)
 		if closing {
 			w.end(nil)
 			return
@@ -168,7 +178,7 @@ func (q *Queue) planDrops(c *commit) {
 		e := &l[c.drop]
 		fits := used+c.need <= limit
 		retained := c.drop >= q.index.acked || e.at >= expired && int64(tail)*pageSize <= q.o.RetainBytes
-		if fits && retained {
+		if fits && (retained || c.drop >= maxReclaim) {
 			break
 		}
 		c.dropFront(e)
@@ -418,6 +428,18 @@ func (c *commit) locate(b *bolt.Bucket) error {
 		c.added = append(c.added, e)
 	}
 	return nil
+}
+
+// forget gives back the pages that bbolt's mapping has drawn in. Deleting a
+// chunk looks at its first page there, and the kernel maps a whole folio for
+// it: over time the process would seem to use as much memory as the file has.
+func (w *writer) forget(c *commit) {
+	if w.touched += c.drop; w.touched < forgetAfter || w.db == nil {
+		return
+	}
+	w.touched = 0
+	// Advice; a kernel that refuses it changes nothing but a number.
+	_, _, _ = unix.Syscall(unix.SYS_MADVISE, w.db.Info().Data, uintptr(w.q.o.Cap), unix.MADV_DONTNEED)
 }
 
 // makeRoom frees what c would free, and extra chunks more, in a transaction of

@@ -300,17 +300,21 @@ func TestRootTCPEarly(t *testing.T) {
 
 // A listener older than the sensor still gives its connections an owner.
 func TestRootTCPEarlyListener(t *testing.T) {
-	a := startActor(t)
-	server := a.spawn()
-	address := server.must(request{Op: "serve", Network: "tcp4"}).Local
-	k := watch(t, a)
-	requireHook(t, k, event.TCPClose)
-	bulk := newTap(t, k.bulk)
-	client := a.must(request{Op: "connect", Network: "tcp4", Addr: address}).Local
-	_, accepted := connections(t, bulk.until("both closes", closes(2)), client)
-	e := accepted[event.TCPAccept]
-	if e == nil || int(e.Header.Pid) != server.pid || event.TCPFlags(e.Flags) != event.TCPOwnerListener || e.Opened == 0 {
-		t.Errorf("accepted: %+v, want by %d", e, server.pid)
+	for _, multipath := range []bool{false, true} {
+		t.Run(fmt.Sprintf("multipath %t", multipath), func(t *testing.T) {
+			a := startActor(t)
+			server := a.spawn()
+			address := server.must(request{Op: "serve", Network: "tcp4", Multipath: multipath}).Local
+			k := watch(t, a)
+			requireHook(t, k, event.TCPClose)
+			bulk := newTap(t, k.bulk)
+			client := a.must(request{Op: "connect", Network: "tcp4", Addr: address}).Local
+			_, accepted := connections(t, bulk.until("both closes", closes(2)), client)
+			e := accepted[event.TCPAccept]
+			if e == nil || int(e.Header.Pid) != server.pid || event.TCPFlags(e.Flags) != event.TCPOwnerListener || e.Opened == 0 {
+				t.Errorf("accepted: %+v, want by %d", e, server.pid)
+			}
+		})
 	}
 }
 

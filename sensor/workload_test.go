@@ -66,6 +66,8 @@ type request struct {
 	Up, Down int    // bytes to send each way
 	First    string // who closes first: client, server, or client-unread
 	Shared   bool   // SO_REUSEPORT
+
+	Multipath bool // MPTCP where the kernel has it, as Go's listeners are by default
 }
 
 // reply is what became of it.
@@ -353,7 +355,7 @@ func listen(r request) (net.Listener, error) {
 			}
 		}), err)
 	}}
-	config.SetMultipathTCP(false)
+	config.SetMultipathTCP(r.Multipath)
 	return config.Listen(context.Background(), r.Network, host)
 }
 

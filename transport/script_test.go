@@ -333,3 +333,32 @@ func TestScriptRefusesMalformedCalls(t *testing.T) {
 		t.Errorf("%d keys were written", n)
 	}
 }
+
+// TestScriptCountsHalfABatch makes XADD fail in the middle, as it does when a
+// stream has used up its ids. Nothing rolls back what was added before: the
+// cursor must say exactly that.
+func TestScriptCountsHalfABatch(t *testing.T) {
+	srv := redistest.Start(t, redistest.Options{})
+	c := srv.Client()
+	defer c.Close()
+	// Two ids are left.
+	err := c.Do(t.Context(), "XADD", eventsKey, "18446744073709551615-18446744073709551613", "a", "b").Err()
+	if err != nil {
+		t.Fatal(err)
+	}
+	const session = "000000000000000000010000"
+	args := []any{testAgent, testEpoch, session, flagWrite, 1, 5}
+	for range 5 {
+		args = append(args, "id", "now", "{}")
+	}
+	err = c.Eval(t.Context(), deliverSource, []string{eventsKey, cursorKey}, args...).Err()
+	if err == nil || !strings.Contains(err.Error(), "exhausted") || classify(err) != ClassServer {
+		t.Errorf("error %v, class %s", err, classify(err))
+	}
+	if n := c.XLen(t.Context(), eventsKey).Val(); n != 3 {
+		t.Errorf("%d entries, want 3", n)
+	}
+	if got, want := c.HGet(t.Context(), cursorKey, testAgent).Val(), testEpoch+":2:"+session; got != want {
+		t.Errorf("cursor %q, want %q", got, want)
+	}
+}

@@ -82,10 +82,10 @@ type Sender struct {
 func New(o Options, q Queue) (*Sender, error) {
 	o.setDefaults()
 	if err := o.validate(); err != nil {
-		return nil, fmt.Errorf("transport: %w", err)
+		return nil, err
 	}
 	if !isHex(q.Epoch(), epochLen) {
-		return nil, fmt.Errorf("transport: epoch %q is not %d hex digits", q.Epoch(), epochLen)
+		return nil, fmt.Errorf("epoch %q is not %d hex digits", q.Epoch(), epochLen)
 	}
 	bounds := q.Bounds()
 	s := &Sender{

@@ -37,6 +37,11 @@ run: build
 test: deps lint
 	CGO_ENABLED=1 $(GO) test -race -timeout 25m ./...
 
+## test-vm: the kernel programs' tests on every supported kernel, in virtual machines; KERNEL=6.1 for one only
+.PHONY: test-vm
+test-vm: deps
+	KERNEL=$(KERNEL) $(GO) test -count=1 -v -timeout 25m -run TestVM ./internal/vmtest
+
 ## test-short: the tests that need neither root nor servers, quickly
 .PHONY: test-short
 test-short:

@@ -1,0 +1,188 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package vmtest
+
+import (
+	"bufio"
+	"context"
+	"debug/elf"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path"
+	"path/filepath"
+	"slices"
+	"strings"
+)
+
+// suite is a package whose tests run in the virtual machine.
+type suite struct {
+	dir string // in the module
+	run string // which tests, as in go test -run
+}
+
+// suites lists what depends on the kernel. Tests that do not are run by every
+// go test already.
+func suites() []suite {
+	return []suite{
+		{"sensor", "Root"},
+	}
+}
+
+// testTimeout is when a test binary gives up and shows its goroutines. Emulated, a
+// suite takes a minute; on a machine that has other work, two.
+const testTimeout = "5m"
+
+// build compiles the test binaries of the suites into dir.
+func build(ctx context.Context, dir string, suites []suite) error {
+	for _, s := range suites {
+		cmd := exec.CommandContext(ctx, "go", "test", "-c", "-ldflags=-s -w", "-o", testBinary(dir, s), "./"+s.dir)
+		cmd.Dir = module
+		cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH=amd64")
+		if out, err := cmd.CombinedOutput(); err != nil {
+			return fmt.Errorf("build tests of %s: %w\n%s", s.dir, err, out)
+		}
+	}
+	return nil
+}
+
+func testBinary(dir string, s suite) string {
+	return filepath.Join(dir, strings.ReplaceAll(s.dir, "/", "-")+".test")
+}
+
+// initramfs writes the file system that a virtual machine starts with: a shell, the
+// kernel's modules, the test binaries in built with their testdata, and the init
+// script, which runs them.
+func initramfs(name, busybox, built string, suites []suite, kernel image) error {
+	f, err := os.Create(name)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	a := newArchive(f)
+	a.file("init", "testdata/init.sh", 0o755)
+	a.file("bin/busybox", busybox, 0o755)
+	a.link("bin/sh", "busybox")
+	a.bytes("bin/true", nothing(), 0o755)
+	for _, name := range neededModules() {
+		a.file(path.Join("modules", name+".ko"), kernel.module(name), 0o644)
+	}
+	var plan strings.Builder
+	for _, s := range suites {
+		to := path.Join("tests", s.dir)
+		a.file(path.Join(to, "run.test"), testBinary(built, s), 0o755)
+		a.tree(path.Join(to, "testdata"), filepath.Join(module, s.dir, "testdata"))
+		fmt.Fprintf(&plan, "%s -test.v=test2json -test.timeout=%s -test.run=%s\n", s.dir, testTimeout, s.run)
+	}
+	a.bytes("tests/plan", []byte(plan.String()), 0o644)
+	return a.close()
+}
+
+// nothing is a program that does nothing, successfully: the /bin/true of busybox asks
+// what it is called, and tests give it other names.
+func nothing() []byte {
+	code := []byte{0x31, 0xff, 0xb8, 60, 0, 0, 0, 0x0f, 0x05} // exit(0)
+	const base, head = 0x400000, 64 + 56
+	size := uint64(head + len(code))
+	return slices.Concat(
+		encode(elf.Header64{
+			Ident: [elf.EI_NIDENT]byte{0x7f, 'E', 'L', 'F', byte(elf.ELFCLASS64), byte(elf.ELFDATA2LSB), byte(elf.EV_CURRENT)},
+			Type:  uint16(elf.ET_EXEC), Machine: uint16(elf.EM_X86_64), Version: uint32(elf.EV_CURRENT),
+			Entry: base + head, Phoff: 64, Ehsize: 64, Phentsize: 56, Phnum: 1,
+		}),
+		encode(elf.Prog64{
+			Type: uint32(elf.PT_LOAD), Flags: uint32(elf.PF_R | elf.PF_X),
+			Vaddr: base, Paddr: base, Filesz: size, Memsz: size, Align: 4096,
+		}),
+		code)
+}
+
+func encode(v any) []byte {
+	b, err := binary.Append(nil, binary.LittleEndian, v)
+	if err != nil {
+		panic(err) // of a type without a size
+	}
+	return b
+}
+
+// static reports whether a program runs without any other file.
+func static(name string) error {
+	f, err := elf.Open(name)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if slices.ContainsFunc(f.Progs, func(p *elf.Prog) bool { return p.Type == elf.PT_INTERP }) {
+		return fmt.Errorf("%s is not statically linked", name)
+	}
+	return nil
+}
+
+// archive writes a file system in cpio's "newc" format, the kernel's own. The first
+// error stays.
+type archive struct {
+	w    *bufio.Writer
+	made map[string]bool
+	n    int // bytes written; for padding
+	ino  int
+	err  error
+}
+
+func newArchive(w io.Writer) *archive {
+	return &archive{w: bufio.NewWriter(w), made: map[string]bool{".": true}}
+}
+
+// entry appends a file of any type, after the directories that it is in.
+func (a *archive) entry(name string, mode uint32, data []byte) {
+	if dir := path.Dir(name); !a.made[dir] {
+		a.entry(dir, 0o040755, nil)
+	}
+	a.made[name] = true
+	a.ino++
+	a.put(fmt.Appendf(nil, "070701%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%08x%s\x00",
+		a.ino, mode, 0, 0, 1, 0, len(data), 0, 0, 0, 0, len(name)+1, 0, name))
+	a.put(data)
+}
+
+// put writes and pads to a multiple of four.
+func (a *archive) put(data []byte) {
+	a.n += len(data)
+	pad := -a.n & 3
+	a.n += pad
+	_, err := a.w.Write(data)
+	_, errPad := a.w.Write(make([]byte, pad))
+	a.err = errors.Join(a.err, err, errPad)
+}
+
+func (a *archive) bytes(name string, data []byte, perm uint32) { a.entry(name, 0o100000|perm, data) }
+
+func (a *archive) link(name, target string) { a.entry(name, 0o120777, []byte(target)) }
+
+func (a *archive) file(name, from string, perm uint32) {
+	data, err := os.ReadFile(from)
+	a.err = errors.Join(a.err, err)
+	a.bytes(name, data, perm)
+}
+
+// tree appends a directory, if there is one.
+func (a *archive) tree(name, from string) {
+	err := fs.WalkDir(os.DirFS(from), ".", func(p string, d fs.DirEntry, err error) error {
+		if p == "." && errors.Is(err, fs.ErrNotExist) {
+			return fs.SkipAll
+		}
+		if err == nil && d.Type().IsRegular() {
+			a.file(path.Join(name, p), filepath.Join(from, p), 0o644)
+		}
+		return err
+	})
+	a.err = errors.Join(a.err, err)
+}
+
+func (a *archive) close() error {
+	a.entry("TRAILER!!!", 0, nil)
+	return errors.Join(a.err, a.w.Flush())
+}

@@ -1,0 +1,216 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package vmtest
+
+import (
+	"bytes"
+	"cmp"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+)
+
+// module is where go.mod is.
+const module = "../.."
+
+// require skips the test without what it needs; with EDR_REQUIRE_ALL=1 it fails.
+func require(t *testing.T, err error) {
+	t.Helper()
+	switch {
+	case err == nil:
+	case os.Getenv("EDR_REQUIRE_ALL") == "1":
+		t.Fatalf("EDR_REQUIRE_ALL: %v", err)
+	default:
+		t.Skip(err)
+	}
+}
+
+// requireTools returns the path of a busybox that needs no libraries.
+func requireTools(t *testing.T) (busybox string) {
+	t.Helper()
+	if testing.Short() {
+		t.Skip("-short: booting kernels takes minutes")
+	}
+	for _, tool := range []struct{ name, from string }{
+		{"qemu-system-x86_64", "qemu-system-x86"},
+		{"busybox", "busybox-static"},
+		{"apt-get", "apt, on another system than Debian"},
+		{"dpkg-deb", "dpkg"},
+		{"xz", "xz-utils"},
+	} {
+		path, err := exec.LookPath(tool.name)
+		if err != nil {
+			require(t, fmt.Errorf("no %s (Debian package %s)", tool.name, tool.from))
+		}
+		if tool.name == "busybox" {
+			busybox = path
+		}
+	}
+	if err := static(busybox); err != nil {
+		require(t, fmt.Errorf("%w (Debian package busybox-static)", err))
+	}
+	if _, err := os.Stat(keyring); err != nil {
+		require(t, fmt.Errorf("no Debian keys (Debian package debian-archive-keyring): %w", err))
+	}
+	return busybox
+}
+
+// cacheDir is where kernels are kept: 13 MB for each.
+func cacheDir(t *testing.T) string {
+	t.Helper()
+	user, err := os.UserCacheDir()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return filepath.Join(user, "edr-sensor", "vmtest")
+}
+
+// selected returns the kernels that KERNEL names, all of them without it.
+func selected(t *testing.T) []release {
+	t.Helper()
+	want := os.Getenv("KERNEL")
+	var names []string
+	for _, r := range releases() {
+		if r.series == want {
+			return []release{r}
+		}
+		names = append(names, r.series)
+	}
+	if want != "" {
+		t.Fatalf("KERNEL=%s is not one of %s", want, strings.Join(names, ", "))
+	}
+	return releases()
+}
+
+// TestVM runs the tests of the kernel programs on every supported kernel.
+func TestVM(t *testing.T) {
+	busybox := requireTools(t)
+	seeSources(t)
+	cache := cacheDir(t)
+	built := t.TempDir()
+	if err := build(t.Context(), built, suites()); err != nil {
+		t.Fatal(err)
+	}
+	for _, r := range selected(t) {
+		t.Run(r.series, func(t *testing.T) {
+			kernel, err := fetch(t.Context(), cache, r, t.Logf)
+			require(t, err)
+			if !strings.HasPrefix(kernel.version(), r.series+".") {
+				t.Logf("Debian %s has Linux %s by now, no longer %s", r.suite, kernel.version(), r.series)
+			}
+			initrd := filepath.Join(t.TempDir(), "initramfs")
+			if err := initramfs(initrd, busybox, built, suites(), kernel); err != nil {
+				t.Fatal(err)
+			}
+			boots(t, kernel, initrd)
+		})
+	}
+}
+
+// The machine must end, and say why, when its kernel does.
+func TestVMPanic(t *testing.T) {
+	busybox := requireTools(t)
+	r := selected(t)[0]
+	kernel, err := fetch(t.Context(), cacheDir(t), r, t.Logf)
+	require(t, err)
+	initrd := filepath.Join(t.TempDir(), "initramfs")
+	f, err := os.Create(initrd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := newArchive(f)
+	a.file("bin/busybox", busybox, 0o755)
+	a.link("bin/sh", "busybox")
+	a.bytes("init", []byte("#!/bin/sh\nexit 7\n"), 0o755)
+	if err := errors.Join(a.close(), f.Close()); err != nil {
+		t.Fatal(err)
+	}
+	out, console, err := boot(t.Context(), t.TempDir(), kernel, initrd)
+	if err != nil || len(out) > 0 || !bytes.Contains(console, []byte("Attempted to kill init! exitcode=0x00000700")) {
+		t.Errorf("error %v, output %q, console:\n%s", err, out, console)
+	}
+}
+
+// boots boots a kernel and replays what its tests said.
+func boots(t *testing.T, kernel image, initrd string) {
+	start := time.Now()
+	out, console, err := boot(t.Context(), t.TempDir(), kernel, initrd)
+	if again(out, console, err) {
+		t.Logf("booting again, since the first time ended before any test: %v\n%s", err, tail(console, 30))
+		out, console, err = boot(t.Context(), t.TempDir(), kernel, initrd)
+	}
+	tell(t, out, console, err)
+	t.Logf("over after %s", time.Since(start).Round(100*time.Millisecond))
+}
+
+// again reports whether a machine hung, or the emulator's clock ran away, before it
+// came to the tests. Afterwards it may be for what the tests did.
+func again(out, console []byte, err error) bool {
+	hung := err != nil || bytes.Contains(console, []byte("soft lockup"))
+	return hung && !bytes.Contains(out, []byte("@vm begin"))
+}
+
+// tell has the tests of a machine end here as they ended there.
+func tell(t *testing.T, out, console []byte, err error) {
+	r, errParse := parse(out)
+	if err := errors.Join(err, errParse); err != nil {
+		t.Error(err)
+	}
+	if !r.done {
+		t.Errorf("the virtual machine did not come to its end; its console:\n%s", tail(console, 60))
+	}
+	sums := map[string]int{}
+	for _, run := range r.runs {
+		t.Run(run.dir, func(t *testing.T) {
+			tests, err := results(t.Context(), run.output)
+			if err != nil {
+				t.Fatal(err)
+			}
+			tests.count(sums)
+			for _, test := range tests.subs {
+				t.Run(test.name, test.replay)
+			}
+			switch said := tests.said(); {
+			case !run.ended:
+				t.Errorf("did not end\n%s", said)
+			case run.code != 0:
+				t.Errorf("exit code %d\n%s", run.code, said)
+			case len(tests.subs) == 0:
+				t.Errorf("no tests\n%s", said)
+			}
+			t.Logf("from %s to %s after the boot; the slowest:%s", run.start, run.end, slowest(tests.subs))
+		})
+	}
+	t.Logf("Linux %s (%s): %d passed, %d failed, %d skipped", r.kernel, r.security, sums["pass"], sums["fail"]+sums[""], sums["skip"])
+}
+
+// slowest lists what takes the time.
+func slowest(tests []*result) string {
+	tests = slices.SortedFunc(slices.Values(tests), func(a, b *result) int { return cmp.Compare(b.took, a.took) })
+	var b strings.Builder
+	for _, r := range tests[:min(8, len(tests))] {
+		fmt.Fprintf(&b, " %s %s", r.name, r.took)
+	}
+	return b.String()
+}
+
+// seeSources looks at every folder of the module: go test repeats an old verdict when
+// a test saw the same files before, and does not know what the test compiles.
+func seeSources(t *testing.T) {
+	t.Helper()
+	err := filepath.WalkDir(module, func(path string, d os.DirEntry, err error) error {
+		if err == nil && d.IsDir() && slices.Contains([]string{".git", "bin", "dist"}, d.Name()) {
+			return filepath.SkipDir
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}

@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"slices"
 	"testing"
@@ -288,9 +289,7 @@ func TestLedgerFindsFaults(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			l, st := *s.led, stats
 			l.items = map[uint64]uint64{}
-			for k, v := range s.led.items {
-				l.items[k] = v
-			}
+			maps.Copy(l.items, s.led.items)
 			l.lost = slices.Clone(s.led.lost)
 			u := fault(&l, &st, slices.Clone(unnamed))
 			if l.verify(st, u) == nil {

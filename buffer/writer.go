@@ -196,10 +196,8 @@ func (o Options) limit(need uint64) uint64 {
 // dropFront adds the oldest chunk that is still there to the drops.
 func (c *commit) dropFront(e *entry) {
 	c.drop++
-	for _, first := range c.damaged {
-		if first == e.first {
-			return // accounted for as damage, and deleted as that
-		}
+	if slices.Contains(c.damaged, e.first) {
+		return // accounted for as damage, and deleted as that
 	}
 	c.next.drop(e.span())
 }

@@ -15,6 +15,7 @@ type metrics struct {
 	events, lost [event.Kinds]prometheus.Counter
 	decodeErrors prometheus.Counter
 	rejected     prometheus.Counter
+	missed       prometheus.Counter
 	ringUsed     [2]prometheus.Gauge
 	ringSize     [2]prometheus.Gauge
 	attached     *prometheus.GaugeVec
@@ -25,6 +26,7 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 	m := &metrics{
 		decodeErrors: f.NewCounter(prometheus.CounterOpts{Name: "sensor_decode_errors_total", Help: "Kernel records that could not be decoded; each is an event lost. Report it: kernel object and binary disagree."}),
 		rejected:     f.NewCounter(prometheus.CounterOpts{Name: "sensor_rejected_events_total", Help: "Events that the buffer refused because of their size."}),
+		missed:       f.NewCounter(prometheus.CounterOpts{Name: "sensor_missed_runs_total", Help: "Program runs that the kernel left out because the same program was interrupted on that CPU; each may be an event lost."}),
 		attached:     f.NewGaugeVec(prometheus.GaugeOpts{Name: "sensor_hook_attached", Help: "1 when the event is seen by a hook of this kind, 0 when it is not seen."}, []string{"event", "hook"}),
 	}
 	events := f.NewCounterVec(prometheus.CounterOpts{Name: "sensor_events_total", Help: "Events read, by kind."}, []string{"kind"})

@@ -27,6 +27,9 @@ import (
 	"github.com/aurorasoc/edr-sensor/sensor/ocsf"
 )
 
+// ErrFull is what a Sink's End returns when the record would fit after a Flush.
+var ErrFull = errors.New("flush before the next record")
+
 // Sink takes the encoded events in order. All its methods are called by the
 // worker only.
 type Sink interface {
@@ -35,8 +38,8 @@ type Sink interface {
 	// Begin returns the slice to append one record to.
 	Begin(decision bool) []byte
 	// End completes the record. Urgent asks for a commit at once; names are the
-	// losses that this record reports. An error says that the record does not fit
-	// and was not added; after a Flush it may fit.
+	// losses that this record reports. With an error nothing was added: ErrFull
+	// asks for a Flush first, any other is final.
 	End(rec []byte, urgent bool, names []event.Loss) error
 	// Size is the number of bytes ended since the last Flush.
 	Size() int
@@ -101,6 +104,7 @@ type Sensor struct {
 
 	reported  [event.Kinds]KindCounter // kernel counters at the last tick
 	unwritten map[string]uint64        // events that could not become records since the last tick, by reason
+	missed    uint64                   // program runs left out by the kernel, reported so far
 	lastTick  time.Time
 }
 
@@ -265,6 +269,7 @@ func (s *Sensor) turn(ctx context.Context) error {
 // drain empties the rings after detaching; the record of the stop is among the
 // last.
 func (s *Sensor) drain(ctx context.Context) error {
+	s.tick(ctx, time.Now()) // the programs' statistics end with them
 	err := s.kernel.detach()
 	for n := 1; n > 0; {
 		var perr error
@@ -351,7 +356,7 @@ func (s *Sensor) read(ctx context.Context, r *ring, limit uint64, n, most int) (
 func (s *Sensor) write(ctx context.Context, now int64, ev *event.Event, decision, urgent bool, names []event.Loss) {
 	rec := s.o.Encoder.Append(s.o.Sink.Begin(decision), s.o.Sink.Next(), now, ev)
 	err := s.o.Sink.End(rec, urgent, names)
-	if err != nil && s.o.Sink.Size() > 0 && s.flush(ctx, false) == nil {
+	if errors.Is(err, ErrFull) && s.flush(ctx, false) == nil {
 		rec = s.o.Encoder.Append(s.o.Sink.Begin(decision), s.o.Sink.Next(), now, ev)
 		err = s.o.Sink.End(rec, urgent, names)
 	}
@@ -427,6 +432,22 @@ func (s *Sensor) tick(ctx context.Context, now time.Time) {
 		s.writeSelf(ctx, &i, nil)
 	}
 	s.reportKernelLoss(ctx, lost)
+	s.reportMissed(ctx, lost)
+}
+
+// reportMissed reports runs of our programs that the kernel left out, which no
+// counter of ours can see.
+func (s *Sensor) reportMissed(ctx context.Context, i event.SelfInfo) {
+	missed, err := s.kernel.missed()
+	if err != nil || missed <= s.missed {
+		return // statistics end with the detached programs
+	}
+	i.Count, s.missed = missed-s.missed, missed
+	s.metrics.missed.Add(float64(i.Count))
+	s.lost.Add(i.Count)
+	i.Code, i.Message = "RECURSION", fmt.Sprintf("the kernel left out %d runs of programs that were interrupted on their CPU", i.Count)
+	logging.From(ctx).Warn("program runs left out by the kernel", zap.Uint64(logging.KeyCount, i.Count))
+	s.writeSelf(ctx, &i, nil)
 }
 
 // reportKernelLoss reports what the kernel had no ring space for, by kind.

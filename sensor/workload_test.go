@@ -183,7 +183,7 @@ func act(socket string) int {
 		fmt.Fprintln(os.Stderr, "actor:", err)
 		return 1
 	}
-	encode.Encode(reply{PID: os.Getpid()})
+	_ = encode.Encode(reply{PID: os.Getpid()})
 	var troupe company
 	for {
 		var r request
@@ -194,7 +194,7 @@ func act(socket string) int {
 		if err != nil {
 			answer.Err = err.Error()
 		}
-		encode.Encode(answer)
+		_ = encode.Encode(answer)
 		if r.Op == "end" {
 			return 0
 		}
@@ -215,7 +215,7 @@ func (c *company) play(r request) (reply, error) {
 		if err := cmd.Start(); err != nil {
 			return reply{}, err
 		}
-		go cmd.Wait()
+		go func() { _ = cmd.Wait() }()
 		return reply{PID: cmd.Process.Pid}, nil
 	case "run":
 		return run(r)
@@ -398,7 +398,7 @@ func converse(r request) (reply, error) {
 			errs[1] = errors.Join(errs[1], fmt.Errorf("read after close: %w", err))
 		}
 	} else {
-		second.Read(make([]byte, 1)) // the reset
+		_, _ = second.Read(make([]byte, 1)) // the reset
 	}
 	return answer, errors.Join(append(errs[:], second.Close())...)
 }
@@ -437,7 +437,7 @@ func endWithThreads(n int) {
 		ready.Add(1)
 		go func() {
 			ready.Done()
-			unix.Read(pipe[0], make([]byte, 1)) // holds its thread until the end
+			_, _ = unix.Read(pipe[0], make([]byte, 1)) // holds its thread until the end
 		}()
 	}
 	ready.Wait()

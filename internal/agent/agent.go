@@ -179,7 +179,7 @@ func (a *Agent) build(ctx context.Context, version string) error {
 	current.Store(a.sensor)
 
 	if a.cfg.Transport.Address != "" {
-		if a.sender, err = a.newSender(ctx); err != nil {
+		if a.sender, err = a.newSender(); err != nil {
 			return err
 		}
 	}
@@ -305,7 +305,16 @@ func (a *Agent) Run(ctx context.Context) error {
 	defer stopSending()
 	sent := make(chan error, 1)
 	if a.sender != nil {
-		go func() { sent <- a.sender.Run(logging.With(send, zap.String(logging.KeyComponent, "transport"))) }()
+		var giveUp context.CancelFunc
+		ctx, giveUp = context.WithCancel(ctx)
+		defer giveUp()
+		go func() {
+			err := a.sender.Run(logging.With(send, zap.String(logging.KeyComponent, "transport")))
+			if err != nil {
+				giveUp() // the buffer cannot be read: a new start sets it aside
+			}
+			sent <- err
+		}()
 	} else {
 		sent <- nil
 	}

@@ -4,9 +4,11 @@ package agent
 
 import (
 	"context"
+	"errors"
 	"fmt"
 
 	"github.com/aurorasoc/edr-sensor/buffer"
+	"github.com/aurorasoc/edr-sensor/sensor"
 	"github.com/aurorasoc/edr-sensor/sensor/event"
 )
 
@@ -34,7 +36,10 @@ func (s *sink) Begin(decision bool) []byte {
 }
 
 func (s *sink) End(rec []byte, urgent bool, names []event.Loss) error {
-	if err := s.batch.End(rec, urgent); err != nil {
+	switch err := s.batch.End(rec, urgent); {
+	case errors.Is(err, buffer.ErrBatchFull):
+		return sensor.ErrFull
+	case err != nil:
 		return err
 	}
 	s.next++

@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -80,7 +81,7 @@ func TestPipeline(t *testing.T) {
 	if lost := verify(t, recs); lost != 0 {
 		t.Errorf("%d seqs are named lost, want none", lost)
 	}
-	checkExecs(t, recs, w.pid(), 2*execN+1, 2*execN, containerID)
+	checkExecs(t, recs, w.pid(), 0, 2*execN+1, 2*execN, containerID)
 	checkConnections(t, recs, w.pid(), port(t, l.Addr().String()), port(t, served), 2*connN)
 
 	codes := map[string]int{}
@@ -96,7 +97,7 @@ func TestPipeline(t *testing.T) {
 
 // checkExecs looks for every marker exactly once, with its argv, parent, exit
 // code and container.
-func checkExecs(t *testing.T, recs []record, root, n, inContainer int, containerID string) {
+func checkExecs(t *testing.T, recs []record, root, from, n, inContainer int, containerID string) {
 	t.Helper()
 	seen, pids, exits := map[string]int{}, map[string]string{}, map[string]ocsfEvent{}
 	for _, r := range recs {
@@ -128,7 +129,7 @@ func checkExecs(t *testing.T, recs []record, root, n, inContainer int, container
 		}
 	}
 	wrong := 0
-	for i := range n {
+	for i := from; i < from+n; i++ {
 		m := marker(i)
 		if seen[m] != 1 {
 			if wrong++; wrong < 5 {
@@ -303,4 +304,43 @@ func TestMetrics(t *testing.T) {
 		}
 	}
 	checkMetricsDoc(t, page)
+}
+
+// TestSecondSignal ends a stop that waits for Redis; what was seen is safe.
+func TestSecondSignal(t *testing.T) {
+	requireHost(t)
+	w := startWorkload(t)
+	server := redistest.Start(t, redistest.Options{AOF: "everysec"})
+	h := newHost(t, w, server.Addr(), "")
+	h.start()
+	w.do(order{Op: "exec", From: 1, N: 20})
+	h.delivered(30 * time.Second)
+	server.Stall()
+	w.do(order{Op: "exec", From: 21, N: 20})
+	eventually(t, 10*time.Second, "the last events are durable", func() bool {
+		s := h.mustStatus()
+		return s.Buffer.Last > s.Transport.Acked && s.Sensor.Rings["priority"].Used == 0
+	})
+	for i, done := range []func() bool{
+		func() bool { return bytes.Contains([]byte(h.log.tail(5)), []byte(`"stopping"`)) },
+		func() bool { return true },
+	} {
+		if err := h.proc.Process.Signal(syscall.SIGTERM); err != nil {
+			t.Fatalf("signal %d: %v", i+1, err)
+		}
+		eventually(t, 10*time.Second, "the stop begins", done)
+	}
+	_ = h.proc.Wait()
+	if status := h.proc.ProcessState.Sys().(syscall.WaitStatus); !status.Signaled() || status.Signal() != syscall.SIGTERM {
+		t.Errorf("ended with %v, want the second signal to have ended it", h.proc.ProcessState)
+	}
+	server.Resume()
+	h.start()
+	h.delivered(60 * time.Second)
+	h.stop()
+	recs := readStreams(t, server.Client())
+	if lost := verify(t, recs); lost != 0 {
+		t.Errorf("%d seqs are named lost", lost)
+	}
+	checkExecs(t, recs, w.pid(), 1, 40, -1, "")
 }

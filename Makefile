@@ -38,7 +38,7 @@ test: deps lint
 	CGO_ENABLED=1 $(GO) test -race -timeout 25m $$($(GO) list ./... | grep -v /internal/vmtest)
 	$(GO) test -count=1 -timeout 25m ./internal/vmtest # alone: emulated kernels want the whole machine
 
-## test-vm: the kernel programs' tests on every supported kernel, in virtual machines; KERNEL=6.1 for one only
+## test-vm: the kernel programs' tests on every supported kernel, in virtual machines; KERNEL=6.1 (or 6.12-arm64) for one only
 .PHONY: test-vm
 test-vm: deps
 	KERNEL=$(KERNEL) $(GO) test -count=1 -v -timeout 25m -run TestVM ./internal/vmtest

@@ -20,17 +20,28 @@ import (
 
 // release is a kernel as a Debian suite has it.
 type release struct {
-	series string // as in KERNEL
+	series string
 	suite  string
+	arch   string
 }
 
-// releases lists the supported kernels, oldest first.
+// name is what KERNEL calls it.
+func (r release) name() string {
+	if r.arch == "amd64" {
+		return r.series
+	}
+	return r.series + "-" + r.arch
+}
+
+// releases lists the supported kernels, oldest first. The programs are the same for
+// every processor, so one kernel is enough for another one.
 func releases() []release {
 	return []release{
-		{"5.10", "bullseye"},
-		{"6.1", "bookworm"},
-		{"6.12", "trixie"},
-		{"7.2", "sid"},
+		{"5.10", "bullseye", "amd64"},
+		{"6.1", "bookworm", "amd64"},
+		{"6.12", "trixie", "amd64"},
+		{"7.2", "sid", "amd64"},
+		{"6.12", "trixie", "arm64"},
 	}
 }
 
@@ -39,14 +50,15 @@ func neededModules() []string {
 	return []string{"overlay"}
 }
 
-// image is a kernel that can be booted: a directory with vmlinuz and modules, whose
-// name is what uname -r says.
+// image is a kernel that can be booted: a directory with vmlinuz, modules and a shell,
+// whose name is what uname -r says.
 type image struct {
 	dir string
 }
 
 func (i image) version() string { return filepath.Base(i.dir) }
 func (i image) vmlinuz() string { return filepath.Join(i.dir, "vmlinuz") }
+func (i image) busybox() string { return filepath.Join(i.dir, "busybox") }
 
 func (i image) module(name string) string { return filepath.Join(i.dir, name+".ko") }
 
@@ -61,7 +73,7 @@ const (
 // one for each series; apt checks what it downloads against Debian's signatures.
 // Without the network an old one is as good, which logf hears about.
 func fetch(ctx context.Context, cache string, r release, logf func(string, ...any)) (image, error) {
-	dir := filepath.Join(cache, r.series)
+	dir := filepath.Join(cache, r.name())
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return image{}, err
 	}
@@ -107,12 +119,15 @@ func cached(dir string) (i image, complete bool) {
 		return image{}, false
 	}
 	i = image{filepath.Dir(found[0])}
+	files := []string{i.busybox()}
 	for _, name := range neededModules() {
-		if _, err := os.Stat(i.module(name)); err != nil {
-			return i, false
-		}
+		files = append(files, i.module(name))
 	}
-	return i, true
+	missing := slices.ContainsFunc(files, func(path string) bool {
+		_, err := os.Stat(path)
+		return err != nil
+	})
+	return i, !missing
 }
 
 // download replaces what is in dir with the newest kernel of a suite.
@@ -122,7 +137,7 @@ func download(ctx context.Context, dir string, r release) (image, error) {
 		return image{}, err
 	}
 	defer os.RemoveAll(work) // with the package lists, which are larger than the kernel
-	a, err := newAPT(ctx, work, r.suite)
+	a, err := newAPT(ctx, work, r)
 	if err != nil {
 		return image{}, err
 	}
@@ -130,7 +145,7 @@ func download(ctx context.Context, dir string, r release) (image, error) {
 	if err != nil {
 		return image{}, err
 	}
-	if _, err := a.run(ctx, "apt-get", append([]string{"download"}, packages...)...); err != nil {
+	if _, err := a.run(ctx, "apt-get", append([]string{"download", "busybox-static"}, packages...)...); err != nil {
 		return image{}, err
 	}
 	archives, err := filepath.Glob(filepath.Join(work, "*.deb"))
@@ -168,6 +183,13 @@ func take(ctx context.Context, unpacked, dir string) (image, error) {
 	if err := os.Mkdir(kernel.dir, 0o755); err != nil {
 		return image{}, err
 	}
+	busybox, err := find(unpacked, regexp.MustCompile(`/bin/busybox$`))
+	if err == nil {
+		err = copyFile(kernel.busybox(), busybox)
+	}
+	if err != nil {
+		return image{}, err
+	}
 	for _, name := range neededModules() {
 		from, err := find(modules, regexp.MustCompile(`/`+name+`\.ko(\.xz)?$`))
 		if err != nil {
@@ -181,11 +203,15 @@ func take(ctx context.Context, unpacked, dir string) (image, error) {
 			return image{}, fmt.Errorf("module %s: %w", name, err)
 		}
 	}
-	data, err := os.ReadFile(vmlinuz)
+	return kernel, copyFile(kernel.vmlinuz(), vmlinuz)
+}
+
+func copyFile(to, from string) error {
+	data, err := os.ReadFile(from)
 	if err != nil {
-		return image{}, err
+		return err
 	}
-	return kernel, os.WriteFile(kernel.vmlinuz(), data, 0o644)
+	return os.WriteFile(to, data, 0o644)
 }
 
 // find returns the first path below a directory that matches.
@@ -204,14 +230,15 @@ func find(dir string, pattern *regexp.Regexp) (found string, err error) {
 }
 
 // apt is Debian's package manager with a configuration of its own, which knows one
-// suite and leaves the machine's alone. It needs no privilege.
+// suite, no installed package, and leaves the machine's alone. It needs no privilege.
 type apt struct {
-	dir string
+	dir  string
+	arch string
 }
 
-func newAPT(ctx context.Context, dir, suite string) (apt, error) {
-	a := apt{dir: dir}
-	sources, err := sourcesFor(ctx, suite)
+func newAPT(ctx context.Context, dir string, r release) (apt, error) {
+	a := apt{dir, r.arch}
+	sources, err := sourcesFor(ctx, r.suite)
 	if err != nil {
 		return apt{}, err
 	}
@@ -263,7 +290,8 @@ func (a apt) run(ctx context.Context, name string, args ...string) (string, erro
 	if name != "dpkg-deb" {
 		for option, value := range map[string]string{
 			"Dir::Etc::SourceList": filepath.Join(a.dir, "sources.list"), "Dir::Etc::SourceParts": "/dev/null",
-			"Dir::State::Lists": filepath.Join(a.dir, "lists"), "Dir::Cache": filepath.Join(a.dir, "cache"),
+			"Dir::State::Lists": filepath.Join(a.dir, "lists"), "Dir::State::Status": "/dev/null", "Dir::Cache": filepath.Join(a.dir, "cache"),
+			"APT::Architecture": a.arch, "APT::Architectures": a.arch,
 			"APT::Sandbox::User": "root", // its own user may not see the cache in a home directory
 			"Acquire::Languages": "none", "Acquire::IndexTargets::deb::DEP-11::DefaultEnabled": "false",
 		} {
@@ -284,7 +312,7 @@ func (a apt) run(ctx context.Context, name string, args ...string) (string, erro
 // kernelPackages follows the package that always depends on the newest kernel. In some
 // suites that kernel is more than one package.
 func (a apt) kernelPackages(ctx context.Context) ([]string, error) {
-	packages := []string{"linux-image-cloud-amd64"}
+	packages := []string{"linux-image-cloud-" + a.arch}
 	for i := 0; i < len(packages); i++ {
 		text, err := a.run(ctx, "apt-cache", "show", "--no-all-versions", packages[i])
 		if err != nil {
@@ -304,7 +332,7 @@ func (a apt) kernelPackages(ctx context.Context) ([]string, error) {
 
 // kernelDependencies finds the packages of the kernel itself in what apt-cache shows.
 func kernelDependencies(text string) []string {
-	name := regexp.MustCompile(`\blinux-(?:image|binary|modules)-[0-9][^\s,|]*-cloud-amd64\b`)
+	name := regexp.MustCompile(`\blinux-(?:image|binary|modules)-[0-9][^\s,|]*-cloud-[a-z0-9]+\b`)
 	var names []string
 	for line := range strings.Lines(text) {
 		if strings.HasPrefix(line, "Depends: ") || strings.HasPrefix(line, "Pre-Depends: ") {

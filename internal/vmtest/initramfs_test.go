@@ -30,6 +30,7 @@ type suite struct {
 func suites() []suite {
 	return []suite{
 		{"sensor", "Root"},
+		{"sensor/enrich", "Proc|Hash|Host|Clock|Cgroups"},
 	}
 }
 
@@ -38,11 +39,11 @@ func suites() []suite {
 const testTimeout = "5m"
 
 // build compiles the test binaries of the suites into dir.
-func build(ctx context.Context, dir string, suites []suite) error {
+func build(ctx context.Context, dir, arch string, suites []suite) error {
 	for _, s := range suites {
 		cmd := exec.CommandContext(ctx, "go", "test", "-c", "-ldflags=-s -w", "-o", testBinary(dir, s), "./"+s.dir)
 		cmd.Dir = module
-		cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH=amd64")
+		cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH="+arch)
 		if out, err := cmd.CombinedOutput(); err != nil {
 			return fmt.Errorf("build tests of %s: %w\n%s", s.dir, err, out)
 		}
@@ -57,7 +58,7 @@ func testBinary(dir string, s suite) string {
 // initramfs writes the file system that a virtual machine starts with: a shell, the
 // kernel's modules, the test binaries in built with their testdata, and the init
 // script, which runs them.
-func initramfs(name, busybox, built string, suites []suite, kernel image) error {
+func initramfs(name string, m machine, kernel image, built string, suites []suite) error {
 	f, err := os.Create(name)
 	if err != nil {
 		return err
@@ -65,9 +66,9 @@ func initramfs(name, busybox, built string, suites []suite, kernel image) error 
 	defer f.Close()
 	a := newArchive(f)
 	a.file("init", "testdata/init.sh", 0o755)
-	a.file("bin/busybox", busybox, 0o755)
+	a.file("bin/busybox", kernel.busybox(), 0o755)
 	a.link("bin/sh", "busybox")
-	a.bytes("bin/true", nothing(), 0o755)
+	a.bytes("bin/true", nothing(m), 0o755)
 	for _, name := range neededModules() {
 		a.file(path.Join("modules", name+".ko"), kernel.module(name), 0o644)
 	}
@@ -84,21 +85,20 @@ func initramfs(name, busybox, built string, suites []suite, kernel image) error 
 
 // nothing is a program that does nothing, successfully: the /bin/true of busybox asks
 // what it is called, and tests give it other names.
-func nothing() []byte {
-	code := []byte{0x31, 0xff, 0xb8, 60, 0, 0, 0, 0x0f, 0x05} // exit(0)
+func nothing(m machine) []byte {
 	const base, head = 0x400000, 64 + 56
-	size := uint64(head + len(code))
+	size := uint64(head + len(m.exit))
 	return slices.Concat(
 		encode(elf.Header64{
 			Ident: [elf.EI_NIDENT]byte{0x7f, 'E', 'L', 'F', byte(elf.ELFCLASS64), byte(elf.ELFDATA2LSB), byte(elf.EV_CURRENT)},
-			Type:  uint16(elf.ET_EXEC), Machine: uint16(elf.EM_X86_64), Version: uint32(elf.EV_CURRENT),
+			Type:  uint16(elf.ET_EXEC), Machine: uint16(m.elf), Version: uint32(elf.EV_CURRENT),
 			Entry: base + head, Phoff: 64, Ehsize: 64, Phentsize: 56, Phnum: 1,
 		}),
 		encode(elf.Prog64{
 			Type: uint32(elf.PT_LOAD), Flags: uint32(elf.PF_R | elf.PF_X),
 			Vaddr: base, Paddr: base, Filesz: size, Memsz: size, Align: 4096,
 		}),
-		code)
+		m.exit)
 }
 
 func encode(v any) []byte {
@@ -107,19 +107,6 @@ func encode(v any) []byte {
 		panic(err) // of a type without a size
 	}
 	return b
-}
-
-// static reports whether a program runs without any other file.
-func static(name string) error {
-	f, err := elf.Open(name)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	if slices.ContainsFunc(f.Progs, func(p *elf.Prog) bool { return p.Type == elf.PT_INTERP }) {
-		return fmt.Errorf("%s is not statically linked", name)
-	}
-	return nil
 }
 
 // archive writes a file system in cpio's "newc" format, the kernel's own. The first

@@ -124,7 +124,7 @@ func results(ctx context.Context, output []byte) (*result, error) {
 		case "output":
 			r.output.WriteString(e.Output)
 		case "pass", "fail", "skip":
-			r.end, r.took = e.Action, time.Duration(e.Elapsed*float64(time.Second))
+			r.end, r.took = e.Action, time.Duration(e.Elapsed*float64(time.Second)).Round(time.Millisecond)
 		}
 	}
 }

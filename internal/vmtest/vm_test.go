@@ -31,37 +31,29 @@ func require(t *testing.T, err error) {
 	}
 }
 
-// requireTools returns the path of a busybox that needs no libraries.
-func requireTools(t *testing.T) (busybox string) {
+// requireVM returns the machine for a kernel, and the kernel.
+func requireVM(t *testing.T, r release) (machine, image) {
 	t.Helper()
-	if testing.Short() {
-		t.Skip("-short: booting kernels takes minutes")
-	}
-	for _, tool := range []struct{ name, from string }{
-		{"qemu-system-x86_64", "qemu-system-x86"},
-		{"busybox", "busybox-static"},
-		{"apt-get", "apt, on another system than Debian"},
-		{"dpkg-deb", "dpkg"},
-		{"xz", "xz-utils"},
-	} {
-		path, err := exec.LookPath(tool.name)
-		if err != nil {
-			require(t, fmt.Errorf("no %s (Debian package %s)", tool.name, tool.from))
+	all := machines()
+	m := all[slices.IndexFunc(all, func(m machine) bool { return m.arch == r.arch })]
+	var missing []string
+	for _, tool := range []string{m.emulator, "apt-get", "dpkg-deb", "xz"} {
+		if _, err := exec.LookPath(tool); err != nil {
+			missing = append(missing, tool)
 		}
-		if tool.name == "busybox" {
-			busybox = path
-		}
-	}
-	if err := static(busybox); err != nil {
-		require(t, fmt.Errorf("%w (Debian package busybox-static)", err))
 	}
 	if _, err := os.Stat(keyring); err != nil {
-		require(t, fmt.Errorf("no Debian keys (Debian package debian-archive-keyring): %w", err))
+		missing = append(missing, keyring)
 	}
-	return busybox
+	if missing != nil {
+		require(t, fmt.Errorf("missing %s (make deps installs it on Debian; other systems cannot have Debian's kernels checked)", strings.Join(missing, ", ")))
+	}
+	kernel, err := fetch(t.Context(), cacheDir(t), r, t.Logf)
+	require(t, err)
+	return m, kernel
 }
 
-// cacheDir is where kernels are kept: 13 MB for each.
+// cacheDir is where kernels are kept: 15 to 30 MB for each.
 func cacheDir(t *testing.T) string {
 	t.Helper()
 	user, err := os.UserCacheDir()
@@ -74,13 +66,16 @@ func cacheDir(t *testing.T) string {
 // selected returns the kernels that KERNEL names, all of them without it.
 func selected(t *testing.T) []release {
 	t.Helper()
+	if testing.Short() {
+		t.Skip("-short: booting kernels takes minutes")
+	}
 	want := os.Getenv("KERNEL")
 	var names []string
 	for _, r := range releases() {
-		if r.series == want {
+		if r.name() == want {
 			return []release{r}
 		}
-		names = append(names, r.series)
+		names = append(names, r.name())
 	}
 	if want != "" {
 		t.Fatalf("KERNEL=%s is not one of %s", want, strings.Join(names, ", "))
@@ -90,60 +85,60 @@ func selected(t *testing.T) []release {
 
 // TestVM runs the tests of the kernel programs on every supported kernel.
 func TestVM(t *testing.T) {
-	busybox := requireTools(t)
 	seeSources(t)
-	cache := cacheDir(t)
-	built := t.TempDir()
-	if err := build(t.Context(), built, suites()); err != nil {
-		t.Fatal(err)
-	}
+	work := t.TempDir()
+	built := map[string]string{} // by arch
 	for _, r := range selected(t) {
-		t.Run(r.series, func(t *testing.T) {
-			kernel, err := fetch(t.Context(), cache, r, t.Logf)
-			require(t, err)
+		t.Run(r.name(), func(t *testing.T) {
+			m, kernel := requireVM(t, r)
 			if !strings.HasPrefix(kernel.version(), r.series+".") {
 				t.Logf("Debian %s has Linux %s by now, no longer %s", r.suite, kernel.version(), r.series)
 			}
+			dir, ok := built[m.arch]
+			if !ok {
+				dir = filepath.Join(work, m.arch)
+				if err := build(t.Context(), dir, m.arch, suites()); err != nil {
+					t.Fatal(err)
+				}
+				built[m.arch] = dir
+			}
 			initrd := filepath.Join(t.TempDir(), "initramfs")
-			if err := initramfs(initrd, busybox, built, suites(), kernel); err != nil {
+			if err := initramfs(initrd, m, kernel, dir, suites()); err != nil {
 				t.Fatal(err)
 			}
-			boots(t, kernel, initrd)
+			boots(t, m, kernel, initrd)
 		})
 	}
 }
 
 // The machine must end, and say why, when its kernel does.
 func TestVMPanic(t *testing.T) {
-	busybox := requireTools(t)
-	r := selected(t)[0]
-	kernel, err := fetch(t.Context(), cacheDir(t), r, t.Logf)
-	require(t, err)
+	m, kernel := requireVM(t, selected(t)[0])
 	initrd := filepath.Join(t.TempDir(), "initramfs")
 	f, err := os.Create(initrd)
 	if err != nil {
 		t.Fatal(err)
 	}
 	a := newArchive(f)
-	a.file("bin/busybox", busybox, 0o755)
+	a.file("bin/busybox", kernel.busybox(), 0o755)
 	a.link("bin/sh", "busybox")
 	a.bytes("init", []byte("#!/bin/sh\nexit 7\n"), 0o755)
 	if err := errors.Join(a.close(), f.Close()); err != nil {
 		t.Fatal(err)
 	}
-	out, console, err := boot(t.Context(), t.TempDir(), kernel, initrd)
+	out, console, err := boot(t.Context(), t.TempDir(), m, kernel, initrd)
 	if err != nil || len(out) > 0 || !bytes.Contains(console, []byte("Attempted to kill init! exitcode=0x00000700")) {
 		t.Errorf("error %v, output %q, console:\n%s", err, out, console)
 	}
 }
 
 // boots boots a kernel and replays what its tests said.
-func boots(t *testing.T, kernel image, initrd string) {
+func boots(t *testing.T, m machine, kernel image, initrd string) {
 	start := time.Now()
-	out, console, err := boot(t.Context(), t.TempDir(), kernel, initrd)
+	out, console, err := boot(t.Context(), t.TempDir(), m, kernel, initrd)
 	if again(out, console, err) {
 		t.Logf("booting again, since the first time ended before any test: %v\n%s", err, tail(console, 30))
-		out, console, err = boot(t.Context(), t.TempDir(), kernel, initrd)
+		out, console, err = boot(t.Context(), t.TempDir(), m, kernel, initrd)
 	}
 	tell(t, out, console, err)
 	t.Logf("over after %s", time.Since(start).Round(100*time.Millisecond))

@@ -1,8 +1,8 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
 # The first process of the virtual machine. It runs what is in /tests/plan, a line
-# "package arguments..." each, and says on the second serial port what happens: the
-# first one belongs to the kernel, so that no message tears a line of a test apart.
+# "package arguments..." each, and says on the serial port REPORT what happens: another
+# one belongs to the kernel, so that no message tears a line of a test apart.
 
 export PATH=/bin HOME=/root TMPDIR=/tmp
 
@@ -12,8 +12,8 @@ if [ "$1" != again ]; then
 	/bin/busybox --install -s /bin 2>/dev/null # but for those that are there
 	mkdir /new
 	mount -t tmpfs -o mode=755,size=75% root /new
-	mv /bin /modules /tests /new
-	cp /init /new # switch_root knows an initial file system by this file
+	cp /init /new # a copy: switch_root knows an initial file system by this file
+	mv /modules /tests /bin /new
 	exec /new/bin/busybox switch_root /new /init again
 fi
 
@@ -39,8 +39,8 @@ done
 hostname vm
 ip link set lo up
 
-stty -F /dev/ttyS1 raw
-exec >/dev/ttyS1 2>&1
+stty -F "/dev/$REPORT" raw
+exec >"/dev/$REPORT" 2>&1
 say() { echo "@vm $*"; }
 
 say kernel "$(uname -r)"

@@ -39,18 +39,18 @@ enum event_kind {
 	EVENT_KIND_TCP_ACCEPT = 7,
 	EVENT_KIND_TCP_LISTEN = 8,
 	EVENT_KIND_TCP_CLOSE = 9,
-	EVENT_KIND_FILE_CREATE = 10,   /* a new regular file, fifo, socket or device node */
-	EVENT_KIND_FILE_MODIFY = 11,   /* a file that was open for writing is closed after a write */
-	EVENT_KIND_FILE_DELETE = 12,   /* unlink, rmdir */
+	EVENT_KIND_FILE_CREATE = 10, /* a new regular file, fifo, socket or device node */
+	EVENT_KIND_FILE_MODIFY = 11, /* a file that was open for writing is closed after a write */
+	EVENT_KIND_FILE_DELETE = 12, /* unlink, rmdir */
 	EVENT_KIND_FILE_RENAME = 13,
-	EVENT_KIND_FILE_LINK = 14,     /* hard link, also what makes an O_TMPFILE visible */
+	EVENT_KIND_FILE_LINK = 14, /* hard link, also what makes an O_TMPFILE visible */
 	EVENT_KIND_FILE_SYMLINK = 15,
 	EVENT_KIND_FILE_MKDIR = 16,
 	EVENT_KIND_FILE_CHMOD = 17,
 	EVENT_KIND_FILE_CHOWN = 18,
 	EVENT_KIND_FILE_TRUNCATE = 19,
-	EVENT_KIND_FILE_XATTR = 20,    /* set or removed, file capabilities and ACLs among them */
-	EVENT_KIND_FILE_TIMES = 21,    /* modification time set backwards, or access time with it */
+	EVENT_KIND_FILE_XATTR = 20, /* set or removed, file capabilities and ACLs among them */
+	EVENT_KIND_FILE_TIMES = 21, /* modification time set backwards, or access time with it */
 	EVENT_KIND_MOUNT = 22,
 	EVENT_KIND_UMOUNT = 23,
 	EVENT_KIND_MOUNT_MOVE = 24,
@@ -204,22 +204,23 @@ struct tcp_event {
 };
 
 enum file_flags {
-	FILE_DEGRADED = 1 << 0,        /* from a syscall's arguments: racy, io_uring not seen */
+	FILE_DEGRADED = 1 << 0, /* from a syscall's arguments: racy, io_uring not seen */
 	FILE_PATH_TRUNCATED = 1 << 1,
 	FILE_PATH2_TRUNCATED = 1 << 2,
-	FILE_REPLACED = 1 << 3,        /* RENAME: something stood at the new path; see target */
-	FILE_EXCHANGED = 1 << 4,       /* RENAME_EXCHANGE */
+	FILE_REPLACED = 1 << 3,  /* RENAME: something stood at the new path; see target */
+	FILE_EXCHANGED = 1 << 4, /* RENAME_EXCHANGE */
 	FILE_WHITEOUT = 1 << 5,
 	FILE_DIRECTORY = 1 << 6,
 	FILE_XATTR_REMOVED = 1 << 7,
-	FILE_CREATED_HERE = 1 << 8,    /* MODIFY: created by the same open */
-	FILE_RELATIVE = 1 << 9,        /* DEGRADED: the path is as the caller wrote it */
-	FILE_NEW_MODE = 1 << 10,       /* which of the new_* fields are set */
+	FILE_CREATED_HERE = 1 << 8, /* MODIFY: created by the same open */
+	FILE_RELATIVE = 1 << 9,     /* DEGRADED: the path is as the caller wrote it */
+	FILE_NEW_MODE = 1 << 10,    /* which of the new_* fields are set */
 	FILE_NEW_UID = 1 << 11,
 	FILE_NEW_GID = 1 << 12,
 	FILE_NEW_SIZE = 1 << 13,
 	FILE_NEW_ATIME = 1 << 14,
 	FILE_NEW_MTIME = 1 << 15,
+	FILE_WALKED = 1 << 16, /* DEGRADED: the path is a path after all, of an open file */
 };
 
 /*
@@ -242,8 +243,8 @@ struct file_event {
 	__u32 new_uid, new_gid;
 	__u32 suppressed; /* events of this process dropped by the token bucket since the last one */
 	__u32 path_len;   /* path; DEGRADED: text as the caller wrote it */
-	__u32 path2_len;  /* path: RENAME, LINK, MOUNT_MOVE new path; text: SYMLINK target, MOUNT source */
-	__u32 name_len;   /* text: xattr name, file system type */
+	__u32 path2_len; /* path: RENAME, LINK, MOUNT_MOVE new path; text: SYMLINK target, MOUNT source */
+	__u32 name_len; /* text: xattr name, file system type */
 	__u32 mnt_ns;
 };
 

@@ -53,7 +53,8 @@ type Sink interface {
 type Options struct {
 	Scope         Scope
 	PriorityBytes int // ring for processes; a power of two, multiple of the page size
-	BulkBytes     int // ring for the network
+	BulkBytes     int // ring for the network and files
+	Files         FileOptions
 	ForkEvents    bool
 	Host          event.Host
 	Encoder       *ocsf.Encoder
@@ -107,7 +108,7 @@ type Sensor struct {
 // Open loads the programs into the kernel; nothing is attached yet. The caller
 // must Close the Sensor. Errors name the program or map and the remedy.
 func Open(o Options) (*Sensor, error) {
-	k, err := loadKernel(kernelOptions{Scope: o.Scope, PriorityBytes: o.PriorityBytes, BulkBytes: o.BulkBytes})
+	k, err := loadKernel(kernelOptions{Scope: o.Scope, PriorityBytes: o.PriorityBytes, BulkBytes: o.BulkBytes, Files: o.Files})
 	if err != nil {
 		return nil, fmt.Errorf("load sensor: %w", err)
 	}

@@ -209,6 +209,7 @@ type FileInfo struct {
 	NewATime, NewMTime int64 // nanoseconds since the Unix epoch
 	Written            uint64
 	Suppressed         uint32 // events of this process that the token bucket dropped before
+	Owner, NewOwner    string // names of File.UID and NewUID, empty when unknown; set by enrich
 }
 
 // FileFlags are those of enum file_flags in bpf/events.h.
@@ -232,6 +233,7 @@ const (
 	FileNewSize
 	FileNewATime
 	FileNewMTime
+	FileWalked
 )
 
 // TCPInfo is one state of a TCP connection or listener.
@@ -316,6 +318,7 @@ const (
 	ActivityDegraded
 	ActivityLost
 	ActivityMode
+	ActivitySuppressed
 )
 
 // SelfInfo is what the sensor decided, lost or became, and why. It goes to the
@@ -327,10 +330,10 @@ type SelfInfo struct {
 	Failed   bool   // status_id 2
 	Code     string // machine-readable cause, e.g. "RINGBUF_FULL"
 	Message  string // one sentence for people
-	Count    uint64 // lost events, if any
+	Count    uint64 // events lost or suppressed, if any
 	From, To time.Time
 	Losses   []Loss            // ActivityLost: what exactly
-	ByKind   map[string]uint64 // kernel losses by event code
+	ByKind   map[string]uint64 // kernel losses, or what was suppressed, by event code
 	Before   string            // state before and after, where it changed
 	After    string
 	Attrs    map[string]any // further evidence, under unmapped.sensor

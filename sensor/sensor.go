@@ -101,7 +101,8 @@ type Sensor struct {
 	overflow uint64
 
 	reported  [event.Kinds]KindCounter // kernel counters at the last tick
-	unwritten map[string]uint64        // events that could not become records since the last tick, by reason
+	left      suppressed
+	unwritten map[string]uint64 // events that could not become records since the last tick, by reason
 	lastTick  time.Time
 }
 
@@ -224,6 +225,7 @@ func (s *Sensor) Run(ctx context.Context, stopWithin time.Duration) error {
 	defer stop()
 
 	s.lastTick = time.Now()
+	s.left.from = s.lastTick
 	s.unwritten = map[string]uint64{}
 	s.reportGap()
 	s.writeNotices(write)
@@ -277,6 +279,7 @@ func (s *Sensor) drain(ctx context.Context) error {
 		}
 	}
 	s.tick(ctx, time.Now())
+	s.reportSuppressed(ctx, time.Now(), true)
 	s.writeNotices(ctx)
 	return errors.Join(err, s.flush(ctx, true))
 }
@@ -428,9 +431,18 @@ func (s *Sensor) tick(ctx context.Context, now time.Time) {
 		s.writeSelf(ctx, &i, nil)
 	}
 	s.reportKernelLoss(ctx, lost)
+	s.reportSuppressed(ctx, now, false)
 }
 
-// reportKernelLoss reports what the kernel had no ring space for, by kind.
+// reportSuppressed reports what the kernel left out on purpose, once per window.
+func (s *Sensor) reportSuppressed(ctx context.Context, now time.Time, end bool) {
+	if i, ok := s.left.report(now, end); ok {
+		s.writeSelf(ctx, &i, nil)
+	}
+}
+
+// reportKernelLoss reports what the kernel had no ring space for, by kind, and
+// takes note of what it left out on purpose.
 func (s *Sensor) reportKernelLoss(ctx context.Context, i event.SelfInfo) {
 	counters, err := s.kernel.counters()
 	if err != nil {
@@ -443,6 +455,10 @@ func (s *Sensor) reportKernelLoss(ctx context.Context, i event.SelfInfo) {
 			i.ByKind[event.Kind(k).String()] = d
 			i.Count += d
 			s.metrics.lost[k].Add(float64(d))
+		}
+		if d := counters[k].Suppressed - s.reported[k].Suppressed; d != 0 {
+			s.left.add(event.Kind(k), d)
+			s.metrics.suppressed[k].Add(float64(d))
 		}
 	}
 	s.reported = counters
@@ -508,8 +524,10 @@ func (s *Sensor) snapshot(ctx context.Context) error {
 type Stats struct {
 	Events map[string]uint64 `json:"events"` // attempts to report, by event code, since the programs were loaded
 	Lost   map[string]uint64 `json:"lost"`   // those the ring had no room for
-	Rings  map[string]Ring   `json:"rings"`
-	Beat   time.Time         `json:"beat"` // when the worker last finished a turn
+	// Left out on purpose, and not among the events: too many of one process, or excluded.
+	Suppressed map[string]uint64 `json:"suppressed"`
+	Rings      map[string]Ring   `json:"rings"`
+	Beat       time.Time         `json:"beat"` // when the worker last finished a turn
 }
 
 // Ring is how full a ring is, in bytes; what is read but not yet durable counts.
@@ -524,12 +542,15 @@ func (s *Sensor) Stats() (Stats, error) {
 	if err != nil {
 		return Stats{}, fmt.Errorf("read kernel counters: %w", err)
 	}
-	st := Stats{Events: map[string]uint64{}, Lost: map[string]uint64{}, Beat: s.Beat(), Rings: map[string]Ring{
+	st := Stats{Events: map[string]uint64{}, Lost: map[string]uint64{}, Suppressed: map[string]uint64{}, Beat: s.Beat(), Rings: map[string]Ring{
 		"priority": {s.priority.used(), uint64(s.priority.size())},
 		"bulk":     {s.bulk.used(), uint64(s.bulk.size())},
 	}}
 	for k := event.None + 1; k < event.Lifecycle; k++ {
 		st.Events[k.String()], st.Lost[k.String()] = counters[k].Attempts, counters[k].Lost
+		if n := counters[k].Suppressed; n > 0 {
+			st.Suppressed[k.String()] = n
+		}
 	}
 	return st, nil
 }

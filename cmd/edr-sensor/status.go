@@ -35,7 +35,9 @@ type sensorStatus struct {
 	Sensor struct {
 		Events map[string]uint64 `json:"events"`
 		Lost   map[string]uint64 `json:"lost"`
-		Rings  map[string]struct {
+
+		Suppressed map[string]uint64 `json:"suppressed"`
+		Rings      map[string]struct {
 			Used uint64 `json:"used"`
 			Size uint64 `json:"size"`
 		} `json:"rings"`
@@ -147,20 +149,23 @@ func (s *sensorStatus) screen(now time.Time, colour bool) string {
 		b.add(yellow, fmt.Sprintf("%10s%s\n", "", cut("missing "+safe(m), 200)))
 	}
 
-	var seen, lost uint64
-	for _, kind := range sorted(s.Sensor.Events) {
-		seen += s.Sensor.Events[kind]
-		lost += s.Sensor.Lost[kind]
+	counts, all := s.counts()
+	text := fmt.Sprintf("%s events; %s lost in the kernel", thousands(all.seen), thousands(all.lost))
+	if all.suppressed > 0 {
+		text += fmt.Sprintf(", %s left out as configured", thousands(all.suppressed))
 	}
-	row("seen", "%s events; %s lost in the kernel", thousands(seen), thousands(lost))
-	for _, kind := range sorted(s.Sensor.Events) {
-		n, gone := s.Sensor.Events[kind], s.Sensor.Lost[kind]
-		if n == 0 {
+	row("seen", "%s", text)
+	for _, kind := range sorted(counts) {
+		n := counts[kind]
+		if n == (count{}) {
 			continue
 		}
-		text := fmt.Sprintf("%-20s %12s", safe(kind), thousands(n))
-		if gone > 0 {
-			text += fmt.Sprintf("  lost %s", thousands(gone))
+		text := fmt.Sprintf("%-20s %12s", safe(kind), thousands(n.seen))
+		if n.lost > 0 {
+			text += fmt.Sprintf("  lost %s", thousands(n.lost))
+		}
+		if n.suppressed > 0 {
+			text += fmt.Sprintf("  left out %s", thousands(n.suppressed))
 		}
 		row("", "%s", text)
 	}
@@ -205,6 +210,33 @@ func (s *sensorStatus) screen(now time.Time, colour bool) string {
 		b.add(yellow, fmt.Sprintf("%-10s%s\n", "error", safe(e)))
 	}
 	return b.String()
+}
+
+// count is how many events of a kind there were, and were not.
+type count struct{ seen, lost, suppressed uint64 }
+
+// counts are by event code, with files in one: their many kinds would fill the
+// screen, and --json has them.
+func (s *sensorStatus) counts() (kinds map[string]count, all count) {
+	kinds = map[string]count{}
+	add := func(code string, n count) {
+		if strings.HasPrefix(code, "file.") {
+			code = "file.*"
+		}
+		k := kinds[code]
+		kinds[code] = count{k.seen + n.seen, k.lost + n.lost, k.suppressed + n.suppressed}
+		all = count{all.seen + n.seen, all.lost + n.lost, all.suppressed + n.suppressed}
+	}
+	for code, n := range s.Sensor.Events {
+		add(code, count{seen: n})
+	}
+	for code, n := range s.Sensor.Lost {
+		add(code, count{lost: n})
+	}
+	for code, n := range s.Sensor.Suppressed {
+		add(code, count{suppressed: n})
+	}
+	return kinds, all
 }
 
 func sorted[V any](m map[string]V) []string {

@@ -84,7 +84,7 @@ func (a *Agent) facts(now time.Time) facts {
 func unseen(coverage []sensor.Coverage) (events []string) {
 	opens := slices.ContainsFunc(coverage, func(c sensor.Coverage) bool { return c.Kind == event.FileOpenWrite && c.Hook != "" })
 	for _, c := range coverage {
-		if c.Hook == "" && !(opens && c.Kind == event.FileModify) {
+		if c.Hook == "" && (c.Kind != event.FileModify || !opens) {
 			events = append(events, c.Event)
 		}
 	}

@@ -153,7 +153,7 @@ func (w *writer) change(ev *event.Event) {
 		w.rename(f)
 	case event.FileChmod:
 		w.open(`"chmod":{`)
-		if f.File.Ino != 0 {
+		if unchanged(f, event.FileNewMode) {
 			w.mode(`"old_mode":`, f.File.Mode)
 		}
 		if f.Flags&event.FileNewMode != 0 {
@@ -167,7 +167,7 @@ func (w *writer) change(ev *event.Event) {
 		w.close('}')
 	case event.FileTimes:
 		w.open(`"utimes":{`)
-		if f.File.Ino != 0 {
+		if unchanged(f, event.FileNewMTime) {
 			w.ns(`"old_mtime_ns":`, f.File.MTime)
 		}
 		if f.Flags&event.FileNewMTime != 0 {
@@ -258,13 +258,13 @@ func (w *writer) object(open string, ev *event.Event, path []byte, v version) {
 	switch {
 	case changed(event.FileNewSize):
 		w.uint(`"size":`, f.NewSize)
-	case known && !isFolder(ev):
+	case unchanged(f, event.FileNewSize) && !isFolder(ev):
 		w.uint(`"size":`, f.File.Size)
 	}
 	switch {
 	case changed(event.FileNewMTime):
 		w.ms(`"modified_time":`, f.NewMTime)
-	case known && !changed(event.FileNewSize): // which sets it to now
+	case unchanged(f, event.FileNewMTime) && !changed(event.FileNewSize): // which sets it to now
 		w.ms(`"modified_time":`, f.File.MTime)
 	}
 	if changed(event.FileNewATime) {
@@ -273,20 +273,20 @@ func (w *writer) object(open string, ev *event.Event, path []byte, v version) {
 	switch {
 	case changed(event.FileNewUID):
 		w.ownedBy(f.NewUID, f.NewOwner)
-	case known:
+	case unchanged(f, event.FileNewUID):
 		w.ownedBy(f.File.UID, f.Owner)
 	}
 	at := w.begin(`"xattributes":{`)
 	switch {
 	case changed(event.FileNewMode):
 		w.mode(`"mode":`, f.NewMode)
-	case known:
+	case unchanged(f, event.FileNewMode):
 		w.mode(`"mode":`, f.File.Mode)
 	}
 	switch {
 	case changed(event.FileNewGID):
 		w.uid(`"gid":`, uint64(f.NewGID))
-	case known:
+	case unchanged(f, event.FileNewGID):
 		w.uid(`"gid":`, uint64(f.File.GID))
 	}
 	if known {
@@ -309,6 +309,12 @@ func (w *writer) object(open string, ev *event.Event, path []byte, v version) {
 	base64IfInvalid(w, `"path_base64":`, path)
 	w.end(at, '}')
 	w.close('}')
+}
+
+// unchanged tells whether it is known how an attribute was before. What a system call
+// tells of is described when the call is over.
+func unchanged(f *event.FileInfo, flag event.FileFlags) bool {
+	return f.File.Ino != 0 && (f.Flags&event.FileDegraded == 0 || f.Flags&flag == 0)
 }
 
 // split returns the folder and the name of a path; "/" is its own name.

@@ -345,13 +345,17 @@ func fromSyscall(k event.Kind, path string, change func(*event.FileInfo)) event.
 	return ev
 }
 
-// opened is a file that a system call opened: the path is that of the kernel.
-func opened(k event.Kind) event.Event {
-	ev := changed(k, "/var/www/html/.cache.php", func(f *event.FileInfo) {
-		f.Flags, f.OpenFlags = event.FileDegraded|event.FileWalked, 0x401
-	})
+// fromOpen is a fileEvent of a system call on an open file: the path is the kernel's.
+func fromOpen(k event.Kind, change func(*event.FileInfo)) event.Event {
+	ev := changed(k, "/var/www/html/.cache.php", func(f *event.FileInfo) { f.Flags = event.FileDegraded | event.FileWalked })
+	change(&ev.File)
 	ev.Hook = "raw_tp/sys_exit"
 	return ev
+}
+
+// opened is a file that a system call opened.
+func opened(k event.Kind) event.Event {
+	return fromOpen(k, func(f *event.FileInfo) { f.OpenFlags = 0x401 })
 }
 
 func folder(f *event.FileInfo) {
@@ -402,6 +406,9 @@ func fileGoldens() []golden {
 		})},
 		{"file.chmod", changed(event.FileChmod, "/tmp/.x", func(f *event.FileInfo) { f.NewMode, f.Flags = 0o104755, event.FileNewMode })},
 		{"file.chmod-degraded", fromSyscall(event.FileChmod, ".x", func(f *event.FileInfo) { f.NewMode, f.Flags = 0o4755, f.Flags|event.FileNewMode })},
+		{"file.chmod-descriptor", fromOpen(event.FileChmod, func(f *event.FileInfo) {
+			f.File.Mode, f.NewMode, f.Flags = 0o104755, 0o4755, f.Flags|event.FileNewMode
+		})},
 		{"file.chown", changed(event.FileChown, "/tmp/.x", func(f *event.FileInfo) {
 			f.NewUID, f.NewGID, f.NewOwner, f.Flags = 0, 0, "root", event.FileNewUID|event.FileNewGID
 			f.File.Mode, f.NewMode, f.Flags = 0o104755, 0o100755, f.Flags|event.FileNewMode
@@ -409,6 +416,9 @@ func fileGoldens() []golden {
 		{"file.chown-degraded", fromSyscall(event.FileChown, ".x", func(f *event.FileInfo) { f.NewGID, f.Flags = 7, f.Flags|event.FileNewGID })},
 		{"file.truncate", changed(event.FileTruncate, "/var/log/auth.log", func(f *event.FileInfo) { f.NewSize, f.Flags = 0, event.FileNewSize })},
 		{"file.truncate-degraded", fromSyscall(event.FileTruncate, "/var/log/auth.log", func(f *event.FileInfo) { f.Flags |= event.FileNewSize })},
+		{"file.truncate-descriptor", fromOpen(event.FileTruncate, func(f *event.FileInfo) {
+			f.File.Size, f.NewSize, f.Flags = 7, 7, f.Flags|event.FileNewSize
+		})},
 		{"file.xattr", changed(event.FileXattr, "/tmp/.x", func(f *event.FileInfo) { f.Name = []byte("security.capability") })},
 		{"file.xattr-user", changed(event.FileXattr, "/", func(f *event.FileInfo) {
 			folder(f)

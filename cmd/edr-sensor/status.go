@@ -132,10 +132,14 @@ func (s *sensorStatus) screen(now time.Time, colour bool) string {
 		row(key, "%s", safe(s.Context[key]))
 	}
 
-	var covered, missing []string
+	var missing []string
+	covered, degraded := 0, 0
 	for _, c := range s.Coverage {
 		if c.Hook != "" {
-			covered = append(covered, c.Event)
+			covered++
+			if strings.HasSuffix(c.Hook, syscallHook) {
+				degraded++
+			}
 			continue
 		}
 		why := ""
@@ -144,7 +148,11 @@ func (s *sensorStatus) screen(now time.Time, colour bool) string {
 		}
 		missing = append(missing, c.Event+why)
 	}
-	row("coverage", "%d of %d kinds of events", len(covered), len(s.Coverage))
+	coverage := fmt.Sprintf("%d of %d kinds of events", covered, len(s.Coverage))
+	if degraded > 0 {
+		coverage += fmt.Sprintf(", %d of them degraded: system calls only", degraded)
+	}
+	row("coverage", "%s", coverage)
 	for _, m := range missing {
 		b.add(yellow, fmt.Sprintf("%10s%s\n", "", cut("missing "+safe(m), 200)))
 	}
@@ -211,6 +219,9 @@ func (s *sensorStatus) screen(now time.Time, colour bool) string {
 	}
 	return b.String()
 }
+
+// syscallHook ends the name of the hook that sees only system calls.
+const syscallHook = "/sys_exit"
 
 // count is how many events of a kind there were, and were not.
 type count struct{ seen, lost, suppressed uint64 }

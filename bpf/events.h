@@ -39,7 +39,23 @@ enum event_kind {
 	EVENT_KIND_TCP_ACCEPT = 7,
 	EVENT_KIND_TCP_LISTEN = 8,
 	EVENT_KIND_TCP_CLOSE = 9,
-	EVENT_KIND_COUNT = 10,
+	EVENT_KIND_FILE_CREATE = 10, /* a new regular file, fifo, socket or device node */
+	EVENT_KIND_FILE_MODIFY = 11, /* a file that was open for writing is closed after a write */
+	EVENT_KIND_FILE_DELETE = 12, /* unlink, rmdir */
+	EVENT_KIND_FILE_RENAME = 13,
+	EVENT_KIND_FILE_LINK = 14, /* hard link, also what makes an O_TMPFILE visible */
+	EVENT_KIND_FILE_SYMLINK = 15,
+	EVENT_KIND_FILE_MKDIR = 16,
+	EVENT_KIND_FILE_CHMOD = 17,
+	EVENT_KIND_FILE_CHOWN = 18,
+	EVENT_KIND_FILE_TRUNCATE = 19,
+	EVENT_KIND_FILE_XATTR = 20, /* set or removed, file capabilities and ACLs among them */
+	EVENT_KIND_FILE_TIMES = 21, /* modification time set backwards, or access time with it */
+	EVENT_KIND_MOUNT = 22,
+	EVENT_KIND_UMOUNT = 23,
+	EVENT_KIND_MOUNT_MOVE = 24,
+	EVENT_KIND_FILE_OPEN_WRITE = 25, /* degraded only: no hook tells whether a write followed */
+	EVENT_KIND_COUNT = 26,
 };
 
 /* event_header: how long the record is, what it is, when, and which process acted. */
@@ -187,10 +203,56 @@ struct tcp_event {
 	__u32 reserved;
 };
 
+enum file_flags {
+	FILE_DEGRADED = 1 << 0, /* from a syscall's arguments: racy, io_uring not seen */
+	FILE_PATH_TRUNCATED = 1 << 1,
+	FILE_PATH2_TRUNCATED = 1 << 2,
+	FILE_REPLACED = 1 << 3,  /* RENAME: something stood at the new path; see target */
+	FILE_EXCHANGED = 1 << 4, /* RENAME_EXCHANGE */
+	FILE_WHITEOUT = 1 << 5,
+	FILE_DIRECTORY = 1 << 6,
+	FILE_XATTR_REMOVED = 1 << 7,
+	FILE_CREATED_HERE = 1 << 8, /* MODIFY: created by the same open */
+	FILE_RELATIVE = 1 << 9,     /* DEGRADED: the path is as the caller wrote it */
+	FILE_NEW_MODE = 1 << 10,    /* which of the new_* fields are set */
+	FILE_NEW_UID = 1 << 11,
+	FILE_NEW_GID = 1 << 12,
+	FILE_NEW_SIZE = 1 << 13,
+	FILE_NEW_ATIME = 1 << 14,
+	FILE_NEW_MTIME = 1 << 15,
+	FILE_WALKED = 1 << 16, /* DEGRADED: the path is a path after all, of an open file */
+};
+
+/*
+ * file_event: EVENT_KIND_FILE_* and mounts. file is the object before the change
+ * (MODIFY: at close; CREATE, MKDIR, SYMLINK: ino 0, it has none yet). The hooks run
+ * before the kernel acts, so an operation that fails later is reported too.
+ */
+struct file_event {
+	struct event_header header;
+	struct file_info file;
+	__u64 cgroup_id;
+	__u64 target_ino; /* RENAME with FILE_REPLACED: what is replaced */
+	__u64 new_size;
+	__s64 new_atime_ns; /* since the Unix epoch */
+	__s64 new_mtime_ns;
+	__u64 bytes_written; /* MODIFY: bytes by which the file's size or position tells; 0 unknown */
+	__u32 flags;         /* enum file_flags */
+	__u32 open_flags;    /* MODIFY, FILE_OPEN_WRITE: O_*; MOUNT: MS_* */
+	__u32 new_mode;
+	__u32 new_uid, new_gid;
+	__u32 suppressed; /* events of this process dropped by the token bucket since the last one */
+	__u32 path_len;   /* path; DEGRADED: text as the caller wrote it */
+	__u32 path2_len; /* path: RENAME, LINK, MOUNT_MOVE new path; text: SYMLINK target, MOUNT source */
+	__u32 name_len; /* text: xattr name, file system type */
+	__u32 mnt_ns;
+};
+
 /* kind_counter: per CPU and kind; attempts = emitted + lost at any quiet moment. */
 struct kind_counter {
 	__u64 attempts;
 	__u64 lost;
+	__u64 suppressed; /* by the token bucket or an exclusion; not among the attempts */
 };
 
 #endif

@@ -57,6 +57,26 @@ enum {
 #define SIGNAL_GROUP_EXIT 0x00000004
 #define S_IFMT 0170000
 #define S_IFSOCK 0140000
+#define S_IFREG 0100000
+#define S_IFDIR 0040000
+
+/* File modes (fmode_t) and open flags that are the same everywhere. */
+#define FMODE_READ 0x1
+#define FMODE_WRITE 0x2
+#define FMODE_CREATED 0x100000
+#define O_APPEND 02000
+
+#define ATTR_MODE (1 << 0)
+#define ATTR_UID (1 << 1)
+#define ATTR_GID (1 << 2)
+#define ATTR_SIZE (1 << 3)
+#define ATTR_ATIME_SET (1 << 7)
+#define ATTR_MTIME_SET (1 << 8)
+#define ATTR_FILE (1 << 13)
+#define ATTR_OPEN (1 << 15)
+
+#define RENAME_EXCHANGE 2
+#define RENAME_WHITEOUT 4
 
 enum {
 	TCP_ESTABLISHED = 1,
@@ -101,9 +121,20 @@ struct timespec64 {
 
 /* Files and paths */
 
+struct file_system_type {
+	const char *name;
+};
+
 struct super_block {
 	__u32 s_dev;
 	unsigned long s_magic;
+	struct file_system_type *s_type;
+	struct dentry *s_root;
+	struct list_head s_mounts; /* until 6.17 */
+};
+
+struct super_block___v6_18 {
+	struct mount *s_mounts;
 };
 
 struct inode {
@@ -142,16 +173,24 @@ struct dentry {
 	struct dentry *d_parent;
 	struct qstr d_name;
 	struct inode *d_inode;
+	struct super_block *d_sb;
 };
 
 struct vfsmount {
 	struct dentry *mnt_root;
+	struct super_block *mnt_sb;
 };
 
 struct mount {
 	struct mount *mnt_parent;
 	struct dentry *mnt_mountpoint;
 	struct vfsmount mnt;
+	struct list_head mnt_instance; /* until 6.17 */
+	struct mnt_namespace *mnt_ns;
+};
+
+struct mount___v6_18 {
+	struct mount *mnt_next_for_sb;
 };
 
 struct path {
@@ -162,11 +201,35 @@ struct path {
 struct file {
 	struct path f_path;
 	struct inode *f_inode;
+	unsigned int f_mode;
+	unsigned int f_flags;
+	__s64 f_pos;
 	void *private_data;
 };
 
+struct iattr {
+	unsigned int ia_valid;
+	__u16 ia_mode;
+	kuid_t ia_uid;
+	kgid_t ia_gid;
+	__s64 ia_size;
+	struct timespec64 ia_atime;
+	struct timespec64 ia_mtime;
+	struct file *ia_file;
+};
+
 struct fs_struct {
+	struct path root;
 	struct path pwd;
+};
+
+struct fdtable {
+	unsigned int max_fds;
+	struct file **fd;
+};
+
+struct files_struct {
+	struct fdtable *fdt;
 };
 
 /* Control groups */
@@ -302,6 +365,11 @@ struct seccomp {
 	int mode;
 };
 
+struct thread_info {
+	unsigned long flags;
+	__u32 status; /* x86 */
+};
+
 struct task_struct {
 	unsigned int flags;
 	struct mm_struct *mm;
@@ -315,12 +383,14 @@ struct task_struct {
 	const struct cred *real_cred;
 	char comm[16];
 	struct fs_struct *fs;
+	struct files_struct *files;
 	struct nsproxy *nsproxy;
 	struct signal_struct *signal;
 	kuid_t loginuid; /* CONFIG_AUDIT */
 	unsigned int sessionid;
 	struct seccomp seccomp; /* CONFIG_SECCOMP */
 	struct css_set *cgroups;
+	struct thread_info thread_info;
 };
 
 struct linux_binprm {
@@ -385,6 +455,21 @@ struct tcp_sock {
 	__u32 total_retrans;
 	struct list_head tsq_node;
 };
+
+/* Registers: what a function or a system call was called with. */
+
+#if defined(__TARGET_ARCH_x86)
+struct pt_regs {
+	unsigned long r10, r9, r8, cx, dx, si, di;
+	unsigned long orig_ax;
+};
+#elif defined(__TARGET_ARCH_arm64)
+struct pt_regs {
+	__u64 regs[31];
+	__u64 orig_x0;
+	__s32 syscallno;
+};
+#endif
 
 /* Iterators */
 

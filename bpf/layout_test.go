@@ -37,6 +37,7 @@ func TestLayout(t *testing.T) {
 		{"fork_event", unsafe.Sizeof(bpf.SensorForkEvent{})},
 		{"exit_event", unsafe.Sizeof(bpf.SensorExitEvent{})},
 		{"tcp_event", unsafe.Sizeof(bpf.SensorTcpEvent{})},
+		{"file_event", unsafe.Sizeof(bpf.SensorFileEvent{})},
 		{"kind_counter", unsafe.Sizeof(bpf.SensorKindCounter{})},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -87,6 +88,12 @@ func TestEventKinds(t *testing.T) {
 		"NONE": event.None, "EXEC": event.Exec, "FORK": event.Fork, "EXIT": event.Exit, "TASK": event.Task,
 		"TCP_CONNECT": event.TCPConnect, "TCP_CONNECT_FAILED": event.TCPConnectFailed, "TCP_ACCEPT": event.TCPAccept,
 		"TCP_LISTEN": event.TCPListen, "TCP_CLOSE": event.TCPClose,
+		"FILE_CREATE": event.FileCreate, "FILE_MODIFY": event.FileModify, "FILE_DELETE": event.FileDelete,
+		"FILE_RENAME": event.FileRename, "FILE_LINK": event.FileLink, "FILE_SYMLINK": event.FileSymlink,
+		"FILE_MKDIR": event.FileMkdir, "FILE_CHMOD": event.FileChmod, "FILE_CHOWN": event.FileChown,
+		"FILE_TRUNCATE": event.FileTruncate, "FILE_XATTR": event.FileXattr, "FILE_TIMES": event.FileTimes,
+		"MOUNT": event.Mount, "UMOUNT": event.Umount, "MOUNT_MOVE": event.MountMove,
+		"FILE_OPEN_WRITE": event.FileOpenWrite,
 	}
 	for name, number := range constants(t, "event_kind") {
 		short := strings.TrimPrefix(name, "EVENT_KIND_")
@@ -116,6 +123,17 @@ func TestFlags(t *testing.T) {
 		"tcp_flags": {
 			"TCP_FLAG_INITIATED": uint64(event.TCPInitiated), "TCP_FLAG_OWNER_LISTENER": uint64(event.TCPOwnerListener),
 			"TCP_FLAG_OWNER_UNKNOWN": uint64(event.TCPOwnerUnknown), "TCP_FLAG_EARLY": uint64(event.TCPEarly),
+		},
+		"file_flags": {
+			"FILE_DEGRADED": uint64(event.FileDegraded), "FILE_PATH_TRUNCATED": uint64(event.FilePathTruncated),
+			"FILE_PATH2_TRUNCATED": uint64(event.FilePath2Truncated), "FILE_REPLACED": uint64(event.FileReplaced),
+			"FILE_EXCHANGED": uint64(event.FileExchanged), "FILE_WHITEOUT": uint64(event.FileWhiteout),
+			"FILE_DIRECTORY": uint64(event.FileDirectory), "FILE_XATTR_REMOVED": uint64(event.FileXattrRemoved),
+			"FILE_CREATED_HERE": uint64(event.FileCreatedHere), "FILE_RELATIVE": uint64(event.FileRelative),
+			"FILE_NEW_MODE": uint64(event.FileNewMode), "FILE_NEW_UID": uint64(event.FileNewUID),
+			"FILE_NEW_GID": uint64(event.FileNewGID), "FILE_NEW_SIZE": uint64(event.FileNewSize),
+			"FILE_NEW_ATIME": uint64(event.FileNewATime), "FILE_NEW_MTIME": uint64(event.FileNewMTime),
+			"FILE_WALKED": uint64(event.FileWalked),
 		},
 	} {
 		for name, bit := range constants(t, enum) {

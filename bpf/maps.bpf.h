@@ -24,6 +24,8 @@ union priority_record {
 union bulk_record {
 	struct tcp_event tcp;
 	enum tcp_flags flags;
+	struct file_event file;
+	enum file_flags file_flags;
 };
 
 /*
@@ -51,7 +53,7 @@ struct {
 } kind_counters SEC(".maps");
 
 /*
- * Both counters are added to atomically, though they are per CPU: a softirq may
+ * The counters are added to atomically, though they are per CPU: a softirq may
  * interrupt a program that runs for a task, and since 7.0 a task another task's.
  */
 static __always_inline void count_attempt(__u32 kind)
@@ -68,6 +70,14 @@ static __always_inline void count_lost(__u32 kind)
 
 	if (c)
 		__sync_fetch_and_add(&c->lost, 1);
+}
+
+static __always_inline void count_suppressed(__u32 kind)
+{
+	struct kind_counter *c = bpf_map_lookup_elem(&kind_counters, &kind);
+
+	if (c)
+		__sync_fetch_and_add(&c->suppressed, 1);
 }
 
 #endif

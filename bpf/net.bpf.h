@@ -49,11 +49,6 @@ static __always_inline __u64 new_conn_id(__u64 now)
 	return (now >> 4) << 10 | (bpf_get_smp_processor_id() & 1023);
 }
 
-static __always_inline struct task_struct *current_task(void)
-{
-	return (void *)bpf_get_current_task();
-}
-
 struct address6 {
 	__u64 head;
 	__u32 middle;

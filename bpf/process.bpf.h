@@ -244,22 +244,22 @@ __noinline int fill_process(__u32 index)
 			event->flags |= PROCESS_DELETED;
 		if (is_memfd(&event->exe, path.dentry))
 			event->flags |= PROCESS_MEMFD;
-		slot->dentry = (__u64)path.dentry;
-		slot->mount = (__u64)path.mnt;
+		slot->walk.dentry = (__u64)path.dentry;
+		slot->walk.mount = (__u64)path.mnt;
 		event->exe_len = walk_path(index);
-		if (slot->truncated)
+		if (slot->walk.truncated)
 			event->flags |= PROCESS_EXE_TRUNCATED;
 	}
 	path = BPF_CORE_READ(task, fs, pwd);
 	if (path.dentry) {
-		slot->dentry = (__u64)path.dentry;
-		slot->mount = (__u64)path.mnt;
+		slot->walk.dentry = (__u64)path.dentry;
+		slot->walk.mount = (__u64)path.mnt;
 		event->cwd_len = walk_path(index);
-		if (slot->truncated)
+		if (slot->walk.truncated)
 			event->flags |= PROCESS_CWD_TRUNCATED;
 	}
 	event->cgroup_len = fill_cgroup(event, task, index);
-	if (slot->truncated)
+	if (slot->walk.truncated)
 		event->flags |= PROCESS_CGROUP_TRUNCATED;
 	return 0;
 }
@@ -279,7 +279,7 @@ __noinline int read_argv(__u32 index, __u64 start, __u32 len)
 
 	if (!slot || len > ARGV_MAX)
 		return 0;
-	used = slot->used;
+	used = slot->walk.used;
 	if (used > STRINGS_MAX)
 		return 0;
 	if (bpf_probe_read_user(slot->data + used, len, (void *)start) == 0)
@@ -321,7 +321,7 @@ static __always_inline void fill_argv(struct exec_slot *slot, struct task_struct
 static __always_inline long emit_exec(struct exec_slot *slot)
 {
 	__u32 argv = slot->event.argv_len;
-	__u32 used = slot->used;
+	__u32 used = slot->walk.used;
 	__u32 size;
 
 	if (used > STRINGS_MAX || argv > ARGV_MAX)
@@ -350,7 +350,7 @@ static __always_inline int handle_exec(struct task_struct *task, struct linux_bi
 	event = &slot->event;
 	__builtin_memset(event, 0, sizeof(*event));
 	slot->task = (__u64)task;
-	slot->used = 0;
+	slot->walk.used = 0;
 	fill_header(&event->header, EVENT_KIND_EXEC, 0, task);
 
 	filename = (__u64)BPF_CORE_READ(bprm, filename);
@@ -375,7 +375,7 @@ static __always_inline int handle_exec(struct task_struct *task, struct linux_bi
 		count_lost(EVENT_KIND_EXEC);
 	}
 out:
-	slot_release(slot);
+	slot_release(&slot->users);
 	return 0;
 }
 
@@ -494,7 +494,7 @@ static __always_inline int handle_task(struct seq_file *seq, struct task_struct 
 	if (!slot || BPF_CORE_READ(task, pid) != BPF_CORE_READ(task, tgid) ||
 	    BPF_CORE_READ(task, signal, live.counter) == 0 || !task_in_scope(task))
 		return 0;
-	if (!slot_take(slot)) { /* somebody else iterates */
+	if (!slot_take(&slot->users)) { /* somebody else iterates */
 		count_attempt(EVENT_KIND_TASK);
 		count_lost(EVENT_KIND_TASK);
 		return 0;
@@ -502,9 +502,9 @@ static __always_inline int handle_task(struct seq_file *seq, struct task_struct 
 	event = &slot->event;
 	__builtin_memset(event, 0, sizeof(*event));
 	slot->task = (__u64)task;
-	slot->used = 0;
+	slot->walk.used = 0;
 	fill_process(slot_count);
-	used = slot->used;
+	used = slot->walk.used;
 	if (used <= STRINGS_MAX) {
 		size = sizeof(*event) + used;
 		fill_header(&event->header, EVENT_KIND_TASK, size, task);
@@ -512,7 +512,7 @@ static __always_inline int handle_task(struct seq_file *seq, struct task_struct 
 		if (bpf_seq_write(seq, event, size) == 0)
 			count_attempt(EVENT_KIND_TASK);
 	}
-	slot_release(slot);
+	slot_release(&slot->users);
 	return 0;
 }
 

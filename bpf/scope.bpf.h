@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
 /*
  * scope.bpf.h - whose events are wanted: everybody's, those of one process tree,
- * or those of one control group (v2) and the groups below it.
+ * or those of one control group (v2) and the groups below it; and what file events
+ * leave out.
  */
 #ifndef EDR_SCOPE_H
 #define EDR_SCOPE_H
@@ -30,6 +31,11 @@ struct {
 	__type(key, __u32);
 	__type(value, __u8);
 } scope_pids SEC(".maps");
+
+static __always_inline struct task_struct *current_task(void)
+{
+	return (void *)bpf_get_current_task();
+}
 
 static __always_inline struct kernfs_node *task_kernfs(struct task_struct *task)
 {
@@ -71,6 +77,46 @@ static __always_inline bool task_in_scope(struct task_struct *task)
 		return bpf_map_lookup_elem(&scope_pids, &tgid) != NULL;
 	}
 	return in_scope_cgroup((__u64)task_kernfs(task));
+}
+
+/* Whose events, and events below which directories, are not reported. By inode, so
+ * that neither bind mounts nor chroots show them under another name. */
+enum exclusion {
+	EXCLUDE_EXECUTABLE = 1,
+	EXCLUDE_DIRECTORY = 2,
+};
+
+struct exclusion_key {
+	__u64 ino;
+	__u32 dev; /* as the kernel has it: major << 20 | minor */
+	enum exclusion what;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 256);
+	__type(key, struct exclusion_key);
+	__type(value, __u8);
+} file_exclusions SEC(".maps");
+
+const volatile __u32 excluded_executables = 0;
+const volatile __u32 excluded_directories = 0;
+
+static __always_inline bool is_excluded(struct inode *inode, enum exclusion what)
+{
+	struct exclusion_key key = {
+		.ino = BPF_CORE_READ(inode, i_ino),
+		.dev = BPF_CORE_READ(inode, i_sb, s_dev),
+		.what = what,
+	};
+
+	return bpf_map_lookup_elem(&file_exclusions, &key) != NULL;
+}
+
+static __always_inline bool excluded_task(struct task_struct *task)
+{
+	return excluded_executables &&
+	       is_excluded(BPF_CORE_READ(task, mm, exe_file, f_inode), EXCLUDE_EXECUTABLE);
 }
 
 #endif

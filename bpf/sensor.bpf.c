@@ -6,13 +6,15 @@
  * host does.
  *
  * The same object loads on every kernel since 5.10, so it does without bpf_loop,
- * dynptrs, task storage and atomics that return a value. Of each program there is
- * a tp_btf form, preferred since the kernel checks its arguments' types, and a
- * raw_tp form of the same code for kernels that refuse the first.
+ * dynptrs, task storage and atomics that return a value. Of each program on a
+ * tracepoint there is a tp_btf form, preferred since the kernel checks its arguments'
+ * types, and a raw_tp form of the same code for kernels that refuse the first. Of each
+ * program on a security hook there is an LSM, a fentry and a kprobe form.
  */
 #include "kernel.h"
 #include "process.bpf.h"
 #include "net.bpf.h"
+#include "syscall.bpf.h"
 
 /* The source is dual licensed; the kernel offers the helpers used here to programs
  * that are under the GPL, and knows no name for "GPL-2.0-only OR Apache-2.0". */
@@ -92,6 +94,87 @@ SEC("raw_tp/inet_sock_set_state")
 int raw_inet_sock_set_state(__u64 *ctx)
 {
 	return handle_state((void *)ctx[0], ctx[1], ctx[2]);
+}
+
+/*
+ * Sees: what changes the file system's names: files, directories and links made,
+ * removed and renamed; through io_uring and 32-bit calls, too.
+ * Why: the path_ hooks are told the mount, which the inode_ hooks below them are not, and
+ * see an operation on an overlay once, as the process named it.
+ * Ignores: what the kernel does by itself (an NFS server), and whether it succeeded.
+ */
+SECURITY_HOOK(path_mknod)
+SECURITY_HOOK(path_mkdir)
+SECURITY_HOOK(path_symlink)
+SECURITY_HOOK(path_link)
+SECURITY_HOOK(path_unlink)
+SECURITY_HOOK(path_rmdir)
+SECURITY_HOOK(path_rename)
+
+/*
+ * Sees: changes of mode, owner, size and times, and of extended attributes.
+ * Why: the one place for every way to do it, on every kernel; the path_ hooks of
+ * chmod, chown and truncate differ between versions, and there is none for the rest.
+ * Ignores: times that are set to now or forward; a size that an open sets to zero, which
+ * the record at its close tells.
+ */
+SECURITY_HOOK(inode_setattr)
+SECURITY_HOOK(inode_setxattr)
+SECURITY_HOOK(inode_removexattr)
+SECURITY_HOOK(inode_set_acl) /* since 6.2; before, an extended attribute like others */
+SECURITY_HOOK(inode_remove_acl)
+
+/*
+ * Sees: a regular file that is opened for writing, and its last close.
+ * Why: every write would cost more than all the rest of the sensor; what a file was at
+ * the open and is at the close tells the same.
+ * Ignores: files that were not written after all; memory mapped from tmpfs, which keeps no
+ * time of such writes.
+ */
+SECURITY_HOOK(file_open)
+SECURITY_HOOK(file_release) /* since 6.9 */
+KERNEL_FUNCTION(__fput, __fput)
+
+/*
+ * Sees: file systems attached, bound, moved and detached, by the old system calls and
+ * the new ones.
+ * Ignores: what a mount namespace takes with it when it ends.
+ */
+SECURITY_HOOK(sb_mount)
+SECURITY_HOOK(sb_umount)
+SECURITY_HOOK(move_mount)
+
+/*
+ * Sees: system calls that succeeded, of those that user space names.
+ * Why: the way out and not in, as the call's outcome is known there, an opened file can be
+ * looked at, and the process's strings are in memory.
+ * Ignores: 32-bit calls, whose numbers are others, and io_uring.
+ */
+SEC("raw_tp/sys_exit")
+int raw_sys_exit(__u64 *ctx)
+{
+	return handle_syscall((void *)ctx[0], ctx[1]);
+}
+
+/* Tells whether the kernel runs LSM programs: it loads and attaches them in any case. */
+const volatile __u32 lsm_probe_pid = 0;
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u64);
+} lsm_probe_runs SEC(".maps");
+
+SEC("lsm/file_open")
+int lsm_probe(__u64 *ctx)
+{
+	__u32 zero = 0;
+	__u64 *runs = bpf_map_lookup_elem(&lsm_probe_runs, &zero);
+
+	if (runs && bpf_get_current_pid_tgid() >> 32 == lsm_probe_pid)
+		__sync_fetch_and_add(runs, 1);
+	return 0;
 }
 
 /*

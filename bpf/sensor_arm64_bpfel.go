@@ -55,7 +55,23 @@ const (
 	SensorEventKindEVENT_KIND_TCP_ACCEPT         SensorEventKind = 7
 	SensorEventKindEVENT_KIND_TCP_LISTEN         SensorEventKind = 8
 	SensorEventKindEVENT_KIND_TCP_CLOSE          SensorEventKind = 9
-	SensorEventKindEVENT_KIND_COUNT              SensorEventKind = 10
+	SensorEventKindEVENT_KIND_FILE_CREATE        SensorEventKind = 10
+	SensorEventKindEVENT_KIND_FILE_MODIFY        SensorEventKind = 11
+	SensorEventKindEVENT_KIND_FILE_DELETE        SensorEventKind = 12
+	SensorEventKindEVENT_KIND_FILE_RENAME        SensorEventKind = 13
+	SensorEventKindEVENT_KIND_FILE_LINK          SensorEventKind = 14
+	SensorEventKindEVENT_KIND_FILE_SYMLINK       SensorEventKind = 15
+	SensorEventKindEVENT_KIND_FILE_MKDIR         SensorEventKind = 16
+	SensorEventKindEVENT_KIND_FILE_CHMOD         SensorEventKind = 17
+	SensorEventKindEVENT_KIND_FILE_CHOWN         SensorEventKind = 18
+	SensorEventKindEVENT_KIND_FILE_TRUNCATE      SensorEventKind = 19
+	SensorEventKindEVENT_KIND_FILE_XATTR         SensorEventKind = 20
+	SensorEventKindEVENT_KIND_FILE_TIMES         SensorEventKind = 21
+	SensorEventKindEVENT_KIND_MOUNT              SensorEventKind = 22
+	SensorEventKindEVENT_KIND_UMOUNT             SensorEventKind = 23
+	SensorEventKindEVENT_KIND_MOUNT_MOVE         SensorEventKind = 24
+	SensorEventKindEVENT_KIND_FILE_OPEN_WRITE    SensorEventKind = 25
+	SensorEventKindEVENT_KIND_COUNT              SensorEventKind = 26
 )
 
 type SensorExecEvent struct {
@@ -95,6 +111,50 @@ type SensorExitEvent struct {
 	Comm            [16]int8
 }
 
+type SensorFileEvent struct {
+	_            structs.HostLayout
+	Header       SensorEventHeader
+	File         SensorFileInfo
+	CgroupId     uint64
+	TargetIno    uint64
+	NewSize      uint64
+	NewAtimeNs   int64
+	NewMtimeNs   int64
+	BytesWritten uint64
+	Flags        uint32
+	OpenFlags    uint32
+	NewMode      uint32
+	NewUid       uint32
+	NewGid       uint32
+	Suppressed   uint32
+	PathLen      uint32
+	Path2Len     uint32
+	NameLen      uint32
+	MntNs        uint32
+}
+
+type SensorFileFlags uint32
+
+const (
+	SensorFileFlagsFILE_DEGRADED       SensorFileFlags = 1
+	SensorFileFlagsFILE_PATH_TRUNCATED SensorFileFlags = 2
+	SensorFileFlagsFILE_PATH2TRUNCATED SensorFileFlags = 4
+	SensorFileFlagsFILE_REPLACED       SensorFileFlags = 8
+	SensorFileFlagsFILE_EXCHANGED      SensorFileFlags = 16
+	SensorFileFlagsFILE_WHITEOUT       SensorFileFlags = 32
+	SensorFileFlagsFILE_DIRECTORY      SensorFileFlags = 64
+	SensorFileFlagsFILE_XATTR_REMOVED  SensorFileFlags = 128
+	SensorFileFlagsFILE_CREATED_HERE   SensorFileFlags = 256
+	SensorFileFlagsFILE_RELATIVE       SensorFileFlags = 512
+	SensorFileFlagsFILE_NEW_MODE       SensorFileFlags = 1024
+	SensorFileFlagsFILE_NEW_UID        SensorFileFlags = 2048
+	SensorFileFlagsFILE_NEW_GID        SensorFileFlags = 4096
+	SensorFileFlagsFILE_NEW_SIZE       SensorFileFlags = 8192
+	SensorFileFlagsFILE_NEW_ATIME      SensorFileFlags = 16384
+	SensorFileFlagsFILE_NEW_MTIME      SensorFileFlags = 32768
+	SensorFileFlagsFILE_WALKED         SensorFileFlags = 65536
+)
+
 type SensorFileInfo struct {
 	_        structs.HostLayout
 	Ino      uint64
@@ -122,9 +182,10 @@ type SensorForkEvent struct {
 }
 
 type SensorKindCounter struct {
-	_        structs.HostLayout
-	Attempts uint64
-	Lost     uint64
+	_          structs.HostLayout
+	Attempts   uint64
+	Lost       uint64
+	Suppressed uint64
 }
 
 type SensorNsInfo struct {
@@ -195,26 +256,94 @@ const (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	SensorMapBulkRing             = "bulk_ring"
-	SensorMapExecSlots            = "exec_slots"
-	SensorMapExits                = "exits"
-	SensorMapKindCounters         = "kind_counters"
-	SensorMapPriorityRing         = "priority_ring"
-	SensorMapScopePids            = "scope_pids"
-	SensorMapSockets              = "sockets"
-	SensorProgOnInetSockSetState  = "on_inet_sock_set_state"
-	SensorProgOnSchedProcessExec  = "on_sched_process_exec"
-	SensorProgOnSchedProcessExit  = "on_sched_process_exit"
-	SensorProgOnSchedProcessFork  = "on_sched_process_fork"
-	SensorProgOnTask              = "on_task"
-	SensorProgOnTaskFile          = "on_task_file"
-	SensorProgRawInetSockSetState = "raw_inet_sock_set_state"
-	SensorProgRawSchedProcessExec = "raw_sched_process_exec"
-	SensorProgRawSchedProcessExit = "raw_sched_process_exit"
-	SensorProgRawSchedProcessFork = "raw_sched_process_fork"
-	SensorVarScopeCgroupId        = "scope_cgroup_id"
-	SensorVarScopeMode            = "scope_mode"
-	SensorVarSlotCount            = "slot_count"
+	SensorMapBulkRing                = "bulk_ring"
+	SensorMapExecSlots               = "exec_slots"
+	SensorMapExits                   = "exits"
+	SensorMapFileBuckets             = "file_buckets"
+	SensorMapFileExclusions          = "file_exclusions"
+	SensorMapFileSlots               = "file_slots"
+	SensorMapFileSyscalls            = "file_syscalls"
+	SensorMapKindCounters            = "kind_counters"
+	SensorMapLsmProbeRuns            = "lsm_probe_runs"
+	SensorMapPriorityRing            = "priority_ring"
+	SensorMapScopePids               = "scope_pids"
+	SensorMapSockets                 = "sockets"
+	SensorMapWrittenFiles            = "written_files"
+	SensorProgFentryFput             = "fentry___fput"
+	SensorProgFentryFileOpen         = "fentry_file_open"
+	SensorProgFentryFileRelease      = "fentry_file_release"
+	SensorProgFentryInodeRemoveAcl   = "fentry_inode_remove_acl"
+	SensorProgFentryInodeRemovexattr = "fentry_inode_removexattr"
+	SensorProgFentryInodeSetAcl      = "fentry_inode_set_acl"
+	SensorProgFentryInodeSetattr     = "fentry_inode_setattr"
+	SensorProgFentryInodeSetxattr    = "fentry_inode_setxattr"
+	SensorProgFentryMoveMount        = "fentry_move_mount"
+	SensorProgFentryPathLink         = "fentry_path_link"
+	SensorProgFentryPathMkdir        = "fentry_path_mkdir"
+	SensorProgFentryPathMknod        = "fentry_path_mknod"
+	SensorProgFentryPathRename       = "fentry_path_rename"
+	SensorProgFentryPathRmdir        = "fentry_path_rmdir"
+	SensorProgFentryPathSymlink      = "fentry_path_symlink"
+	SensorProgFentryPathUnlink       = "fentry_path_unlink"
+	SensorProgFentrySbMount          = "fentry_sb_mount"
+	SensorProgFentrySbUmount         = "fentry_sb_umount"
+	SensorProgKprobeFput             = "kprobe___fput"
+	SensorProgKprobeFileOpen         = "kprobe_file_open"
+	SensorProgKprobeFileRelease      = "kprobe_file_release"
+	SensorProgKprobeInodeRemoveAcl   = "kprobe_inode_remove_acl"
+	SensorProgKprobeInodeRemovexattr = "kprobe_inode_removexattr"
+	SensorProgKprobeInodeSetAcl      = "kprobe_inode_set_acl"
+	SensorProgKprobeInodeSetattr     = "kprobe_inode_setattr"
+	SensorProgKprobeInodeSetxattr    = "kprobe_inode_setxattr"
+	SensorProgKprobeMoveMount        = "kprobe_move_mount"
+	SensorProgKprobePathLink         = "kprobe_path_link"
+	SensorProgKprobePathMkdir        = "kprobe_path_mkdir"
+	SensorProgKprobePathMknod        = "kprobe_path_mknod"
+	SensorProgKprobePathRename       = "kprobe_path_rename"
+	SensorProgKprobePathRmdir        = "kprobe_path_rmdir"
+	SensorProgKprobePathSymlink      = "kprobe_path_symlink"
+	SensorProgKprobePathUnlink       = "kprobe_path_unlink"
+	SensorProgKprobeSbMount          = "kprobe_sb_mount"
+	SensorProgKprobeSbUmount         = "kprobe_sb_umount"
+	SensorProgLsmFileOpen            = "lsm_file_open"
+	SensorProgLsmFileRelease         = "lsm_file_release"
+	SensorProgLsmInodeRemoveAcl      = "lsm_inode_remove_acl"
+	SensorProgLsmInodeRemovexattr    = "lsm_inode_removexattr"
+	SensorProgLsmInodeSetAcl         = "lsm_inode_set_acl"
+	SensorProgLsmInodeSetattr        = "lsm_inode_setattr"
+	SensorProgLsmInodeSetxattr       = "lsm_inode_setxattr"
+	SensorProgLsmMoveMount           = "lsm_move_mount"
+	SensorProgLsmPathLink            = "lsm_path_link"
+	SensorProgLsmPathMkdir           = "lsm_path_mkdir"
+	SensorProgLsmPathMknod           = "lsm_path_mknod"
+	SensorProgLsmPathRename          = "lsm_path_rename"
+	SensorProgLsmPathRmdir           = "lsm_path_rmdir"
+	SensorProgLsmPathSymlink         = "lsm_path_symlink"
+	SensorProgLsmPathUnlink          = "lsm_path_unlink"
+	SensorProgLsmProbe               = "lsm_probe"
+	SensorProgLsmSbMount             = "lsm_sb_mount"
+	SensorProgLsmSbUmount            = "lsm_sb_umount"
+	SensorProgOnInetSockSetState     = "on_inet_sock_set_state"
+	SensorProgOnSchedProcessExec     = "on_sched_process_exec"
+	SensorProgOnSchedProcessExit     = "on_sched_process_exit"
+	SensorProgOnSchedProcessFork     = "on_sched_process_fork"
+	SensorProgOnTask                 = "on_task"
+	SensorProgOnTaskFile             = "on_task_file"
+	SensorProgRawInetSockSetState    = "raw_inet_sock_set_state"
+	SensorProgRawSchedProcessExec    = "raw_sched_process_exec"
+	SensorProgRawSchedProcessExit    = "raw_sched_process_exit"
+	SensorProgRawSchedProcessFork    = "raw_sched_process_fork"
+	SensorProgRawSysExit             = "raw_sys_exit"
+	SensorVarArgumentShift           = "argument_shift"
+	SensorVarExcludedDirectories     = "excluded_directories"
+	SensorVarExcludedExecutables     = "excluded_executables"
+	SensorVarFileBurst               = "file_burst"
+	SensorVarFileInterval            = "file_interval"
+	SensorVarLsmProbePid             = "lsm_probe_pid"
+	SensorVarScopeCgroupId           = "scope_cgroup_id"
+	SensorVarScopeMode               = "scope_mode"
+	SensorVarSlotCount               = "slot_count"
+	SensorVarSyscallKinds            = "syscall_kinds"
 )
 
 // LoadSensor returns the embedded CollectionSpec for Sensor.
@@ -259,38 +388,106 @@ type SensorSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type SensorProgramSpecs struct {
-	OnInetSockSetState  *ebpf.ProgramSpec `ebpf:"on_inet_sock_set_state"`
-	OnSchedProcessExec  *ebpf.ProgramSpec `ebpf:"on_sched_process_exec"`
-	OnSchedProcessExit  *ebpf.ProgramSpec `ebpf:"on_sched_process_exit"`
-	OnSchedProcessFork  *ebpf.ProgramSpec `ebpf:"on_sched_process_fork"`
-	OnTask              *ebpf.ProgramSpec `ebpf:"on_task"`
-	OnTaskFile          *ebpf.ProgramSpec `ebpf:"on_task_file"`
-	RawInetSockSetState *ebpf.ProgramSpec `ebpf:"raw_inet_sock_set_state"`
-	RawSchedProcessExec *ebpf.ProgramSpec `ebpf:"raw_sched_process_exec"`
-	RawSchedProcessExit *ebpf.ProgramSpec `ebpf:"raw_sched_process_exit"`
-	RawSchedProcessFork *ebpf.ProgramSpec `ebpf:"raw_sched_process_fork"`
+	FentryFput             *ebpf.ProgramSpec `ebpf:"fentry___fput"`
+	FentryFileOpen         *ebpf.ProgramSpec `ebpf:"fentry_file_open"`
+	FentryFileRelease      *ebpf.ProgramSpec `ebpf:"fentry_file_release"`
+	FentryInodeRemoveAcl   *ebpf.ProgramSpec `ebpf:"fentry_inode_remove_acl"`
+	FentryInodeRemovexattr *ebpf.ProgramSpec `ebpf:"fentry_inode_removexattr"`
+	FentryInodeSetAcl      *ebpf.ProgramSpec `ebpf:"fentry_inode_set_acl"`
+	FentryInodeSetattr     *ebpf.ProgramSpec `ebpf:"fentry_inode_setattr"`
+	FentryInodeSetxattr    *ebpf.ProgramSpec `ebpf:"fentry_inode_setxattr"`
+	FentryMoveMount        *ebpf.ProgramSpec `ebpf:"fentry_move_mount"`
+	FentryPathLink         *ebpf.ProgramSpec `ebpf:"fentry_path_link"`
+	FentryPathMkdir        *ebpf.ProgramSpec `ebpf:"fentry_path_mkdir"`
+	FentryPathMknod        *ebpf.ProgramSpec `ebpf:"fentry_path_mknod"`
+	FentryPathRename       *ebpf.ProgramSpec `ebpf:"fentry_path_rename"`
+	FentryPathRmdir        *ebpf.ProgramSpec `ebpf:"fentry_path_rmdir"`
+	FentryPathSymlink      *ebpf.ProgramSpec `ebpf:"fentry_path_symlink"`
+	FentryPathUnlink       *ebpf.ProgramSpec `ebpf:"fentry_path_unlink"`
+	FentrySbMount          *ebpf.ProgramSpec `ebpf:"fentry_sb_mount"`
+	FentrySbUmount         *ebpf.ProgramSpec `ebpf:"fentry_sb_umount"`
+	KprobeFput             *ebpf.ProgramSpec `ebpf:"kprobe___fput"`
+	KprobeFileOpen         *ebpf.ProgramSpec `ebpf:"kprobe_file_open"`
+	KprobeFileRelease      *ebpf.ProgramSpec `ebpf:"kprobe_file_release"`
+	KprobeInodeRemoveAcl   *ebpf.ProgramSpec `ebpf:"kprobe_inode_remove_acl"`
+	KprobeInodeRemovexattr *ebpf.ProgramSpec `ebpf:"kprobe_inode_removexattr"`
+	KprobeInodeSetAcl      *ebpf.ProgramSpec `ebpf:"kprobe_inode_set_acl"`
+	KprobeInodeSetattr     *ebpf.ProgramSpec `ebpf:"kprobe_inode_setattr"`
+	KprobeInodeSetxattr    *ebpf.ProgramSpec `ebpf:"kprobe_inode_setxattr"`
+	KprobeMoveMount        *ebpf.ProgramSpec `ebpf:"kprobe_move_mount"`
+	KprobePathLink         *ebpf.ProgramSpec `ebpf:"kprobe_path_link"`
+	KprobePathMkdir        *ebpf.ProgramSpec `ebpf:"kprobe_path_mkdir"`
+	KprobePathMknod        *ebpf.ProgramSpec `ebpf:"kprobe_path_mknod"`
+	KprobePathRename       *ebpf.ProgramSpec `ebpf:"kprobe_path_rename"`
+	KprobePathRmdir        *ebpf.ProgramSpec `ebpf:"kprobe_path_rmdir"`
+	KprobePathSymlink      *ebpf.ProgramSpec `ebpf:"kprobe_path_symlink"`
+	KprobePathUnlink       *ebpf.ProgramSpec `ebpf:"kprobe_path_unlink"`
+	KprobeSbMount          *ebpf.ProgramSpec `ebpf:"kprobe_sb_mount"`
+	KprobeSbUmount         *ebpf.ProgramSpec `ebpf:"kprobe_sb_umount"`
+	LsmFileOpen            *ebpf.ProgramSpec `ebpf:"lsm_file_open"`
+	LsmFileRelease         *ebpf.ProgramSpec `ebpf:"lsm_file_release"`
+	LsmInodeRemoveAcl      *ebpf.ProgramSpec `ebpf:"lsm_inode_remove_acl"`
+	LsmInodeRemovexattr    *ebpf.ProgramSpec `ebpf:"lsm_inode_removexattr"`
+	LsmInodeSetAcl         *ebpf.ProgramSpec `ebpf:"lsm_inode_set_acl"`
+	LsmInodeSetattr        *ebpf.ProgramSpec `ebpf:"lsm_inode_setattr"`
+	LsmInodeSetxattr       *ebpf.ProgramSpec `ebpf:"lsm_inode_setxattr"`
+	LsmMoveMount           *ebpf.ProgramSpec `ebpf:"lsm_move_mount"`
+	LsmPathLink            *ebpf.ProgramSpec `ebpf:"lsm_path_link"`
+	LsmPathMkdir           *ebpf.ProgramSpec `ebpf:"lsm_path_mkdir"`
+	LsmPathMknod           *ebpf.ProgramSpec `ebpf:"lsm_path_mknod"`
+	LsmPathRename          *ebpf.ProgramSpec `ebpf:"lsm_path_rename"`
+	LsmPathRmdir           *ebpf.ProgramSpec `ebpf:"lsm_path_rmdir"`
+	LsmPathSymlink         *ebpf.ProgramSpec `ebpf:"lsm_path_symlink"`
+	LsmPathUnlink          *ebpf.ProgramSpec `ebpf:"lsm_path_unlink"`
+	LsmProbe               *ebpf.ProgramSpec `ebpf:"lsm_probe"`
+	LsmSbMount             *ebpf.ProgramSpec `ebpf:"lsm_sb_mount"`
+	LsmSbUmount            *ebpf.ProgramSpec `ebpf:"lsm_sb_umount"`
+	OnInetSockSetState     *ebpf.ProgramSpec `ebpf:"on_inet_sock_set_state"`
+	OnSchedProcessExec     *ebpf.ProgramSpec `ebpf:"on_sched_process_exec"`
+	OnSchedProcessExit     *ebpf.ProgramSpec `ebpf:"on_sched_process_exit"`
+	OnSchedProcessFork     *ebpf.ProgramSpec `ebpf:"on_sched_process_fork"`
+	OnTask                 *ebpf.ProgramSpec `ebpf:"on_task"`
+	OnTaskFile             *ebpf.ProgramSpec `ebpf:"on_task_file"`
+	RawInetSockSetState    *ebpf.ProgramSpec `ebpf:"raw_inet_sock_set_state"`
+	RawSchedProcessExec    *ebpf.ProgramSpec `ebpf:"raw_sched_process_exec"`
+	RawSchedProcessExit    *ebpf.ProgramSpec `ebpf:"raw_sched_process_exit"`
+	RawSchedProcessFork    *ebpf.ProgramSpec `ebpf:"raw_sched_process_fork"`
+	RawSysExit             *ebpf.ProgramSpec `ebpf:"raw_sys_exit"`
 }
 
 // SensorMapSpecs contains maps before they are loaded into the kernel.
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type SensorMapSpecs struct {
-	BulkRing     *ebpf.MapSpec `ebpf:"bulk_ring"`
-	ExecSlots    *ebpf.MapSpec `ebpf:"exec_slots"`
-	Exits        *ebpf.MapSpec `ebpf:"exits"`
-	KindCounters *ebpf.MapSpec `ebpf:"kind_counters"`
-	PriorityRing *ebpf.MapSpec `ebpf:"priority_ring"`
-	ScopePids    *ebpf.MapSpec `ebpf:"scope_pids"`
-	Sockets      *ebpf.MapSpec `ebpf:"sockets"`
+	BulkRing       *ebpf.MapSpec `ebpf:"bulk_ring"`
+	ExecSlots      *ebpf.MapSpec `ebpf:"exec_slots"`
+	Exits          *ebpf.MapSpec `ebpf:"exits"`
+	FileBuckets    *ebpf.MapSpec `ebpf:"file_buckets"`
+	FileExclusions *ebpf.MapSpec `ebpf:"file_exclusions"`
+	FileSlots      *ebpf.MapSpec `ebpf:"file_slots"`
+	FileSyscalls   *ebpf.MapSpec `ebpf:"file_syscalls"`
+	KindCounters   *ebpf.MapSpec `ebpf:"kind_counters"`
+	LsmProbeRuns   *ebpf.MapSpec `ebpf:"lsm_probe_runs"`
+	PriorityRing   *ebpf.MapSpec `ebpf:"priority_ring"`
+	ScopePids      *ebpf.MapSpec `ebpf:"scope_pids"`
+	Sockets        *ebpf.MapSpec `ebpf:"sockets"`
+	WrittenFiles   *ebpf.MapSpec `ebpf:"written_files"`
 }
 
 // SensorVariableSpecs contains global variables before they are loaded into the kernel.
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type SensorVariableSpecs struct {
-	ScopeCgroupId *ebpf.VariableSpec `ebpf:"scope_cgroup_id"`
-	ScopeMode     *ebpf.VariableSpec `ebpf:"scope_mode"`
-	SlotCount     *ebpf.VariableSpec `ebpf:"slot_count"`
+	ArgumentShift       *ebpf.VariableSpec `ebpf:"argument_shift"`
+	ExcludedDirectories *ebpf.VariableSpec `ebpf:"excluded_directories"`
+	ExcludedExecutables *ebpf.VariableSpec `ebpf:"excluded_executables"`
+	FileBurst           *ebpf.VariableSpec `ebpf:"file_burst"`
+	FileInterval        *ebpf.VariableSpec `ebpf:"file_interval"`
+	LsmProbePid         *ebpf.VariableSpec `ebpf:"lsm_probe_pid"`
+	ScopeCgroupId       *ebpf.VariableSpec `ebpf:"scope_cgroup_id"`
+	ScopeMode           *ebpf.VariableSpec `ebpf:"scope_mode"`
+	SlotCount           *ebpf.VariableSpec `ebpf:"slot_count"`
+	SyscallKinds        *ebpf.VariableSpec `ebpf:"syscall_kinds"`
 }
 
 // SensorObjects contains all objects after they have been loaded into the kernel.
@@ -313,13 +510,19 @@ func (o *SensorObjects) Close() error {
 //
 // It can be passed to LoadSensorObjects or ebpf.CollectionSpec.LoadAndAssign.
 type SensorMaps struct {
-	BulkRing     *ebpf.Map `ebpf:"bulk_ring"`
-	ExecSlots    *ebpf.Map `ebpf:"exec_slots"`
-	Exits        *ebpf.Map `ebpf:"exits"`
-	KindCounters *ebpf.Map `ebpf:"kind_counters"`
-	PriorityRing *ebpf.Map `ebpf:"priority_ring"`
-	ScopePids    *ebpf.Map `ebpf:"scope_pids"`
-	Sockets      *ebpf.Map `ebpf:"sockets"`
+	BulkRing       *ebpf.Map `ebpf:"bulk_ring"`
+	ExecSlots      *ebpf.Map `ebpf:"exec_slots"`
+	Exits          *ebpf.Map `ebpf:"exits"`
+	FileBuckets    *ebpf.Map `ebpf:"file_buckets"`
+	FileExclusions *ebpf.Map `ebpf:"file_exclusions"`
+	FileSlots      *ebpf.Map `ebpf:"file_slots"`
+	FileSyscalls   *ebpf.Map `ebpf:"file_syscalls"`
+	KindCounters   *ebpf.Map `ebpf:"kind_counters"`
+	LsmProbeRuns   *ebpf.Map `ebpf:"lsm_probe_runs"`
+	PriorityRing   *ebpf.Map `ebpf:"priority_ring"`
+	ScopePids      *ebpf.Map `ebpf:"scope_pids"`
+	Sockets        *ebpf.Map `ebpf:"sockets"`
+	WrittenFiles   *ebpf.Map `ebpf:"written_files"`
 }
 
 func (m *SensorMaps) Close() error {
@@ -327,10 +530,16 @@ func (m *SensorMaps) Close() error {
 		m.BulkRing,
 		m.ExecSlots,
 		m.Exits,
+		m.FileBuckets,
+		m.FileExclusions,
+		m.FileSlots,
+		m.FileSyscalls,
 		m.KindCounters,
+		m.LsmProbeRuns,
 		m.PriorityRing,
 		m.ScopePids,
 		m.Sockets,
+		m.WrittenFiles,
 	)
 }
 
@@ -338,29 +547,145 @@ func (m *SensorMaps) Close() error {
 //
 // It can be passed to LoadSensorObjects or ebpf.CollectionSpec.LoadAndAssign.
 type SensorVariables struct {
-	ScopeCgroupId *ebpf.Variable `ebpf:"scope_cgroup_id"`
-	ScopeMode     *ebpf.Variable `ebpf:"scope_mode"`
-	SlotCount     *ebpf.Variable `ebpf:"slot_count"`
+	ArgumentShift       *ebpf.Variable `ebpf:"argument_shift"`
+	ExcludedDirectories *ebpf.Variable `ebpf:"excluded_directories"`
+	ExcludedExecutables *ebpf.Variable `ebpf:"excluded_executables"`
+	FileBurst           *ebpf.Variable `ebpf:"file_burst"`
+	FileInterval        *ebpf.Variable `ebpf:"file_interval"`
+	LsmProbePid         *ebpf.Variable `ebpf:"lsm_probe_pid"`
+	ScopeCgroupId       *ebpf.Variable `ebpf:"scope_cgroup_id"`
+	ScopeMode           *ebpf.Variable `ebpf:"scope_mode"`
+	SlotCount           *ebpf.Variable `ebpf:"slot_count"`
+	SyscallKinds        *ebpf.Variable `ebpf:"syscall_kinds"`
 }
 
 // SensorPrograms contains all programs after they have been loaded into the kernel.
 //
 // It can be passed to LoadSensorObjects or ebpf.CollectionSpec.LoadAndAssign.
 type SensorPrograms struct {
-	OnInetSockSetState  *ebpf.Program `ebpf:"on_inet_sock_set_state"`
-	OnSchedProcessExec  *ebpf.Program `ebpf:"on_sched_process_exec"`
-	OnSchedProcessExit  *ebpf.Program `ebpf:"on_sched_process_exit"`
-	OnSchedProcessFork  *ebpf.Program `ebpf:"on_sched_process_fork"`
-	OnTask              *ebpf.Program `ebpf:"on_task"`
-	OnTaskFile          *ebpf.Program `ebpf:"on_task_file"`
-	RawInetSockSetState *ebpf.Program `ebpf:"raw_inet_sock_set_state"`
-	RawSchedProcessExec *ebpf.Program `ebpf:"raw_sched_process_exec"`
-	RawSchedProcessExit *ebpf.Program `ebpf:"raw_sched_process_exit"`
-	RawSchedProcessFork *ebpf.Program `ebpf:"raw_sched_process_fork"`
+	FentryFput             *ebpf.Program `ebpf:"fentry___fput"`
+	FentryFileOpen         *ebpf.Program `ebpf:"fentry_file_open"`
+	FentryFileRelease      *ebpf.Program `ebpf:"fentry_file_release"`
+	FentryInodeRemoveAcl   *ebpf.Program `ebpf:"fentry_inode_remove_acl"`
+	FentryInodeRemovexattr *ebpf.Program `ebpf:"fentry_inode_removexattr"`
+	FentryInodeSetAcl      *ebpf.Program `ebpf:"fentry_inode_set_acl"`
+	FentryInodeSetattr     *ebpf.Program `ebpf:"fentry_inode_setattr"`
+	FentryInodeSetxattr    *ebpf.Program `ebpf:"fentry_inode_setxattr"`
+	FentryMoveMount        *ebpf.Program `ebpf:"fentry_move_mount"`
+	FentryPathLink         *ebpf.Program `ebpf:"fentry_path_link"`
+	FentryPathMkdir        *ebpf.Program `ebpf:"fentry_path_mkdir"`
+	FentryPathMknod        *ebpf.Program `ebpf:"fentry_path_mknod"`
+	FentryPathRename       *ebpf.Program `ebpf:"fentry_path_rename"`
+	FentryPathRmdir        *ebpf.Program `ebpf:"fentry_path_rmdir"`
+	FentryPathSymlink      *ebpf.Program `ebpf:"fentry_path_symlink"`
+	FentryPathUnlink       *ebpf.Program `ebpf:"fentry_path_unlink"`
+	FentrySbMount          *ebpf.Program `ebpf:"fentry_sb_mount"`
+	FentrySbUmount         *ebpf.Program `ebpf:"fentry_sb_umount"`
+	KprobeFput             *ebpf.Program `ebpf:"kprobe___fput"`
+	KprobeFileOpen         *ebpf.Program `ebpf:"kprobe_file_open"`
+	KprobeFileRelease      *ebpf.Program `ebpf:"kprobe_file_release"`
+	KprobeInodeRemoveAcl   *ebpf.Program `ebpf:"kprobe_inode_remove_acl"`
+	KprobeInodeRemovexattr *ebpf.Program `ebpf:"kprobe_inode_removexattr"`
+	KprobeInodeSetAcl      *ebpf.Program `ebpf:"kprobe_inode_set_acl"`
+	KprobeInodeSetattr     *ebpf.Program `ebpf:"kprobe_inode_setattr"`
+	KprobeInodeSetxattr    *ebpf.Program `ebpf:"kprobe_inode_setxattr"`
+	KprobeMoveMount        *ebpf.Program `ebpf:"kprobe_move_mount"`
+	KprobePathLink         *ebpf.Program `ebpf:"kprobe_path_link"`
+	KprobePathMkdir        *ebpf.Program `ebpf:"kprobe_path_mkdir"`
+	KprobePathMknod        *ebpf.Program `ebpf:"kprobe_path_mknod"`
+	KprobePathRename       *ebpf.Program `ebpf:"kprobe_path_rename"`
+	KprobePathRmdir        *ebpf.Program `ebpf:"kprobe_path_rmdir"`
+	KprobePathSymlink      *ebpf.Program `ebpf:"kprobe_path_symlink"`
+	KprobePathUnlink       *ebpf.Program `ebpf:"kprobe_path_unlink"`
+	KprobeSbMount          *ebpf.Program `ebpf:"kprobe_sb_mount"`
+	KprobeSbUmount         *ebpf.Program `ebpf:"kprobe_sb_umount"`
+	LsmFileOpen            *ebpf.Program `ebpf:"lsm_file_open"`
+	LsmFileRelease         *ebpf.Program `ebpf:"lsm_file_release"`
+	LsmInodeRemoveAcl      *ebpf.Program `ebpf:"lsm_inode_remove_acl"`
+	LsmInodeRemovexattr    *ebpf.Program `ebpf:"lsm_inode_removexattr"`
+	LsmInodeSetAcl         *ebpf.Program `ebpf:"lsm_inode_set_acl"`
+	LsmInodeSetattr        *ebpf.Program `ebpf:"lsm_inode_setattr"`
+	LsmInodeSetxattr       *ebpf.Program `ebpf:"lsm_inode_setxattr"`
+	LsmMoveMount           *ebpf.Program `ebpf:"lsm_move_mount"`
+	LsmPathLink            *ebpf.Program `ebpf:"lsm_path_link"`
+	LsmPathMkdir           *ebpf.Program `ebpf:"lsm_path_mkdir"`
+	LsmPathMknod           *ebpf.Program `ebpf:"lsm_path_mknod"`
+	LsmPathRename          *ebpf.Program `ebpf:"lsm_path_rename"`
+	LsmPathRmdir           *ebpf.Program `ebpf:"lsm_path_rmdir"`
+	LsmPathSymlink         *ebpf.Program `ebpf:"lsm_path_symlink"`
+	LsmPathUnlink          *ebpf.Program `ebpf:"lsm_path_unlink"`
+	LsmProbe               *ebpf.Program `ebpf:"lsm_probe"`
+	LsmSbMount             *ebpf.Program `ebpf:"lsm_sb_mount"`
+	LsmSbUmount            *ebpf.Program `ebpf:"lsm_sb_umount"`
+	OnInetSockSetState     *ebpf.Program `ebpf:"on_inet_sock_set_state"`
+	OnSchedProcessExec     *ebpf.Program `ebpf:"on_sched_process_exec"`
+	OnSchedProcessExit     *ebpf.Program `ebpf:"on_sched_process_exit"`
+	OnSchedProcessFork     *ebpf.Program `ebpf:"on_sched_process_fork"`
+	OnTask                 *ebpf.Program `ebpf:"on_task"`
+	OnTaskFile             *ebpf.Program `ebpf:"on_task_file"`
+	RawInetSockSetState    *ebpf.Program `ebpf:"raw_inet_sock_set_state"`
+	RawSchedProcessExec    *ebpf.Program `ebpf:"raw_sched_process_exec"`
+	RawSchedProcessExit    *ebpf.Program `ebpf:"raw_sched_process_exit"`
+	RawSchedProcessFork    *ebpf.Program `ebpf:"raw_sched_process_fork"`
+	RawSysExit             *ebpf.Program `ebpf:"raw_sys_exit"`
 }
 
 func (p *SensorPrograms) Close() error {
 	return _SensorClose(
+		p.FentryFput,
+		p.FentryFileOpen,
+		p.FentryFileRelease,
+		p.FentryInodeRemoveAcl,
+		p.FentryInodeRemovexattr,
+		p.FentryInodeSetAcl,
+		p.FentryInodeSetattr,
+		p.FentryInodeSetxattr,
+		p.FentryMoveMount,
+		p.FentryPathLink,
+		p.FentryPathMkdir,
+		p.FentryPathMknod,
+		p.FentryPathRename,
+		p.FentryPathRmdir,
+		p.FentryPathSymlink,
+		p.FentryPathUnlink,
+		p.FentrySbMount,
+		p.FentrySbUmount,
+		p.KprobeFput,
+		p.KprobeFileOpen,
+		p.KprobeFileRelease,
+		p.KprobeInodeRemoveAcl,
+		p.KprobeInodeRemovexattr,
+		p.KprobeInodeSetAcl,
+		p.KprobeInodeSetattr,
+		p.KprobeInodeSetxattr,
+		p.KprobeMoveMount,
+		p.KprobePathLink,
+		p.KprobePathMkdir,
+		p.KprobePathMknod,
+		p.KprobePathRename,
+		p.KprobePathRmdir,
+		p.KprobePathSymlink,
+		p.KprobePathUnlink,
+		p.KprobeSbMount,
+		p.KprobeSbUmount,
+		p.LsmFileOpen,
+		p.LsmFileRelease,
+		p.LsmInodeRemoveAcl,
+		p.LsmInodeRemovexattr,
+		p.LsmInodeSetAcl,
+		p.LsmInodeSetattr,
+		p.LsmInodeSetxattr,
+		p.LsmMoveMount,
+		p.LsmPathLink,
+		p.LsmPathMkdir,
+		p.LsmPathMknod,
+		p.LsmPathRename,
+		p.LsmPathRmdir,
+		p.LsmPathSymlink,
+		p.LsmPathUnlink,
+		p.LsmProbe,
+		p.LsmSbMount,
+		p.LsmSbUmount,
 		p.OnInetSockSetState,
 		p.OnSchedProcessExec,
 		p.OnSchedProcessExit,
@@ -371,6 +696,7 @@ func (p *SensorPrograms) Close() error {
 		p.RawSchedProcessExec,
 		p.RawSchedProcessExit,
 		p.RawSchedProcessFork,
+		p.RawSysExit,
 	)
 }
 

@@ -12,15 +12,23 @@
 #define STRINGS_MAX (20 * 1024)
 #define PAGE_BYTES 4096
 
-struct exec_slot {
-	__u64 users; /* 1: taken */
-	__u64 task;  /* group leader that the record describes */
-	/* The path walk keeps its state here and not in registers, which keeps the
-	 * number of states small that the verifier has to follow. */
+/*
+ * walk is the state of a path walk and of the data that it appends to. It is kept in
+ * the slot and not in registers, which keeps the number of states small that the
+ * verifier has to follow.
+ */
+struct walk {
 	__u64 dentry;
 	__u64 mount; /* struct vfsmount */
 	__u32 used;  /* bytes of data */
 	__u32 truncated;
+	__u64 excluded; /* the walk came by a directory that is not to be reported from */
+};
+
+struct exec_slot {
+	__u64 users; /* 1: taken */
+	__u64 task;  /* group leader that the record describes */
+	struct walk walk;
 	struct exec_event event;                        /* the record begins here */
 	char data[STRINGS_MAX + ARGV_MAX + PAGE_BYTES]; /* a page for the verifier, see read_argv */
 };
@@ -49,18 +57,18 @@ static __always_inline struct exec_slot *slot_at(__u32 index)
  * instead of compare-and-exchange, which 5.10 lacks: of two that meet here at most one
  * sees 1, as both reads follow their own add.
  */
-static __always_inline bool slot_take(struct exec_slot *slot)
+static __always_inline bool slot_take(__u64 *users)
 {
-	__sync_fetch_and_add(&slot->users, 1);
-	if (*(volatile __u64 *)&slot->users == 1)
+	__sync_fetch_and_add(users, 1);
+	if (*(volatile __u64 *)users == 1)
 		return true;
-	__sync_fetch_and_add(&slot->users, -1);
+	__sync_fetch_and_add(users, -1);
 	return false;
 }
 
-static __always_inline void slot_release(struct exec_slot *slot)
+static __always_inline void slot_release(__u64 *users)
 {
-	__sync_fetch_and_add(&slot->users, -1);
+	__sync_fetch_and_add(users, -1);
 }
 
 /*
@@ -77,44 +85,55 @@ static __always_inline int slot_claim(void)
 	for (i = 0; i < 4; i++) {
 		index = (cpu + i) % slot_count;
 		slot = slot_at(index);
-		if (slot && slot_take(slot))
+		if (slot && slot_take(&slot->users))
 			return index;
 	}
 	return -1;
+}
+
+/* append_text adds the string at src to data, of which max bytes may be used, and
+ * returns its length. */
+static __always_inline int append_text(struct walk *walk, char *data, __u32 max, const void *src,
+				       bool user)
+{
+	__u32 used = walk->used;
+	long n;
+
+	if (used > max - FILENAME_MAX_BYTES - 1)
+		return 0;
+	if (user)
+		n = bpf_probe_read_user_str(data + used, FILENAME_MAX_BYTES + 1, src);
+	else
+		n = bpf_probe_read_kernel_str(data + used, FILENAME_MAX_BYTES + 1, src);
+	if (n <= 1)
+		return 0;
+	walk->used = used + n - 1;
+	return n - 1;
+}
+
+/* append_name adds one name of a path, NUL included; false ends the walk. */
+static __always_inline bool append_name(struct walk *walk, char *data, __u32 max, const void *name)
+{
+	__u32 used = walk->used;
+	long n;
+
+	if (used > max - NAME_BYTES)
+		return false;
+	n = bpf_probe_read_kernel_str(data + used, NAME_BYTES, name);
+	if (n <= 1)
+		return false;
+	walk->used = used + n;
+	return true;
 }
 
 /* slot_append adds the kernel string at src to the data and returns its length. */
 __noinline int slot_append(__u32 index, __u64 src)
 {
 	struct exec_slot *slot = slot_at(index);
-	__u32 used;
-	long n;
 
 	if (!slot)
 		return 0;
-	used = slot->used;
-	if (used > STRINGS_MAX - FILENAME_MAX_BYTES - 1)
-		return 0;
-	n = bpf_probe_read_kernel_str(slot->data + used, FILENAME_MAX_BYTES + 1, (void *)src);
-	if (n <= 1)
-		return 0;
-	slot->used = used + n - 1;
-	return n - 1;
-}
-
-/* slot_append_name adds one name of a path, NUL included; false ends the walk. */
-static __always_inline bool slot_append_name(struct exec_slot *slot, const void *name)
-{
-	__u32 used = slot->used;
-	long n;
-
-	if (used > STRINGS_MAX - NAME_BYTES)
-		return false;
-	n = bpf_probe_read_kernel_str(slot->data + used, NAME_BYTES, name);
-	if (n <= 1)
-		return false;
-	slot->used = used + n;
-	return true;
+	return append_text(&slot->walk, slot->data, STRINGS_MAX, (void *)src, false);
 }
 
 #endif

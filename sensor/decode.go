@@ -34,6 +34,7 @@ const (
 	forkSize   = int(unsafe.Sizeof(bpf.SensorForkEvent{}))
 	exitSize   = int(unsafe.Sizeof(bpf.SensorExitEvent{}))
 	tcpSize    = int(unsafe.Sizeof(bpf.SensorTcpEvent{}))
+	fileSize   = int(unsafe.Sizeof(bpf.SensorFileEvent{}))
 )
 
 // decoder turns records into events without copying them: the generated structs
@@ -92,6 +93,10 @@ func (d *decoder) decode(rec []byte, ev *event.Event) error {
 		return decodeExit(rec, ev)
 	case event.TCPConnect, event.TCPConnectFailed, event.TCPAccept, event.TCPListen, event.TCPClose:
 		return decodeTCP(rec, ev)
+	case event.FileCreate, event.FileModify, event.FileDelete, event.FileRename, event.FileLink, event.FileSymlink, event.FileMkdir,
+		event.FileChmod, event.FileChown, event.FileTruncate, event.FileXattr, event.FileTimes,
+		event.Mount, event.Umount, event.MountMove, event.FileOpenWrite:
+		return d.file(rec, ev)
 	default:
 		return &recordError{Kind: kind, Size: len(rec), Field: "kind", Value: uint64(h.Kind)}
 	}
@@ -116,11 +121,7 @@ func (d *decoder) exec(rec []byte, ev *event.Event) error {
 		Mnt: r.Ns.Mnt, PID: r.Ns.Pid, Net: r.Ns.Net, User: r.Ns.User,
 		UTS: r.Ns.Uts, IPC: r.Ns.Ipc, Cgroup: r.Ns.Cgroup, Time: r.Ns.Time,
 	}
-	x.Exe = event.File{
-		Ino: r.Exe.Ino, Size: r.Exe.Size, MTime: r.Exe.MtimeNs, CTime: r.Exe.CtimeNs,
-		DevMajor: r.Exe.DevMajor, DevMinor: r.Exe.DevMinor, Mode: r.Exe.Mode, Nlink: r.Exe.Nlink,
-		UID: r.Exe.Uid, GID: r.Exe.Gid, FSMagic: r.Exe.FsMagic,
-	}
+	x.Exe = fileOf(&r.Exe)
 	x.CgroupID = r.CgroupId
 	x.LoginUID, x.SessionID = r.Loginuid, r.Sessionid
 	x.Flags = event.ProcessFlags(r.Flags)
@@ -135,16 +136,55 @@ func (d *decoder) exec(rec []byte, ev *event.Event) error {
 	cwd := v.take("cwd_len", r.CwdLen)
 	cgroup := v.take("cgroup_len", r.CgroupLen)
 	x.Argv = v.take("argv_len", r.ArgvLen)
-	if v.field == "" && len(v.rest) > 0 {
-		v.field, v.value = "bytes left over", uint64(len(v.rest))
-	}
-	if v.field != "" {
-		return &recordError{Kind: ev.Kind, Size: len(rec), Field: v.field, Value: v.value}
+	if err := v.end(ev.Kind, len(rec)); err != nil {
+		return err
 	}
 	x.ExePath = d.path(exe, x.Flags&event.FlagExeTruncated != 0 || x.Flags&event.FlagKThread != 0)
 	x.CWD = d.path(cwd, x.Flags&event.FlagCWDTruncated != 0 || x.Flags&event.FlagKThread != 0)
 	x.CgroupPath = d.path(cgroup, x.Flags&event.FlagCgroupTruncated != 0)
 	return nil
+}
+
+// file decodes a change of the file system. Where it comes from a system call the
+// paths are text that the caller wrote, but for that of an open file.
+func (d *decoder) file(rec []byte, ev *event.Event) error {
+	if len(rec) < fileSize {
+		return &recordError{Kind: ev.Kind, Size: len(rec), Field: "fixed size", Value: uint64(fileSize)}
+	}
+	r := (*bpf.SensorFileEvent)(unsafe.Pointer(&rec[0]))
+	ev.File = event.FileInfo{
+		File: fileOf(&r.File), Flags: event.FileFlags(r.Flags), OpenFlags: r.OpenFlags, MntNS: r.MntNs, CgroupID: r.CgroupId,
+		TargetIno: r.TargetIno, NewMode: r.NewMode, NewUID: r.NewUid, NewGID: r.NewGid, NewSize: r.NewSize,
+		NewATime: r.NewAtimeNs, NewMTime: r.NewMtimeNs, Written: r.BytesWritten, Suppressed: r.Suppressed,
+	}
+	f := &ev.File
+	v := variable{rest: rec[fileSize:]}
+	path := v.take("path_len", r.PathLen)
+	path2 := v.take("path2_len", r.Path2Len)
+	f.Name = v.take("name_len", r.NameLen)
+	if err := v.end(ev.Kind, len(rec)); err != nil {
+		return err
+	}
+	degraded := f.Flags&event.FileDegraded != 0
+	if f.Path = path; !degraded || f.Flags&event.FileWalked != 0 {
+		f.Path = d.path(path, f.Flags&event.FilePathTruncated != 0)
+	}
+	f.Path2 = path2
+	switch ev.Kind {
+	case event.FileRename, event.FileLink, event.MountMove:
+		if !degraded {
+			f.Path2 = d.path(path2, f.Flags&event.FilePath2Truncated != 0)
+		}
+	}
+	return nil
+}
+
+func fileOf(f *bpf.SensorFileInfo) event.File {
+	return event.File{
+		Ino: f.Ino, Size: f.Size, MTime: f.MtimeNs, CTime: f.CtimeNs,
+		DevMajor: f.DevMajor, DevMinor: f.DevMinor, Mode: f.Mode, Nlink: f.Nlink,
+		UID: f.Uid, GID: f.Gid, FSMagic: f.FsMagic,
+	}
 }
 
 func decodeFork(rec []byte, ev *event.Event) error {
@@ -218,6 +258,17 @@ func (v *variable) take(field string, length uint32) []byte {
 	part := v.rest[:length:length]
 	v.rest = v.rest[length:]
 	return part
+}
+
+// end checks that the parts fit, and that nothing follows them.
+func (v *variable) end(kind event.Kind, size int) error {
+	if v.field == "" && len(v.rest) > 0 {
+		v.field, v.value = "bytes left over", uint64(len(v.rest))
+	}
+	if v.field != "" {
+		return &recordError{Kind: kind, Size: size, Field: v.field, Value: v.value}
+	}
+	return nil
 }
 
 // path turns "passwd\0etc\0" into "/etc/passwd". Nothing is the root, or no path

@@ -82,6 +82,18 @@ func wireFork() []byte {
 	})
 }
 
+func wireFile(kind event.Kind, flags event.FileFlags, path, path2, name string) []byte {
+	return wire(bpf.SensorFileEvent{
+		Header: wireHeader(kind),
+		File: bpf.SensorFileInfo{
+			Ino: 31, Size: 32, MtimeNs: -33, CtimeNs: 34, DevMajor: 35, DevMinor: 36, Mode: 0o100755, Nlink: 37, Uid: 38, Gid: 39, FsMagic: 40,
+		},
+		CgroupId: 41, TargetIno: 42, NewSize: 43, NewAtimeNs: -44, NewMtimeNs: 45, BytesWritten: 46, Flags: uint32(flags), OpenFlags: 47,
+		NewMode: 48, NewUid: 49, NewGid: 50, Suppressed: 51, MntNs: 52,
+		PathLen: uint32(len(path)), Path2Len: uint32(len(path2)), NameLen: uint32(len(name)),
+	}, path, path2, name)
+}
+
 func wantEvent(kind event.Kind) event.Event {
 	return event.Event{Kind: kind, KTime: 1e15 + 7, Actor: event.ProcessKey{StartTime: 1e15, PID: 4711}, TID: 4712}
 }
@@ -129,11 +141,45 @@ func TestDecode(t *testing.T) {
 		return ev
 	}
 
+	file := func(kind event.Kind, flags event.FileFlags, path, path2, name string) event.Event {
+		ev := wantEvent(kind)
+		ev.File = event.FileInfo{
+			File: event.File{
+				Ino: 31, Size: 32, MTime: -33, CTime: 34, DevMajor: 35, DevMinor: 36, Mode: 0o100755, Nlink: 37, UID: 38, GID: 39, FSMagic: 40,
+			},
+			Path: []byte(path), Path2: []byte(path2), Name: []byte(name), Flags: flags,
+			CgroupID: 41, TargetIno: 42, NewSize: 43, NewATime: -44, NewMTime: 45, Written: 46, OpenFlags: 47,
+			NewMode: 48, NewUID: 49, NewGID: 50, Suppressed: 51, MntNS: 52,
+		}
+		return ev
+	}
+
 	for _, tt := range []struct {
 		name string
 		rec  []byte
 		want event.Event
 	}{
+		{"file created", wireFile(event.FileCreate, event.FileNewMode, "x\x00tmp\x00", "", ""), file(event.FileCreate, event.FileNewMode, "/tmp/x", "", "")},
+		{"renamed to the root", wireFile(event.FileRename, event.FileReplaced, "x\x00tmp\x00", "y\x00", ""), file(event.FileRename, event.FileReplaced, "/tmp/x", "/y", "")},
+		{
+			"renamed, both paths cut", wireFile(event.FileRename, event.FilePathTruncated|event.FilePath2Truncated, "x\x00tmp\x00", "", ""),
+			file(event.FileRename, event.FilePathTruncated|event.FilePath2Truncated, "tmp/x", "", ""),
+		},
+		{"linked", wireFile(event.FileLink, 0, "x\x00", "y\x00tmp\x00", ""), file(event.FileLink, 0, "/x", "/tmp/y", "")},
+		{"a symlink's target is text", wireFile(event.FileSymlink, 0, "x\x00", "../y", ""), file(event.FileSymlink, 0, "/x", "../y", "")},
+		{"a mount's source is text", wireFile(event.Mount, 0, "mnt\x00", "none", "tmpfs"), file(event.Mount, 0, "/mnt", "none", "tmpfs")},
+		{"unmounted root", wireFile(event.Umount, 0, "", "", "ext4"), file(event.Umount, 0, "/", "", "ext4")},
+		{"mount moved", wireFile(event.MountMove, 0, "", "lib\x00", ""), file(event.MountMove, 0, "/", "/lib", "")},
+		{"attribute", wireFile(event.FileXattr, 0, "x\x00", "", "user.a"), file(event.FileXattr, 0, "/x", "", "user.a")},
+		{
+			"arguments of a system call", wireFile(event.FileRename, event.FileDegraded|event.FileRelative, "./x", "/y/", ""),
+			file(event.FileRename, event.FileDegraded|event.FileRelative, "./x", "/y/", ""),
+		},
+		{"argument that could not be read", wireFile(event.FileDelete, event.FileDegraded, "", "", ""), file(event.FileDelete, event.FileDegraded, "", "", "")},
+		{
+			"file of a system call", wireFile(event.FileOpenWrite, event.FileDegraded|event.FileWalked, "x\x00tmp\x00", "", ""),
+			file(event.FileOpenWrite, event.FileDegraded|event.FileWalked, "/tmp/x", "", ""),
+		},
 		{"exec of a script in /", wireExec(event.Exec, event.FlagScript, "./run.sh", "/bin/sh", "dash\x00bin\x00usr\x00", "", "", "/bin/sh\x00./run.sh\x00\x00"), script},
 		{
 			"task", wireExec(event.Task, 0, "", "", "systemd\x00lib\x00", "a\x00", "init.scope\x00", ""),
@@ -166,6 +212,9 @@ func TestDecode(t *testing.T) {
 				Creator: &event.Process{}, Ancestors: []*event.Process{{}}, CaseID: "c", InvestigationID: "i",
 			}
 			got.Exec.OldPath = "/old"
+			if tt.want.File.MntNS != 0 {
+				got.File = event.FileInfo{Owner: "o", NewOwner: "n", Name: []byte("n")}
+			}
 			if err := d.decode(tt.rec, &got); err != nil {
 				t.Fatal(err)
 			}
@@ -199,7 +248,7 @@ func TestDecodeRefuses(t *testing.T) {
 		{"empty", nil, recordError{Field: "header", Value: 32}},
 		{"half a header", exec[:31], recordError{Size: 31, Field: "header", Value: 32}},
 		{"kind none", wire(wireHeader(event.None)), recordError{Size: 32, Field: "kind"}},
-		{"kind of no record", wire(wireHeader(event.Lifecycle)), recordError{Kind: event.Lifecycle, Size: 32, Field: "kind", Value: 10}},
+		{"kind of no record", wire(wireHeader(event.Lifecycle)), recordError{Kind: event.Lifecycle, Size: 32, Field: "kind", Value: uint64(event.Lifecycle)}},
 		{"unknown kind", wire(bpf.SensorEventHeader{Kind: 1 << 31}), recordError{Kind: 255, Size: 32, Field: "kind", Value: 1 << 31}},
 		{"cut", exec[:len(exec)-1], recordError{Kind: event.Exec, Size: len(exec) - 1, Field: "size", Value: uint64(len(exec))}},
 		{"only a header", wire(wireHeader(event.Exec)), recordError{Kind: event.Exec, Size: 32, Field: "fixed size", Value: uint64(execSize)}},
@@ -213,6 +262,9 @@ func TestDecodeRefuses(t *testing.T) {
 		{"fork too long", resized(wireFork(), 8), recordError{Kind: event.Fork, Size: forkSize + 8, Field: "fixed size", Value: uint64(forkSize)}},
 		{"exit too short", resized(wireExit(), -8), recordError{Kind: event.Exit, Size: exitSize - 8, Field: "fixed size", Value: uint64(exitSize)}},
 		{"tcp too short", resized(wireTCP(event.TCPClose, 2, "::", "::"), -1), recordError{Kind: event.TCPClose, Size: tcpSize - 1, Field: "fixed size", Value: uint64(tcpSize)}},
+		{"only the header of a file event", wire(wireHeader(event.FileCreate)), recordError{Kind: event.FileCreate, Size: 32, Field: "fixed size", Value: uint64(fileSize)}},
+		{"file event cut", resized(wireFile(event.FileXattr, 0, "x\x00", "", "name"), -1), recordError{Kind: event.FileXattr, Size: fileSize + 5, Field: "name_len", Value: 4}},
+		{"file event too long", resized(wireFile(event.FileXattr, 0, "x\x00", "", "name"), 3), recordError{Kind: event.FileXattr, Size: fileSize + 9, Field: "bytes left over", Value: 3}},
 		{"unknown family", wireTCP(event.TCPClose, 1, "::", "::"), recordError{Kind: event.TCPClose, Size: tcpSize, Field: "family", Value: 1}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -299,6 +351,7 @@ func benchmarkRecords() map[string][]byte {
 		"fork": wireFork(),
 		"exit": wireExit(),
 		"tcp":  wireTCP(event.TCPClose, unix.AF_INET, "10.0.0.1", "192.0.2.7"),
+		"file": wireFile(event.FileRename, 0, ".cache.php\x00html\x00www\x00var\x00", "index.php\x00html\x00www\x00var\x00", ""),
 	}
 }
 
@@ -311,6 +364,9 @@ func FuzzDecode(f *testing.F) {
 	}
 	f.Add(wireExec(event.Task, event.FlagKThread, "", "", "", "", "", ""))
 	f.Add(wireExec(event.Exec, ^event.ProcessFlags(0), "\x00", "\xff", "\x00\x00a", "\x00", "x", "\x00\x00"))
+	f.Add(wireFile(event.Mount, ^event.FileFlags(0), "\x00", "\xff", "\x00\x00a"))
+	f.Add(wireFile(event.FileLink, event.FilePathTruncated, "", "a\x00", "x"))
+	f.Add(wireFile(event.FileTimes, event.FileDegraded, "../x", "", ""))
 	f.Add(wireTCP(event.TCPAccept, unix.AF_INET6, "::ffff:1.2.3.4", "::"))
 	f.Fuzz(func(t *testing.T, rec []byte) {
 		var (
@@ -326,6 +382,15 @@ func FuzzDecode(f *testing.F) {
 		if err != nil {
 			if re := (*recordError)(nil); !errors.As(err, &re) || re.Size != len(rec) {
 				t.Fatalf("error %v of %d bytes", err, len(rec))
+			}
+			return
+		}
+		if c := &ev.File; ev.Kind >= event.FileCreate {
+			if n := fileSize + len(c.Path) + len(c.Path2) + len(c.Name); n > len(rec)+4 {
+				t.Fatalf("%d bytes from a record of %d", n, len(rec))
+			}
+			if c.Flags&event.FileDegraded == 0 && bytes.IndexByte(c.Path, 0) >= 0 {
+				t.Fatalf("path %q", c.Path)
 			}
 			return
 		}

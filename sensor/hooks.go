@@ -5,6 +5,8 @@ package sensor
 import (
 	"errors"
 	"fmt"
+	"slices"
+	"strings"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/link"
@@ -15,21 +17,91 @@ import (
 // hook is one place in the kernel where events are seen.
 type hook struct {
 	kinds    []event.Kind
-	required bool     // the sensor makes no sense without
-	programs []string // functions of bpf/sensor.bpf.c that do the same, best first
+	required bool        // the sensor makes no sense without
+	chain    []candidate // that see the same, best first
+	// arguments are names that parameters of the kernel's functions must have, in a
+	// row; what stands before the first of them differs between kernels.
+	arguments []string
+	// syscalls are the kinds that system calls tell where the whole chain is refused.
+	syscalls []event.Kind
 }
+
+// candidate is functions of bpf/sensor.bpf.c that do a hook's work together. A
+// question mark stands before what is left out on kernels that have no such function.
+type candidate []string
 
 // hooks returns every hook in the order of attaching. Fork and exit come first:
 // they keep the process tree of the scope, which the others ask.
-func hooks() []hook {
-	tcp := []event.Kind{event.TCPConnect, event.TCPConnectFailed, event.TCPAccept, event.TCPListen, event.TCPClose}
-	return []hook{
-		{[]event.Kind{event.Fork}, true, []string{"on_sched_process_fork", "raw_sched_process_fork"}},
-		{[]event.Kind{event.Exit}, true, []string{"on_sched_process_exit", "raw_sched_process_exit"}},
-		{[]event.Kind{event.Exec}, true, []string{"on_sched_process_exec", "raw_sched_process_exec"}},
-		{tcp, false, []string{"on_inet_sock_set_state", "raw_inet_sock_set_state"}},
-		{[]event.Kind{event.Task}, false, []string{"on_task"}},
+func hooks(files bool) []hook {
+	list := []hook{
+		{kinds: kinds(event.Fork), required: true, chain: tracepoint("sched_process_fork")},
+		{kinds: kinds(event.Exit), required: true, chain: tracepoint("sched_process_exit")},
+		{kinds: kinds(event.Exec), required: true, chain: tracepoint("sched_process_exec")},
+		{
+			kinds: kinds(event.TCPConnect, event.TCPConnectFailed, event.TCPAccept, event.TCPListen, event.TCPClose),
+			chain: tracepoint("inet_sock_set_state"),
+		},
+		{kinds: kinds(event.Task), chain: []candidate{{"on_task"}}},
 	}
+	if !files {
+		return list
+	}
+	dentry := []string{"dentry"}
+	return append(list,
+		hook{kinds: kinds(event.FileModify), syscalls: kinds(event.FileOpenWrite), chain: []candidate{
+			{"lsm_file_open", "lsm_file_release"},
+			{"lsm_file_open", "fentry___fput"},
+			{"fentry_file_open", "fentry_file_release"},
+			{"fentry_file_open", "fentry___fput"},
+			{"kprobe_file_open", "kprobe_file_release"},
+			{"kprobe_file_open", "kprobe___fput"},
+		}},
+		file(event.FileCreate, security("path_mknod")),
+		file(event.FileRename, security("path_rename"), "old_dir", "old_dentry", "new_dir", "new_dentry", "flags"),
+		file(event.FileDelete, security("path_unlink", "path_rmdir")),
+		file(event.FileLink, security("path_link")),
+		file(event.FileSymlink, security("path_symlink")),
+		file(event.FileMkdir, security("path_mkdir")),
+		hook{
+			kinds:     kinds(event.FileChmod, event.FileChown, event.FileTruncate, event.FileTimes),
+			syscalls:  kinds(event.FileChmod, event.FileChown, event.FileTruncate, event.FileTimes),
+			chain:     security("inode_setattr"),
+			arguments: dentry,
+		},
+		file(event.FileXattr, security("inode_setxattr", "inode_removexattr", "?inode_set_acl", "?inode_remove_acl"), dentry...),
+		file(event.Mount, security("sb_mount")),
+		file(event.Umount, security("sb_umount")),
+		file(event.MountMove, security("move_mount")),
+	)
+}
+
+func kinds(list ...event.Kind) []event.Kind { return list }
+
+// tracepoint lists the forms of a program on a tracepoint.
+func tracepoint(name string) []candidate {
+	return []candidate{{"on_" + name}, {"raw_" + name}}
+}
+
+// security lists the forms of programs on security hooks.
+func security(names ...string) []candidate {
+	var chain []candidate
+	for _, form := range []string{"lsm_", "fentry_", "kprobe_"} {
+		var c candidate
+		for _, name := range names {
+			if rest, optional := strings.CutPrefix(name, "?"); optional {
+				c = append(c, "?"+form+rest)
+			} else {
+				c = append(c, form+name)
+			}
+		}
+		chain = append(chain, c)
+	}
+	return chain
+}
+
+// file is a hook for one kind of change, which system calls can tell as well.
+func file(kind event.Kind, chain []candidate, arguments ...string) hook {
+	return hook{kinds: kinds(kind), chain: chain, arguments: arguments, syscalls: kinds(kind)}
 }
 
 // Coverage says by which hook an event is seen on this host.
@@ -44,32 +116,65 @@ type Coverage struct {
 // attachment is what became of a hook.
 type attachment struct {
 	hook
-	section string // of the program that runs, empty when none does
-	program *ebpf.Program
-	link    link.Link
-	errs    []error
+	section  string // of the programs that run, empty when none does
+	programs []*ebpf.Program
+	links    []link.Link
+	errs     []error
 }
 
-// attach tries the hook's programs in turn and keeps the first that the kernel
+// loader loads the programs of a hook. It returns nil without an error for an
+// optional program that this kernel has no use for.
+type loader func(h hook, program string) (*ebpf.Program, *ebpf.ProgramSpec, error)
+
+// attach tries the hook's candidates in turn and keeps the first that the kernel
 // loads and attaches. Trying is the only probe that tells the truth: the
 // kernel's list of features does not know what a security policy refuses.
-func (h hook) attach(load func(program string) (*ebpf.Program, *ebpf.ProgramSpec, error)) attachment {
+func (h hook) attach(load loader) attachment {
 	a := attachment{hook: h}
-	for _, name := range h.programs {
-		program, spec, err := load(name)
-		if err != nil {
-			a.errs = append(a.errs, fmt.Errorf("load %s: %w", name, err))
+	for _, c := range h.chain {
+		if err := a.try(c, load); err != nil {
+			a.errs = append(a.errs, errors.Join(err, a.detach()))
 			continue
 		}
-		l, err := attachProgram(program, spec)
-		if err != nil {
-			a.errs = append(a.errs, errors.Join(fmt.Errorf("attach %s to %s: %w", name, spec.SectionName, err), program.Close()))
-			continue
-		}
-		a.section, a.program, a.link = spec.SectionName, program, l
 		break
 	}
 	return a
+}
+
+// try attaches all programs of a candidate. After an error some of them may be.
+func (a *attachment) try(c candidate, load loader) error {
+	var sections []string
+	for _, name := range c {
+		program, spec, err := load(a.hook, name)
+		if err != nil {
+			return fmt.Errorf("load %s: %w", strings.TrimPrefix(name, "?"), err)
+		}
+		if program == nil {
+			continue
+		}
+		a.programs = append(a.programs, program)
+		l, err := attachProgram(program, spec)
+		if err != nil {
+			return fmt.Errorf("attach %s to %s: %w", strings.TrimPrefix(name, "?"), spec.SectionName, err)
+		}
+		a.links = append(a.links, l)
+		sections = append(sections, spec.SectionName)
+	}
+	a.section = strings.Join(sections, ", ")
+	return nil
+}
+
+// detach removes the programs. What was attached is still told by the section.
+func (a *attachment) detach() error {
+	var errs []error
+	for _, l := range a.links {
+		errs = append(errs, l.Close())
+	}
+	for _, p := range a.programs {
+		errs = append(errs, p.Close())
+	}
+	a.links, a.programs = nil, nil
+	return errors.Join(errs...)
 }
 
 // attachProgram attaches a program where its section says.
@@ -77,6 +182,10 @@ func attachProgram(program *ebpf.Program, spec *ebpf.ProgramSpec) (link.Link, er
 	switch {
 	case spec.Type == ebpf.RawTracepoint:
 		return link.AttachRawTracepoint(link.RawTracepointOptions{Name: spec.AttachTo, Program: program})
+	case spec.Type == ebpf.Kprobe:
+		return link.Kprobe(spec.AttachTo, program, nil)
+	case spec.Type == ebpf.LSM:
+		return link.AttachLSM(link.LSMOptions{Program: program})
 	case spec.AttachType == ebpf.AttachTraceIter:
 		return link.AttachIter(link.IterOptions{Program: program})
 	default:
@@ -97,4 +206,14 @@ func (k *kernel) coverage() []Coverage {
 		}
 	}
 	return list
+}
+
+// find returns the attachment for a kind of event, nil when there is none.
+func (k *kernel) find(kind event.Kind) *attachment {
+	for i := range k.attached {
+		if slices.Contains(k.attached[i].kinds, kind) {
+			return &k.attached[i]
+		}
+	}
+	return nil
 }

@@ -140,12 +140,14 @@ func BenchmarkRootPrograms(b *testing.B) {
 					k := openKernel(b, kernelOptions{Scope: Scope{Mode: ScopeTree, PID: uint32(root.pid)}, PriorityBytes: 64 << 20})
 					worker.must(work.r)
 					for _, at := range k.attached {
-						s, err := at.program.Stats()
-						if err != nil {
-							b.Fatal(err)
+						for _, program := range at.programs {
+							s, err := program.Stats()
+							if err != nil {
+								b.Fatal(err)
+							}
+							runtime[at.section] += s.Runtime
+							runs[at.section] += s.RunCount
 						}
-						runtime[at.section] += s.Runtime
-						runs[at.section] += s.RunCount
 					}
 					if err := k.close(); err != nil {
 						b.Fatal(err)

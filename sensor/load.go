@@ -10,9 +10,9 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"slices"
 	"strconv"
 	"strings"
+	"sync"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/btf"
@@ -36,6 +36,7 @@ type kernelOptions struct {
 	Scope         Scope
 	PriorityBytes int // a power of two and a multiple of the page size
 	BulkBytes     int
+	Files         FileOptions
 }
 
 // kernel is the sensor's part that lives in the kernel: maps, programs, links.
@@ -45,14 +46,16 @@ type kernel struct {
 	spec     *ebpf.CollectionSpec
 	maps     map[string]*ebpf.Map
 	attached []attachment
+	lsm      func() error // whether the kernel runs LSM programs, found out once
 
 	priority, bulk *ebpf.Map // the rings; owned by the kernel value
 }
 
 // KindCounter is what the kernel counted for one kind of event. Attempts is
 // what was to be reported, Lost those of them that no record could be written for.
+// Suppressed are those that were not to be: excluded, or more than a process may have.
 type KindCounter struct {
-	Attempts, Lost uint64
+	Attempts, Lost, Suppressed uint64
 }
 
 // loadKernel makes the maps. Nothing is attached before attach. The caller must
@@ -66,7 +69,7 @@ func loadKernel(o kernelOptions) (*kernel, error) {
 		return nil, err
 	}
 	k := &kernel{scope: o.Scope, spec: spec, maps: make(map[string]*ebpf.Map)}
-	for _, h := range hooks() {
+	for _, h := range hooks(o.Files.On) {
 		k.attached = append(k.attached, attachment{hook: h})
 	}
 	for name, m := range spec.Maps {
@@ -78,6 +81,9 @@ func loadKernel(o kernelOptions) (*kernel, error) {
 		}
 	}
 	k.priority, k.bulk = k.maps["priority_ring"], k.maps["bulk_ring"]
+	if err := exclude(k.maps["file_exclusions"], o.Files); err != nil {
+		k.find(event.FileModify).errs = []error{err}
+	}
 	return k, nil
 }
 
@@ -99,9 +105,10 @@ func configure(spec *ebpf.CollectionSpec, o kernelOptions) error {
 	}
 	slots = min(slots, maxSlots)
 	spec.Maps["exec_slots"].MaxEntries = slots + 1
-	for name, value := range map[string]any{
-		"scope_mode": uint32(o.Scope.Mode), "scope_cgroup_id": o.Scope.CgroupID, "slot_count": slots,
-	} {
+	constants := configureFiles(spec, o.Files, slots)
+	constants["scope_mode"], constants["scope_cgroup_id"], constants["slot_count"] = uint32(o.Scope.Mode), o.Scope.CgroupID, slots
+	constants["lsm_probe_pid"] = uint32(os.Getpid())
+	for name, value := range constants {
 		if err := spec.Variables[name].Set(value); err != nil {
 			return fmt.Errorf("set %s: %w", name, err)
 		}
@@ -133,17 +140,21 @@ func newMap(spec *ebpf.MapSpec) (*ebpf.Map, error) {
 // coverage. It then finds the processes and the sockets that are in scope already.
 func (k *kernel) attach() error {
 	cache := btf.NewCache() // parsing the kernel's types takes longer than all the rest
-	load := func(name string) (*ebpf.Program, *ebpf.ProgramSpec, error) {
-		return k.load(name, cache)
+	load := func(h hook, name string) (*ebpf.Program, *ebpf.ProgramSpec, error) {
+		return k.load(h, name, cache)
 	}
+	k.lsm = sync.OnceValue(func() error { return k.probeLSM(load) })
 	var errs []error
 	for i, a := range k.attached {
+		before := a.errs
 		a = a.attach(load)
+		a.errs = append(before, a.errs...)
 		k.attached[i] = a
-		if a.required && a.link == nil {
+		if a.required && a.section == "" {
 			errs = append(errs, fmt.Errorf("%s: no hook: %w", a.kinds[0], errors.Join(a.errs...)))
 		}
 	}
+	k.attachSyscalls(load)
 	if err := errors.Join(errs...); err != nil {
 		return fmt.Errorf("%w (a kernel since 5.10 with CONFIG_DEBUG_INFO_BTF is needed; see edr-sensor doctor)", err)
 	}
@@ -153,19 +164,16 @@ func (k *kernel) attach() error {
 		}
 	}
 	if err := seedSockets(load); err != nil {
-		for i, a := range k.attached {
-			if slices.Contains(a.kinds, event.TCPClose) {
-				k.attached[i].errs = append(a.errs, fmt.Errorf("sockets open before the start are not known: %w", err))
-			}
-		}
+		a := k.find(event.TCPClose)
+		a.errs = append(a.errs, fmt.Errorf("sockets open before the start are not known: %w", err))
 	}
 	return nil
 }
 
 // seedSockets runs the program that takes in the sockets that are open. The one that
 // follows them is attached already, so that none is missed in between.
-func seedSockets(load func(string) (*ebpf.Program, *ebpf.ProgramSpec, error)) error {
-	program, _, err := load("on_task_file")
+func seedSockets(load loader) error {
+	program, _, err := load(hook{}, "on_task_file")
 	if err != nil {
 		return err
 	}
@@ -186,10 +194,32 @@ func seedSockets(load func(string) (*ebpf.Program, *ebpf.ProgramSpec, error)) er
 
 // load loads one program with only the maps it uses: what a kernel cannot do must
 // fail the program that asks for it and no other.
-func (k *kernel) load(name string, cache *btf.Cache) (*ebpf.Program, *ebpf.ProgramSpec, error) {
+func (k *kernel) load(h hook, name string, cache *btf.Cache) (*ebpf.Program, *ebpf.ProgramSpec, error) {
+	name, optional := strings.CutPrefix(name, "?")
 	program, ok := k.spec.Programs[name]
 	if !ok {
 		return nil, nil, errors.New("not in the object")
+	}
+	if program.Type == ebpf.LSM && name != "lsm_probe" {
+		if err := k.lsm(); err != nil {
+			return nil, nil, err
+		}
+	}
+	if len(h.arguments) > 0 {
+		types, err := cache.Kernel()
+		if err != nil {
+			return nil, nil, err
+		}
+		shift, err := argumentShift(types, kernelFunction(program), h.arguments)
+		if optional && errors.Is(err, btf.ErrNotFound) {
+			return nil, nil, nil
+		}
+		if err == nil {
+			err = k.spec.Variables["argument_shift"].Set(shift)
+		}
+		if err != nil {
+			return nil, nil, err
+		}
 	}
 	spec := &ebpf.CollectionSpec{
 		Maps:      make(map[string]*ebpf.MapSpec),
@@ -229,6 +259,7 @@ func (k *kernel) counters() (sums [event.Kinds]KindCounter, err error) {
 		for _, c := range perCPU {
 			sums[kind].Attempts += c.Attempts
 			sums[kind].Lost += c.Lost
+			sums[kind].Suppressed += c.Suppressed
 		}
 	}
 	return sums, nil
@@ -240,14 +271,13 @@ func (k *kernel) counters() (sums [event.Kinds]KindCounter, err error) {
 func (k *kernel) missed() (uint64, error) {
 	var sum uint64
 	for _, a := range k.attached {
-		if a.program == nil {
-			continue
+		for _, program := range a.programs {
+			stats, err := program.Stats()
+			if err != nil {
+				return sum, fmt.Errorf("read statistics of %s: %w", a.section, err)
+			}
+			sum += stats.RecursionMisses
 		}
-		stats, err := a.program.Stats()
-		if err != nil {
-			return sum, fmt.Errorf("read statistics of %s: %w", a.section, err)
-		}
-		sum += stats.RecursionMisses
 	}
 	return sum, nil
 }
@@ -255,16 +285,19 @@ func (k *kernel) missed() (uint64, error) {
 // snapshot calls visit with a record for each process in scope that exists now: a
 // struct exec_event of kind TASK, valid until visit returns.
 func (k *kernel) snapshot(visit func(rec []byte) error) error {
-	for _, a := range k.attached {
-		if iter, ok := a.link.(*link.Iter); ok {
-			f, err := iter.Open()
-			if err != nil {
-				return fmt.Errorf("open %s: %w", a.section, err)
-			}
-			return errors.Join(readRecords(f, visit), f.Close())
-		}
+	a := k.find(event.Task)
+	if len(a.links) == 0 {
+		return errors.New("snapshot: no task iterator is attached")
 	}
-	return errors.New("snapshot: no task iterator is attached")
+	iter, ok := a.links[0].(*link.Iter)
+	if !ok {
+		return fmt.Errorf("snapshot: %s is no iterator", a.section)
+	}
+	f, err := iter.Open()
+	if err != nil {
+		return fmt.Errorf("open %s: %w", a.section, err)
+	}
+	return errors.Join(readRecords(f, visit), f.Close())
 }
 
 // readRecords splits a stream of records, each of which starts with its size.
@@ -298,14 +331,8 @@ func readRecords(r io.Reader, visit func(rec []byte) error) error {
 // the counters read. Coverage still tells what was attached.
 func (k *kernel) detach() error {
 	var errs []error
-	for i, a := range k.attached {
-		if a.link != nil {
-			errs = append(errs, a.link.Close())
-		}
-		if a.program != nil {
-			errs = append(errs, a.program.Close())
-		}
-		k.attached[i].link, k.attached[i].program = nil, nil
+	for i := range k.attached {
+		errs = append(errs, k.attached[i].detach())
 	}
 	return errors.Join(errs...)
 }

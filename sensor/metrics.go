@@ -13,6 +13,7 @@ import (
 
 type metrics struct {
 	events, lost [event.Kinds]prometheus.Counter
+	suppressed   [event.Kinds]prometheus.Counter
 	decodeErrors prometheus.Counter
 	rejected     prometheus.Counter
 	missed       prometheus.Counter
@@ -31,7 +32,9 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 	}
 	events := f.NewCounterVec(prometheus.CounterOpts{Name: "sensor_events_total", Help: "Events read, by kind."}, []string{"kind"})
 	lost := f.NewCounterVec(prometheus.CounterOpts{Name: "sensor_lost_events_total", Help: "Events the kernel had no ring space for, by kind. Raise sensor.priority_ring or sensor.bulk_ring, or find what stalls the disk."}, []string{"kind"})
+	suppressed := f.NewCounterVec(prometheus.CounterOpts{Name: "sensor_suppressed_events_total", Help: "Events the kernel left out on purpose, by kind: more of one process than sensor.file.per_process, or excluded. They are not among the events, nor lost."}, []string{"kind"})
 	for k := event.None + 1; int(k) < event.Kinds; k++ {
+		m.suppressed[k] = suppressed.WithLabelValues(k.String())
 		m.events[k], m.lost[k] = events.WithLabelValues(k.String()), lost.WithLabelValues(k.String())
 	}
 	used := f.NewGaugeVec(prometheus.GaugeOpts{Name: "sensor_ring_used_bytes", Help: "Bytes in the ring that are not yet durable."}, []string{"ring"})

@@ -56,7 +56,8 @@ type Sink interface {
 type Options struct {
 	Scope         Scope
 	PriorityBytes int // ring for processes; a power of two, multiple of the page size
-	BulkBytes     int // ring for the network
+	BulkBytes     int // ring for the network and files
+	Files         FileOptions
 	ForkEvents    bool
 	Host          event.Host
 	Encoder       *ocsf.Encoder
@@ -105,13 +106,14 @@ type Sensor struct {
 	reported  [event.Kinds]KindCounter // kernel counters at the last tick
 	unwritten map[string]uint64        // events that could not become records since the last tick, by reason
 	missed    uint64                   // program runs left out by the kernel, reported so far
+	left      suppressed
 	lastTick  time.Time
 }
 
 // Open loads the programs into the kernel; nothing is attached yet. The caller
 // must Close the Sensor. Errors name the program or map and the remedy.
 func Open(o Options) (*Sensor, error) {
-	k, err := loadKernel(kernelOptions{Scope: o.Scope, PriorityBytes: o.PriorityBytes, BulkBytes: o.BulkBytes})
+	k, err := loadKernel(kernelOptions{Scope: o.Scope, PriorityBytes: o.PriorityBytes, BulkBytes: o.BulkBytes, Files: o.Files})
 	if err != nil {
 		return nil, fmt.Errorf("load sensor: %w", err)
 	}
@@ -227,6 +229,7 @@ func (s *Sensor) Run(ctx context.Context, stopWithin time.Duration) error {
 	defer stop()
 
 	s.lastTick = time.Now()
+	s.left.from = s.lastTick
 	s.unwritten = map[string]uint64{}
 	s.reportGap()
 	s.writeNotices(write)
@@ -281,6 +284,7 @@ func (s *Sensor) drain(ctx context.Context) error {
 		}
 	}
 	s.tick(ctx, time.Now())
+	s.reportSuppressed(ctx, time.Now(), true)
 	s.writeNotices(ctx)
 	return errors.Join(err, s.flush(ctx, true))
 }
@@ -433,6 +437,7 @@ func (s *Sensor) tick(ctx context.Context, now time.Time) {
 	}
 	s.reportKernelLoss(ctx, lost)
 	s.reportMissed(ctx, lost)
+	s.reportSuppressed(ctx, now, false)
 }
 
 // reportMissed reports runs of our programs that the kernel left out, which no
@@ -450,7 +455,15 @@ func (s *Sensor) reportMissed(ctx context.Context, i event.SelfInfo) {
 	s.writeSelf(ctx, &i, nil)
 }
 
-// reportKernelLoss reports what the kernel had no ring space for, by kind.
+// reportSuppressed reports what the kernel left out on purpose, once per window.
+func (s *Sensor) reportSuppressed(ctx context.Context, now time.Time, end bool) {
+	if i, ok := s.left.report(now, end); ok {
+		s.writeSelf(ctx, &i, nil)
+	}
+}
+
+// reportKernelLoss reports what the kernel had no ring space for, by kind, and
+// takes note of what it left out on purpose.
 func (s *Sensor) reportKernelLoss(ctx context.Context, i event.SelfInfo) {
 	counters, err := s.kernel.counters()
 	if err != nil {
@@ -463,6 +476,10 @@ func (s *Sensor) reportKernelLoss(ctx context.Context, i event.SelfInfo) {
 			i.ByKind[event.Kind(k).String()] = d
 			i.Count += d
 			s.metrics.lost[k].Add(float64(d))
+		}
+		if d := counters[k].Suppressed - s.reported[k].Suppressed; d != 0 {
+			s.left.add(event.Kind(k), d)
+			s.metrics.suppressed[k].Add(float64(d))
 		}
 	}
 	s.reported = counters
@@ -528,8 +545,10 @@ func (s *Sensor) snapshot(ctx context.Context) error {
 type Stats struct {
 	Events map[string]uint64 `json:"events"` // attempts to report, by event code, since the programs were loaded
 	Lost   map[string]uint64 `json:"lost"`   // those the ring had no room for
-	Rings  map[string]Ring   `json:"rings"`
-	Beat   time.Time         `json:"beat"` // when the worker last finished a turn
+	// Left out on purpose, and not among the events: too many of one process, or excluded.
+	Suppressed map[string]uint64 `json:"suppressed"`
+	Rings      map[string]Ring   `json:"rings"`
+	Beat       time.Time         `json:"beat"` // when the worker last finished a turn
 }
 
 // Ring is how full a ring is, in bytes; what is read but not yet durable counts.
@@ -544,12 +563,15 @@ func (s *Sensor) Stats() (Stats, error) {
 	if err != nil {
 		return Stats{}, fmt.Errorf("read kernel counters: %w", err)
 	}
-	st := Stats{Events: map[string]uint64{}, Lost: map[string]uint64{}, Beat: s.Beat(), Rings: map[string]Ring{
+	st := Stats{Events: map[string]uint64{}, Lost: map[string]uint64{}, Suppressed: map[string]uint64{}, Beat: s.Beat(), Rings: map[string]Ring{
 		"priority": {s.priority.used(), uint64(s.priority.size())},
 		"bulk":     {s.bulk.used(), uint64(s.bulk.size())},
 	}}
 	for k := event.None + 1; k < event.Lifecycle; k++ {
 		st.Events[k.String()], st.Lost[k.String()] = counters[k].Attempts, counters[k].Lost
+		if n := counters[k].Suppressed; n > 0 {
+			st.Suppressed[k.String()] = n
+		}
 	}
 	return st, nil
 }

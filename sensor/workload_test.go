@@ -277,6 +277,17 @@ func (c *company) play(r request) (reply, error) {
 		}
 		c.conn = conn
 		return reply{Local: conn.LocalAddr().String()}, nil
+	case "file":
+		return reply{}, change(r.Args)
+	case "storm of files":
+		for range r.Count {
+			for _, what := range r.Args {
+				if err := change(append([]string{what}, r.Env...)); err != nil {
+					return reply{}, err
+				}
+			}
+		}
+		return reply{}, nil
 	case "abandon":
 		return abandon()
 	case "drop":

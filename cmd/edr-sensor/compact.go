@@ -49,7 +49,37 @@ type record struct {
 		In  int64 `json:"bytes_in"`
 	} `json:"cumulative_traffic"`
 
+	File   *file `json:"file"`
+	Result *file `json:"file_result"`
+
 	Unmapped struct {
+		Write struct {
+			Bytes   int64 `json:"bytes"`
+			Created bool  `json:"created"`
+		} `json:"write"`
+		Delete *struct {
+			Left int `json:"nlink_left"`
+		} `json:"delete"`
+		Rename struct {
+			Replaced  bool `json:"replaced"`
+			Exchanged bool `json:"exchanged"`
+		} `json:"rename"`
+		Xattr struct {
+			Name    string `json:"name"`
+			Removed bool   `json:"removed"`
+		} `json:"xattr"`
+		Mount struct {
+			FSType string   `json:"fstype"`
+			Flags  []string `json:"flags"`
+			From   string   `json:"from"`
+		} `json:"mount"`
+		Degraded struct {
+			Reason string `json:"reason"`
+		} `json:"degraded"`
+		SuppressedBefore int `json:"suppressed_before"`
+		Suppressed       struct {
+			ByType map[string]uint64 `json:"by_type"`
+		} `json:"suppressed"`
 		Exec struct {
 			Filename   string `json:"filename"`
 			Script     bool   `json:"script"`
@@ -96,6 +126,35 @@ type process struct {
 	Parent *process `json:"parent_process"`
 }
 
+// file is what a file event is about.
+type file struct {
+	Name     string `json:"name"`
+	Path     string `json:"path"`
+	TypeID   int    `json:"type_id"`
+	Size     *int64 `json:"size"`
+	Modified *int64 `json:"modified_time"`
+	Volume   string `json:"volume"`
+	Owner    struct {
+		Name string `json:"name"`
+		UID  string `json:"uid"`
+	} `json:"owner"`
+	X struct {
+		Mode   string `json:"mode"`
+		GID    string `json:"gid"`
+		Target string `json:"link_target"`
+	} `json:"xattributes"`
+}
+
+func (f *file) String() string {
+	switch {
+	case f == nil:
+		return "?"
+	case f.Path != "":
+		return f.Path
+	}
+	return f.Name
+}
+
 type endpoint struct {
 	IP   string `json:"ip"`
 	Port int    `json:"port"`
@@ -138,6 +197,14 @@ func (r *record) kind() string {
 		return "lost"
 	case "sensor.mode_change":
 		return "mode"
+	case "sensor.suppressed":
+		return "left out"
+	case "file.timestomp":
+		return "times"
+	case "file.move_mount":
+		return "move"
+	case "file.open_write":
+		return "open"
 	}
 	return code[strings.LastIndexByte(code, '.')+1:]
 }
@@ -214,6 +281,7 @@ const (
 	green  = "32"
 	yellow = "33"
 	blue   = "34"
+	purple = "35"
 	cyan   = "36"
 )
 
@@ -318,6 +386,11 @@ func (r *record) what() (what string, notes []string, after string) {
 		if code == "net.close" {
 			what += r.after()
 		}
+	case strings.HasPrefix(code, "file.") && r.File != nil:
+		what, notes = r.change()
+		if n := r.Unmapped.SuppressedBefore; n > 0 {
+			trailer = append(trailer, fmt.Sprintf("%d before it left out", n))
+		}
 	case strings.HasPrefix(code, "sensor."):
 		what = r.sensor()
 	default:
@@ -344,8 +417,10 @@ func (r *record) sensor() string {
 		what = r.ActivityName
 	}
 	var lost []string
-	for kind, n := range r.Unmapped.Lost.ByType {
-		lost = append(lost, fmt.Sprintf("%s %d", kind, n))
+	for _, byType := range []map[string]uint64{r.Unmapped.Lost.ByType, r.Unmapped.Suppressed.ByType} {
+		for kind, n := range byType {
+			lost = append(lost, fmt.Sprintf("%s %d", kind, n))
+		}
 	}
 	slices.Sort(lost)
 	for _, s := range r.Unmapped.Lost.Ranges {
@@ -390,6 +465,8 @@ func (r *record) colour() string {
 		return green
 	case family == "net":
 		return cyan
+	case family == "file":
+		return purple
 	case kind == "exit" && (r.ExitCode != 0 || r.Unmapped.Exit.Signal != 0):
 		return yellow
 	}

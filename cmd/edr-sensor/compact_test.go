@@ -87,6 +87,98 @@ func TestCompactLines(t *testing.T) {
 			`15:00:00.123 lost           - -        edr-sensor      lost 30 (net.close 10, process.exec 1, seq 5 to 23 truncated)`,
 		},
 		{
+			"suppressed", eventJSON("sensor.suppressed", `"app":{"name":"edr-sensor"},"message":"3 events were left out","unmapped":{"suppressed":{"by_type":{"file.write":2,"file.create":1}}}`),
+			`15:00:00.123 left out       - -        edr-sensor      3 events were left out (file.create 1, file.write 2)`,
+		},
+		{
+			"create", eventJSON("file.create", `"actor":{"process":`+bash+`},"file":{"name":"x","path":"/tmp/x"}`),
+			`15:00:00.123 create         7 0        bash            /tmp/x`,
+		},
+		{
+			"create after others", eventJSON("file.create", `"actor":{"process":`+bash+`},"file":{"name":"x","path":"/tmp/x"},"unmapped":{"suppressed_before":812}`),
+			`15:00:00.123 create         7 0        bash            /tmp/x  812 before it left out`,
+		},
+		{
+			"write", eventJSON("file.write", `"actor":{"process":`+bash+`},"file":{"name":"x","path":"/tmp/x"},"unmapped":{"write":{"bytes":4096,"created":true}}`),
+			`15:00:00.123 write          7 0        bash            /tmp/x 4.0 KiB (new)`,
+		},
+		{
+			"open for writing", eventJSON("file.open_write", `"actor":{"process":`+bash+`},"file":{"name":"x","path":"/tmp/x"},"unmapped":{"degraded":{"reason":"syscall_descriptor"}}`),
+			`15:00:00.123 open           7 0        bash            [degraded] /tmp/x`,
+		},
+		{
+			"delete", eventJSON("file.delete", `"actor":{"process":`+bash+`},"file":{"name":"x","path":"/tmp/x"},"unmapped":{"delete":{"nlink_left":0}}`),
+			`15:00:00.123 delete         7 0        bash            /tmp/x`,
+		},
+		{
+			"delete one of more names", eventJSON("file.delete", `"actor":{"process":`+bash+`},"file":{"name":"x","path":"/tmp/x"},"unmapped":{"delete":{"nlink_left":2}}`),
+			`15:00:00.123 delete         7 0        bash            /tmp/x (2 of its names left)`,
+		},
+		{
+			"rename", eventJSON("file.rename", `"actor":{"process":`+bash+`},"file":{"path":"/tmp/x"},"file_result":{"path":"/etc/cron.d/x"},"unmapped":{"rename":{"replaced":true}}`),
+			`15:00:00.123 rename         7 0        bash            /tmp/x → /etc/cron.d/x (replaced)`,
+		},
+		{
+			"exchange", eventJSON("file.rename", `"actor":{"process":`+bash+`},"file":{"path":"/tmp/x"},"file_result":{"path":"/tmp/y"},"unmapped":{"rename":{"exchanged":true}}`),
+			`15:00:00.123 rename         7 0        bash            /tmp/x ↔ /tmp/y`,
+		},
+		{
+			"link", eventJSON("file.link", `"actor":{"process":`+bash+`},"file":{"path":"/tmp/s","xattributes":{"link_target":"/usr/bin/sudo"}}`),
+			`15:00:00.123 link           7 0        bash            /tmp/s → /usr/bin/sudo`,
+		},
+		{
+			"symlink", eventJSON("file.symlink", `"actor":{"process":`+bash+`},"file":{"path":"/tmp/l","xattributes":{"link_target":"../etc/shadow"}}`),
+			`15:00:00.123 symlink        7 0        bash            /tmp/l → ../etc/shadow`,
+		},
+		{
+			"mkdir", eventJSON("file.mkdir", `"actor":{"process":`+bash+`},"file":{"path":"/tmp/d"}`),
+			`15:00:00.123 mkdir          7 0        bash            /tmp/d`,
+		},
+		{
+			"chmod", eventJSON("file.chmod", `"actor":{"process":`+bash+`},"file":{"path":"/tmp/x","type_id":1,"xattributes":{"mode":"0644"}},"file_result":{"type_id":1,"xattributes":{"mode":"4755"}}`),
+			`15:00:00.123 chmod          7 0        bash            [setuid or setgid] /tmp/x 0644 → 4755`,
+		},
+		{
+			"chmod of a folder", eventJSON("file.chmod", `"actor":{"process":`+bash+`},"file":{"path":"/srv","type_id":2,"xattributes":{"mode":"0755"}},"file_result":{"type_id":2,"xattributes":{"mode":"2775"}}`),
+			`15:00:00.123 chmod          7 0        bash            /srv 0755 → 2775`,
+		},
+		{
+			"chmod by a system call", eventJSON("file.chmod", `"actor":{"process":`+bash+`},"file":{"path":"x"},"file_result":{"xattributes":{"mode":"0600"}},"unmapped":{"degraded":{"reason":"syscall_argument"}}`),
+			`15:00:00.123 chmod          7 0        bash            [degraded] x → 0600`,
+		},
+		{
+			"chown", eventJSON("file.chown", `"actor":{"process":`+bash+`},"file":{"path":"/tmp/x","owner":{"uid":"33","name":"www-data"},"xattributes":{"gid":"33"}},"file_result":{"owner":{"uid":"0"},"xattributes":{"gid":"33"}}`),
+			`15:00:00.123 chown          7 0        bash            /tmp/x www-data:33 → 0:33`,
+		},
+		{
+			"truncate", eventJSON("file.truncate", `"actor":{"process":`+bash+`},"file":{"path":"/var/log/auth.log","size":4096},"file_result":{"size":0}`),
+			`15:00:00.123 truncate       7 0        bash            /var/log/auth.log 4.0 KiB → 0 B`,
+		},
+		{
+			"timestomp", eventJSON("file.timestomp", `"actor":{"process":`+bash+`},"file":{"path":"/tmp/x","modified_time":1795445000123},"file_result":{"modified_time":1672940000000}`),
+			`15:00:00.123 times          7 0        bash            /tmp/x 2026-11-23T14:43:20Z → 2023-01-05T17:33:20Z`,
+		},
+		{
+			"xattr", eventJSON("file.xattr", `"actor":{"process":`+bash+`},"file":{"path":"/tmp/x"},"unmapped":{"xattr":{"name":"security.capability"}}`),
+			`15:00:00.123 xattr          7 0        bash            /tmp/x +security.capability`,
+		},
+		{
+			"xattr removed", eventJSON("file.xattr", `"actor":{"process":`+bash+`},"file":{"path":"/tmp/x"},"unmapped":{"xattr":{"name":"user.a","removed":true}}`),
+			`15:00:00.123 xattr          7 0        bash            /tmp/x -user.a`,
+		},
+		{
+			"mount", eventJSON("file.mount", `"actor":{"process":`+bash+`},"file":{"path":"/mnt/t","volume":"/dev/loop0"},"unmapped":{"mount":{"fstype":"ext4","flags":["MS_NOSUID","MS_NODEV"]}}`),
+			`15:00:00.123 mount          7 0        bash            /dev/loop0 on /mnt/t type ext4 MS_NOSUID,MS_NODEV`,
+		},
+		{
+			"umount", eventJSON("file.umount", `"actor":{"process":`+bash+`},"file":{"path":"/mnt/t"},"unmapped":{"mount":{"fstype":"ext4"}}`),
+			`15:00:00.123 umount         7 0        bash            /mnt/t`,
+		},
+		{
+			"mount moved", eventJSON("file.move_mount", `"actor":{"process":`+bash+`},"file":{"path":"/usr/lib"},"unmapped":{"mount":{"from":"/mnt/t"}}`),
+			`15:00:00.123 move           7 0        bash            /mnt/t → /usr/lib`,
+		},
+		{
 			"case", `{"metadata":{"event_code":"process.exec","tags":[{"name":"case_id","value":"c-1"}]},"time":1795446000123,"process":` + bash + `}`,
 			`15:00:00.123 exec           7 0        bash            bash  case c-1`,
 		},
@@ -184,6 +276,8 @@ func checkLine(t *testing.T, line string) {
 func FuzzCompact(f *testing.F) {
 	f.Add([]byte(eventJSON("process.exec", `"process":`+shell)), 80)
 	f.Add([]byte(`{"metadata":{"event_code":"net."},"src_endpoint":{},"duration":-1}`), 0)
+	f.Add([]byte(`{"metadata":{"event_code":"file.chown"},"file":{"owner":{"uid":"\u001b"}},"file_result":{"xattributes":{"mode":"","gid":"\u0007"}}}`), 80)
+	f.Add([]byte(`{"metadata":{"event_code":"file.chmod"},"file":{"xattributes":{"mode":"é\u001b"}},"file_result":{"xattributes":{"mode":"\u001bx\n9"}}}`), 80)
 	f.Add([]byte(`{"unmapped":{"lost":{"by_type":{"\u001b":1}}},"metadata":{"event_code":"sensor.x"}}`), 1)
 	f.Fuzz(func(t *testing.T, data []byte, width int) {
 		r, err := parseRecord(data)
@@ -205,6 +299,10 @@ func TestFilter(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	backdated, err := parseRecord([]byte(eventJSON("file.timestomp", `"actor":{"process":`+shell+`},"file":{"path":"/tmp/x"}`)))
+	if err != nil {
+		t.Fatal(err)
+	}
 	for _, c := range []struct {
 		name   string
 		filter filter
@@ -218,6 +316,10 @@ func TestFilter(t *testing.T) {
 		{"shown name", filter{kinds: []string{"failed"}}, failed, true},
 		{"pattern", filter{kinds: []string{"conn*"}}, failed, true},
 		{"one of", filter{kinds: []string{"exit", "exec"}}, exec, true},
+		{"files", filter{kinds: []string{"file"}}, backdated, true},
+		{"as in the event code", filter{kinds: []string{"timestomp"}}, backdated, true},
+		{"as shown", filter{kinds: []string{"times"}}, backdated, true},
+		{"by whom", filter{pids: []int{2310}, exes: []string{"dash"}}, backdated, true},
 		{"other kind", filter{kinds: []string{"exit"}}, exec, false},
 		{"pid", filter{pids: []int{2310}}, exec, true},
 		{"pid of the actor", filter{pids: []int{2001}}, exec, true},

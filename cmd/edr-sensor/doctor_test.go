@@ -119,6 +119,11 @@ func TestDoctorFindings(t *testing.T) {
 		{"few privileges", func(_ *doctor, h fstest.MapFS, _ *config.Config) {
 			h["proc/self/status"] = &fstest.MapFile{Data: []byte(fmt.Sprintf("CapEff:\t%016x\n", 1<<38|1<<39))}
 		}, "privileges.capabilities", warn, "CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH"},
+		{"files by system calls", func(d *doctor, _ fstest.MapFS, _ *config.Config) {
+			d.hooks = func() ([]sensor.Coverage, error) {
+				return []sensor.Coverage{{Event: "file.create", Hook: "raw_tp/sys_exit", Errs: []string{"load lsm_path_mknod: EPERM"}}}, nil
+			}
+		}, "hooks.file.create", warn, "fentry"},
 		{"required hook missing", func(d *doctor, _ fstest.MapFS, _ *config.Config) {
 			d.hooks = func() ([]sensor.Coverage, error) {
 				return []sensor.Coverage{{Event: "process.exec", Required: true, Errs: []string{"load a: EPERM", "load b: EPERM"}}}, nil

@@ -47,6 +47,7 @@ only new events are shown, until Ctrl-C.
 
   edr-sensor events --kind exec --exe curl        executions of any curl
   edr-sensor events --kind net --pid 4711         connections of one process
+  edr-sensor events --kind rename,delete          files renamed or deleted
   edr-sensor events --since 10m -o json | jq .    the last ten minutes, complete`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -58,7 +59,7 @@ only new events are shown, until Ctrl-C.
 	}
 	fl := cmd.Flags()
 	fl.StringVarP(&f.output, "output", "o", "compact", "compact or json (the event as it is stored)")
-	fl.StringSliceVar(&f.kinds, "kind", nil, "only these kinds: exec, net.close, net, 'conn*' …")
+	fl.StringSliceVar(&f.kinds, "kind", nil, "only these kinds: exec, net.close, file, 'conn*' …")
 	fl.IntSliceVar(&f.pids, "pid", nil, "only events of, or caused by, these processes")
 	fl.StringSliceVar(&f.exes, "exe", nil, "only these executables: curl, bin/curl, /usr/bin/curl, '/tmp/*' …")
 	fl.StringVar(&f.since, "since", "", "start this long ago (10m), or at this time (2026-01-31T15:04:05Z); Redis only")
@@ -70,7 +71,11 @@ only new events are shown, until Ctrl-C.
 	addColourFlag(cmd, &f.colour)
 	_ = cmd.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"compact", "json"}, cobra.ShellCompDirectiveNoFileComp))
 	_ = cmd.RegisterFlagCompletionFunc("kind", cobra.FixedCompletions(
-		[]string{"exec", "fork", "exit", "snapshot", "connect", "connect_failed", "accept", "listen", "close", "process", "net", "sensor"}, cobra.ShellCompDirectiveNoFileComp))
+		[]string{
+			"process", "exec", "fork", "exit", "snapshot", "net", "connect", "connect_failed", "accept", "listen", "close",
+			"file", "create", "write", "open_write", "delete", "rename", "link", "symlink", "mkdir", "chmod", "chown", "truncate", "xattr", "timestomp",
+			"mount", "umount", "move_mount", "sensor",
+		}, cobra.ShellCompDirectiveNoFileComp))
 	return cmd
 }
 

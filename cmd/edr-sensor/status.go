@@ -35,7 +35,9 @@ type sensorStatus struct {
 	Sensor struct {
 		Events map[string]uint64 `json:"events"`
 		Lost   map[string]uint64 `json:"lost"`
-		Rings  map[string]struct {
+
+		Suppressed map[string]uint64 `json:"suppressed"`
+		Rings      map[string]struct {
 			Used uint64 `json:"used"`
 			Size uint64 `json:"size"`
 		} `json:"rings"`
@@ -130,10 +132,14 @@ func (s *sensorStatus) screen(now time.Time, colour bool) string {
 		row(key, "%s", safe(s.Context[key]))
 	}
 
-	var covered, missing []string
+	var missing []string
+	covered, degraded := 0, 0
 	for _, c := range s.Coverage {
 		if c.Hook != "" {
-			covered = append(covered, c.Event)
+			covered++
+			if strings.HasSuffix(c.Hook, syscallHook) {
+				degraded++
+			}
 			continue
 		}
 		why := ""
@@ -142,25 +148,32 @@ func (s *sensorStatus) screen(now time.Time, colour bool) string {
 		}
 		missing = append(missing, c.Event+why)
 	}
-	row("coverage", "%d of %d kinds of events", len(covered), len(s.Coverage))
+	coverage := fmt.Sprintf("%d of %d kinds of events", covered, len(s.Coverage))
+	if degraded > 0 {
+		coverage += fmt.Sprintf(", %d of them degraded: system calls only", degraded)
+	}
+	row("coverage", "%s", coverage)
 	for _, m := range missing {
 		b.add(yellow, fmt.Sprintf("%10s%s\n", "", cut("missing "+safe(m), 200)))
 	}
 
-	var seen, lost uint64
-	for _, kind := range sorted(s.Sensor.Events) {
-		seen += s.Sensor.Events[kind]
-		lost += s.Sensor.Lost[kind]
+	counts, all := s.counts()
+	text := fmt.Sprintf("%s events; %s lost in the kernel", thousands(all.seen), thousands(all.lost))
+	if all.suppressed > 0 {
+		text += fmt.Sprintf(", %s left out as configured", thousands(all.suppressed))
 	}
-	row("seen", "%s events; %s lost in the kernel", thousands(seen), thousands(lost))
-	for _, kind := range sorted(s.Sensor.Events) {
-		n, gone := s.Sensor.Events[kind], s.Sensor.Lost[kind]
-		if n == 0 {
+	row("seen", "%s", text)
+	for _, kind := range sorted(counts) {
+		n := counts[kind]
+		if n == (count{}) {
 			continue
 		}
-		text := fmt.Sprintf("%-20s %12s", safe(kind), thousands(n))
-		if gone > 0 {
-			text += fmt.Sprintf("  lost %s", thousands(gone))
+		text := fmt.Sprintf("%-20s %12s", safe(kind), thousands(n.seen))
+		if n.lost > 0 {
+			text += fmt.Sprintf("  lost %s", thousands(n.lost))
+		}
+		if n.suppressed > 0 {
+			text += fmt.Sprintf("  left out %s", thousands(n.suppressed))
 		}
 		row("", "%s", text)
 	}
@@ -205,6 +218,36 @@ func (s *sensorStatus) screen(now time.Time, colour bool) string {
 		b.add(yellow, fmt.Sprintf("%-10s%s\n", "error", safe(e)))
 	}
 	return b.String()
+}
+
+// syscallHook ends the name of the hook that sees only system calls.
+const syscallHook = "/sys_exit"
+
+// count is how many events of a kind there were, and were not.
+type count struct{ seen, lost, suppressed uint64 }
+
+// counts are by event code, with files in one: their many kinds would fill the
+// screen, and --json has them.
+func (s *sensorStatus) counts() (kinds map[string]count, all count) {
+	kinds = map[string]count{}
+	add := func(code string, n count) {
+		if strings.HasPrefix(code, "file.") {
+			code = "file.*"
+		}
+		k := kinds[code]
+		kinds[code] = count{k.seen + n.seen, k.lost + n.lost, k.suppressed + n.suppressed}
+		all = count{all.seen + n.seen, all.lost + n.lost, all.suppressed + n.suppressed}
+	}
+	for code, n := range s.Sensor.Events {
+		add(code, count{seen: n})
+	}
+	for code, n := range s.Sensor.Lost {
+		add(code, count{lost: n})
+	}
+	for code, n := range s.Sensor.Suppressed {
+		add(code, count{suppressed: n})
+	}
+	return kinds, all
 }
 
 func sorted[V any](m map[string]V) []string {

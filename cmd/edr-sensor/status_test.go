@@ -15,8 +15,8 @@ import (
 const troubled = `{
  "version":"1.2.3","agent_id":"a-1","mode":"truncating","since":"2026-11-23T15:00:00Z","reason":"the buffer is full","scope":"all",
  "context":{"case_id":"c-1"},
- "coverage":[{"event":"process.exec","hook":"tp_btf/sched_process_exec","required":true},{"event":"net.close","hook":"","errors":["load on_inet_sock_set_state: permission denied"]}],
- "sensor":{"events":{"process.exec":1234567,"net.close":0},"lost":{"process.exec":12},"rings":{"priority":{"used":8388608,"size":16777216},"bulk":{"used":0,"size":8388608}}},
+ "coverage":[{"event":"file.create","hook":"raw_tp/sys_exit"},{"event":"process.exec","hook":"tp_btf/sched_process_exec","required":true},{"event":"net.close","hook":"","errors":["load on_inet_sock_set_state: permission denied"]}],
+ "sensor":{"events":{"process.exec":1234567,"net.close":0,"file.create":20,"file.write":15},"lost":{"process.exec":12,"file.write":1},"suppressed":{"file.write":93120},"rings":{"priority":{"used":8388608,"size":16777216},"bulk":{"used":0,"size":8388608}}},
  "buffer":{"records":120000,"unsent":90000,"last":130000,"bytes":268435456,"cap":536870912,"truncated":77,"Err":{}},
  "transport":{"state":"held","address":"redis:6379","since":"2026-11-23T15:30:00Z","error_class":"oom","error":"OOM command not allowed","hint":"raise maxmemory","acked":40000}}`
 
@@ -27,9 +27,10 @@ func TestStatusScreen(t *testing.T) {
           the buffer is full
 scope     all
 case_id   c-1
-coverage  1 of 2 kinds of events
+coverage  2 of 3 kinds of events, 1 of them degraded: system calls only
           missing net.close: load on_inet_sock_set_state: permission denied
-seen      1,234,567 events; 12 lost in the kernel
+seen      1,234,602 events; 13 lost in the kernel, 93,120 left out as configured
+          file.*                         35  lost 1  left out 93,120
           process.exec            1,234,567  lost 12
 rings     bulk 0 % of 8.0 MiB, priority 50 % of 16.0 MiB
 buffer    120,000 records, 256.0 MiB of 512.0 MiB (50 %), 90,000 not sent

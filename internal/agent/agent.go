@@ -170,7 +170,8 @@ func (a *Agent) build(ctx context.Context, version string) error {
 	}
 	a.sensor, err = sensor.Open(sensor.Options{
 		Scope: scope, PriorityBytes: int(a.cfg.Sensor.PriorityRing), BulkBytes: int(a.cfg.Sensor.BulkRing), ForkEvents: a.cfg.Sensor.ForkEvents,
-		Host: host, Encoder: encoder, Enricher: enricher, Sink: newSink(a.queue, a.tap), Mark: a.queue.Mark(), Registerer: a.registry,
+		Files: filesOf(a.cfg.Sensor.File),
+		Host:  host, Encoder: encoder, Enricher: enricher, Sink: newSink(a.queue, a.tap), Mark: a.queue.Mark(), Registerer: a.registry,
 	})
 	if err != nil {
 		return err

@@ -41,6 +41,15 @@ func scopeOf(c config.Scope) (sensor.Scope, error) {
 	}
 }
 
+// filesOf gives a process that was quiet twice its rate at once: what a package
+// manager or a compiler does in a moment is rarely a flood.
+func filesOf(c config.File) sensor.FileOptions {
+	return sensor.FileOptions{
+		On: c.Enabled, Rate: c.PerProcess, Burst: 2 * c.PerProcess,
+		ExcludeDirectories: c.ExcludePaths, ExcludeExecutables: c.ExcludeExecutables,
+	}
+}
+
 // cgroupID is the inode number of the cgroup's directory (cgroup_id in the
 // kernel). The path is below the v2 mount, wherever that is, or absolute.
 func cgroupID(path string) (uint64, error) {

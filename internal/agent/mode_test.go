@@ -6,8 +6,12 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
+
+	"github.com/aurorasoc/edr-sensor/sensor"
+	"github.com/aurorasoc/edr-sensor/sensor/event"
 )
 
 func TestModeIsTheWorstThatHolds(t *testing.T) {
@@ -57,5 +61,26 @@ func TestModeKeepsALossForAWhile(t *testing.T) {
 	}
 	if got := testutil.ToFloat64(m.changes); got != 2 {
 		t.Errorf("agent_mode_changes_total is %v, want 2", got)
+	}
+}
+
+func TestUnseen(t *testing.T) {
+	covered := func(k event.Kind, hook string) sensor.Coverage {
+		return sensor.Coverage{Event: k.String(), Kind: k, Hook: hook}
+	}
+	write, create := covered(event.FileModify, ""), covered(event.FileCreate, "")
+	for _, tt := range []struct {
+		name     string
+		coverage []sensor.Coverage
+		want     []string
+	}{
+		{"all seen", []sensor.Coverage{covered(event.Exec, "tp_btf/sched_process_exec")}, nil},
+		{"opens in place of writes", []sensor.Coverage{write, create, covered(event.FileOpenWrite, "raw_tp/sys_exit")}, []string{"file.create"}},
+		{"neither opens nor writes", []sensor.Coverage{write, covered(event.FileOpenWrite, "")}, []string{"file.write", "file.open_write"}},
+		{"no files at all", []sensor.Coverage{write, create}, []string{"file.write", "file.create"}},
+	} {
+		if d := cmp.Diff(tt.want, unseen(tt.coverage)); d != "" {
+			t.Errorf("%s (-want +got):\n%s", tt.name, d)
+		}
 	}
 }

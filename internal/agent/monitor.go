@@ -9,12 +9,14 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
 	"go.uber.org/zap"
 
 	"github.com/aurorasoc/edr-sensor/internal/logging"
+	"github.com/aurorasoc/edr-sensor/sensor"
 	"github.com/aurorasoc/edr-sensor/sensor/event"
 	"github.com/aurorasoc/edr-sensor/transport"
 )
@@ -61,11 +63,7 @@ func (a *Agent) facts(now time.Time) facts {
 	if stats.Err != nil {
 		f.bufferError = stats.Err.Error()
 	}
-	for _, c := range a.sensor.Coverage() {
-		if c.Hook == "" {
-			f.missing = append(f.missing, c.Event)
-		}
-	}
+	f.missing = unseen(a.sensor.Coverage())
 	if beat := a.sensor.Beat(); !beat.IsZero() && now.Sub(beat) > stuckAfter {
 		f.stuck = "worker"
 	}
@@ -79,6 +77,18 @@ func (a *Agent) facts(now time.Time) facts {
 		f.transportReason = fmt.Sprintf("Redis at %s does not take events: %s: %s (%s)", t.Address, t.Phase, t.Error, t.Hint)
 	}
 	return f
+}
+
+// unseen lists the events that nothing on this host tells of. Where it cannot be seen
+// that a file is written, it is seen that one is opened for it.
+func unseen(coverage []sensor.Coverage) (events []string) {
+	opens := slices.ContainsFunc(coverage, func(c sensor.Coverage) bool { return c.Kind == event.FileOpenWrite && c.Hook != "" })
+	for _, c := range coverage {
+		if c.Hook == "" && (c.Kind != event.FileModify || !opens) {
+			events = append(events, c.Event)
+		}
+	}
+	return events
 }
 
 func (a *Agent) reportMode(ctx context.Context, before, now modeState) {

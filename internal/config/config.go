@@ -30,8 +30,8 @@ const (
 	TiB = 1 << 40
 )
 
-// Config is the whole configuration. It is a plain value: comparable, and safe
-// to copy and to share once loaded. packaging/config/edr-sensor.yaml documents
+// Config is the whole configuration. It is a plain value, safe to copy and to
+// share once loaded; nobody writes to its lists. packaging/config/edr-sensor.yaml documents
 // each key.
 type Config struct {
 	Agent     Agent
@@ -80,7 +80,16 @@ type Sensor struct {
 	PriorityRing, BulkRing int64 // bytes; powers of two, at least a page
 	ProcessTable           int   // processes remembered at most
 	ForkEvents             bool
+	File                   File
 	Hash                   Hash
+}
+
+// File says which changes of the file system are reported.
+type File struct {
+	Enabled            bool
+	PerProcess         int      // events of one process a second; 0: no limit
+	ExcludePaths       []string // directories; absolute
+	ExcludeExecutables []string // absolute paths
 }
 
 // Hash bounds the hashing of executables.
@@ -169,6 +178,7 @@ func Default() Config {
 			PriorityRing: 16 * MiB,
 			BulkRing:     8 * MiB,
 			ProcessTable: 65536,
+			File:         File{Enabled: true, PerProcess: 1000},
 			Hash:         Hash{Enabled: true, MaxSize: 64 * MiB, PerSecond: 200, Wait: 50 * time.Millisecond},
 		},
 		Buffer: Buffer{

@@ -206,6 +206,23 @@ transport: {db: -1, shard: "{a}", batch_bytes: 64M}
 			`edr-sensor.yaml:9:15: transport.tls.enabled: is false, but other keys of transport.tls are set; set it to true, or remove them: the connection would not be encrypted`,
 			`edr-sensor.yaml:6:13: transport.username: is set without a password; put the password in a file named by transport.password_file`,
 		}},
+		{name: "lists", text: `
+sensor:
+  file:
+    per_process: -1
+    exclude_paths: [/srv, relative, //]
+    exclude_executables: /usr/bin/dpkg
+`, environ: []string{"EDR_SENSOR_SENSOR__FILE__EXCLUDE_EXECUTABLES=/bin/a::/bin/b", "EDR_SENSOR_SENSOR__FILE__EXCLUDE_PATHS=/"}, want: []string{
+			`edr-sensor.yaml:4:18: sensor.file.per_process: "-1" is below the minimum of 0; set 0 or more`,
+			`edr-sensor.yaml:5:20: sensor.file.exclude_paths: has the element "relative", which is not an absolute path; start it with /`,
+			`edr-sensor.yaml:6:26: sensor.file.exclude_executables: "/usr/bin/dpkg" is a string, not a list; write a list such as [/srv/build, /var/cache]; [] is the empty one`,
+			`environment EDR_SENSOR_SENSOR__FILE__EXCLUDE_EXECUTABLES: sensor.file.exclude_executables: "/bin/a::/bin/b" has the element "", which must not be empty; write a value, or remove the key for the default`,
+			`environment EDR_SENSOR_SENSOR__FILE__EXCLUDE_PATHS: sensor.file.exclude_paths: "/" has the element "/", which is everything; set sensor.file.enabled to false instead`,
+		}},
+		{name: "elements of lists", text: "sensor:\n  file:\n    exclude_paths: [{a: b}]\n    exclude_executables: [[/a]]\n", want: []string{
+			`edr-sensor.yaml:3:20: sensor.file.exclude_paths: has an element that is a section, not a string; write a list such as [/srv/build, /var/cache]; [] is the empty one`,
+			`edr-sensor.yaml:4:26: sensor.file.exclude_executables: has an element that is a list, not a string; write a list such as [/srv/build, /var/cache]; [] is the empty one`,
+		}},
 		{name: "twice", text: "log:\n  level: info\nlog:\n  level: debug\n", want: []string{
 			`edr-sensor.yaml:3:1: log: is set twice; the first is on line 1; remove one of them`,
 		}},
@@ -234,7 +251,15 @@ transport: {db: -1, shard: "{a}", batch_bytes: 64M}
 
 func TestGoodValues(t *testing.T) {
 	c, problems := loadText(t, `
-sensor: {scope: "cgroup:/system.slice/x.service", priority_ring: 65536}
+sensor:
+  scope: "cgroup:/system.slice/x.service"
+  priority_ring: 65536
+  file:
+    per_process: 0
+    exclude_paths: [/srv/build, "/var/cache"]
+    exclude_executables:
+      - /usr/bin/dpkg
+      - '/opt/x y'
 buffer: {cap: 1TB, dir: /data/buffer}
 transport:
   address: unix:///run/redis/redis.sock
@@ -253,6 +278,10 @@ agent:
 		c.Buffer.Cap != 1e12 || c.Buffer.Dir != "/data/buffer" || c.Transport.Linger != time.Millisecond || c.Transport.Timeout != time.Minute ||
 		c.HTTP.Listen != "" || c.Context.CaseID != "0123" {
 		t.Errorf("got %+v", c)
+	}
+	files := File{Enabled: true, ExcludePaths: []string{"/srv/build", "/var/cache"}, ExcludeExecutables: []string{"/usr/bin/dpkg", "/opt/x y"}}
+	if d := cmp.Diff(files, c.Sensor.File); d != "" {
+		t.Errorf("sensor.file (-want +got):\n%s", d)
 	}
 	if got := c.Transport.EventsKey(); got != "edr:{s000}:events" {
 		t.Errorf("events key %s", got)
@@ -297,6 +326,7 @@ func TestDumpReadsBack(t *testing.T) {
 	c.Buffer.CommitInterval = 1500 * time.Microsecond
 	c.Buffer.Cap = 200*MiB + 1
 	c.Transport.PasswordFile = "/etc/p"
+	c.Sensor.File.ExcludePaths = []string{"/srv/build", `/a b/c:"ünï"`}
 	path := write(t, t.TempDir(), map[string]string{"edr-sensor.yaml": string(c.Dump())})
 	got, err := Load(path, nil)
 	if err != nil {
@@ -316,6 +346,15 @@ func TestHashNamesTheMeaning(t *testing.T) {
 	}
 	if a.Hash() == other.Hash() {
 		t.Error("different configurations have one hash")
+	}
+}
+
+func TestListsInTheEnvironment(t *testing.T) {
+	for value, want := range map[string][]string{"": nil, "/a": {"/a"}, "/a:/b c": {"/a", "/b c"}} {
+		c, problems := loadText(t, "sensor: {file: {exclude_paths: [/x]}}\n", "EDR_SENSOR_SENSOR__FILE__EXCLUDE_PATHS="+value)
+		if d := cmp.Diff(want, c.Sensor.File.ExcludePaths); d != "" || problems != "" {
+			t.Errorf("%q: %s (-want +got):\n%s", value, problems, d)
+		}
 	}
 }
 
@@ -360,7 +399,7 @@ func FuzzLoad(f *testing.F) {
 		if err != nil {
 			t.Fatalf("dump: %v\n%s", err, c.Dump())
 		}
-		if c != d {
+		if !cmp.Equal(c, d) {
 			t.Errorf("dump means something else (-want +got):\n%s", cmp.Diff(c, d))
 		}
 	})

@@ -56,6 +56,44 @@ func text(key string, dst *string, check func(string) *fault) setting {
 	}}
 }
 
+// list holds strings, each of which check accepts. In the environment they are
+// separated by colons, as in PATH.
+func list(key string, dst *[]string, check func(string) *fault) setting {
+	const remedy = "write a list such as [/srv/build, /var/cache]; [] is the empty one"
+	show := func() string {
+		var quoted []string
+		for _, s := range *dst {
+			quoted = append(quoted, strconv.Quote(s))
+		}
+		return "[" + strings.Join(quoted, ", ") + "]"
+	}
+	return setting{key: key, plain: true, show: show, parse: func(n node) *fault {
+		var items []string
+		switch n.shape {
+		case shapeList:
+			for _, i := range n.items {
+				if i.shape != shapeString {
+					return faultf(remedy, "has an element that %s, not a string", i.shape)
+				}
+				items = append(items, i.text)
+			}
+		case shapeText:
+			if n.text != "" {
+				items = strings.Split(n.text, ":")
+			}
+		default:
+			return faultf(remedy, "%s, not a list", describe(n))
+		}
+		for _, s := range items {
+			if f := check(s); f != nil {
+				return faultf(f.remedy, "has the element %s, which %s", quote(s), f.what)
+			}
+		}
+		*dst = items
+		return nil
+	}}
+}
+
 func boolean(key string, dst *bool) setting {
 	return setting{key: key, plain: true, show: func() string { return strconv.FormatBool(*dst) }, parse: func(n node) *fault {
 		if n.shape == shapeBool || n.shape == shapeText {
@@ -314,6 +352,14 @@ func absolute(s string) *fault {
 		return faultf("use a shorter path", "is longer than 4096 bytes")
 	}
 	return printable(s)
+}
+
+// excludable is a directory that can be left out.
+func excludable(s string) *fault {
+	if s != "" && strings.Trim(s, "/") == "" {
+		return faultf("set sensor.file.enabled to false instead", "is everything")
+	}
+	return required(absolute)(s)
 }
 
 // socketPath also keeps to what the kernel's sockaddr_un holds.

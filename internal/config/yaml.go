@@ -38,6 +38,7 @@ type node struct {
 	shape shape
 	text  string // of a scalar, as typed but for quotes and escapes
 	pairs []pair // of a map, in order, duplicates included
+	items []node // of a list
 }
 
 type pair struct {
@@ -141,6 +142,9 @@ func (c *converter) convert(n ast.Node) node {
 		out.shape, out.text = shapeBool, n.GetToken().Value
 	case *ast.SequenceNode:
 		out.shape = shapeList
+		for _, v := range n.Values {
+			out.items = append(out.items, c.convert(v))
+		}
 	case ast.MapNode:
 		out.shape = shapeMap
 		for it := n.MapRange(); it.Next(); {

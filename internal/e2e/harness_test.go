@@ -282,7 +282,12 @@ type ocsfEvent struct {
 	} `json:"cumulative_traffic"`
 	Src      endpoint `json:"src_endpoint"`
 	Dst      endpoint `json:"dst_endpoint"`
+	File     file     `json:"file"`
+	Result   file     `json:"file_result"`
 	Unmapped struct {
+		Suppressed struct {
+			ByType map[string]uint64 `json:"by_type"`
+		} `json:"suppressed"`
 		Lost struct {
 			Ranges []struct {
 				Cause       string
@@ -303,6 +308,10 @@ type process struct {
 		Runtime string `json:"runtime"`
 	} `json:"container"`
 	Parent *process `json:"parent_process"`
+}
+
+type file struct {
+	Path string `json:"path"`
 }
 
 type endpoint struct {

@@ -77,6 +77,10 @@ func obey(o order) (string, error) {
 		return "", exec.Command("/bin/sh", "-c", `echo $$ >"$0/cgroup.procs" && exec /bin/true "$1"`, o.Dir, marker(o.From)).Run()
 	case "connect":
 		return "", connects(o)
+	case "files":
+		return "", changeFiles(o.Dir)
+	case "create":
+		return "", createFiles(o.Dir, o.N)
 	case "listen":
 		l, err := net.Listen("tcp", "127.0.0.1:0")
 		if err != nil {

@@ -168,11 +168,14 @@ func (e *Enricher) Apply(ev *event.Event) {
 		subject = e.fork(ev)
 	case event.Exit:
 		subject = e.exit(ev)
-	default:
+	case event.TCPConnect, event.TCPConnectFailed, event.TCPAccept, event.TCPListen, event.TCPClose:
 		subject = e.actor(ev.Actor)
 		if c := ev.TCP.Closer; c != ev.Actor {
 			ev.Creator = process(e.actor(c))
 		}
+	default: // changes of the file system
+		subject = e.actor(ev.Actor)
+		e.nameOwners(&ev.File, ev.KTime)
 	}
 	if subject == nil {
 		return
@@ -240,6 +243,15 @@ func (e *Enricher) lookUp(key event.ProcessKey) *entry {
 func (e *Enricher) nameUsers(p *event.Process, ktime uint64) {
 	p.User, p.Group = e.users.name(p.Cred.UID, ktime), e.groups.name(p.Cred.GID, ktime)
 	p.Owner = e.users.name(p.File.UID, ktime)
+}
+
+func (e *Enricher) nameOwners(f *event.FileInfo, ktime uint64) {
+	if f.File.Ino != 0 {
+		f.Owner = e.users.name(f.File.UID, ktime)
+	}
+	if f.Flags&event.FileNewUID != 0 {
+		f.NewOwner = e.users.name(f.NewUID, ktime)
+	}
 }
 
 func (e *Enricher) exec(ev *event.Event) *entry {

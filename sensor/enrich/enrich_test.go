@@ -378,6 +378,27 @@ func TestApplyTCP(t *testing.T) {
 
 // TestApplyUnknownActor: a process that was not seen to start is entered with what
 // /proc knows, if its start time is the expected one.
+func TestApplyFile(t *testing.T) {
+	h := newHost(t, nil)
+	actor := event.ProcessKey{PID: 20, StartTime: 2000}
+	h.exec(actor, event.ProcessKey{}, "/bin/sh")
+	ev := h.at(event.FileChown, actor)
+	ev.File = event.FileInfo{File: event.File{Ino: 7, UID: 0}, Flags: event.FileNewUID, NewUID: 1000}
+	ev.TCP.Closer = event.ProcessKey{PID: 99, StartTime: 1} // of an event before this one
+	h.apply(ev)
+	if ev.Subject == nil || ev.Subject.Path != "/bin/sh" || ev.Creator != nil {
+		t.Errorf("subject %+v, creator %+v", ev.Subject, ev.Creator)
+	}
+	if ev.File.Owner != "root" || ev.File.NewOwner != "alice" {
+		t.Errorf("owners %q and %q", ev.File.Owner, ev.File.NewOwner)
+	}
+	ev = h.at(event.FileCreate, actor)
+	h.apply(ev)
+	if ev.File.Owner != "" || ev.File.NewOwner != "" {
+		t.Errorf("what is not there yet belongs to %q, %q", ev.File.Owner, ev.File.NewOwner)
+	}
+}
+
 func TestApplyUnknownActor(t *testing.T) {
 	h := newHost(t, nil)
 	parent := key(42, 40*tick+9)

@@ -16,7 +16,7 @@ import (
 // Kind says what an Event reports.
 type Kind uint8
 
-// The kinds. Those up to TCPClose come from the kernel and have the numbers of
+// The kinds. Those up to FileOpenWrite come from the kernel and have the numbers of
 // enum event_kind in bpf/events.h; Lifecycle is made by the sensor itself.
 const (
 	None Kind = iota
@@ -29,6 +29,22 @@ const (
 	TCPAccept
 	TCPListen
 	TCPClose
+	FileCreate
+	FileModify
+	FileDelete
+	FileRename
+	FileLink
+	FileSymlink
+	FileMkdir
+	FileChmod
+	FileChown
+	FileTruncate
+	FileXattr
+	FileTimes
+	Mount
+	Umount
+	MountMove
+	FileOpenWrite
 	Lifecycle
 	kinds
 )
@@ -39,7 +55,12 @@ const Kinds = int(kinds)
 var names = [Kinds]string{
 	None: "none", Exec: "process.exec", Fork: "process.fork", Exit: "process.exit", Task: "process.snapshot",
 	TCPConnect: "net.connect", TCPConnectFailed: "net.connect_failed", TCPAccept: "net.accept",
-	TCPListen: "net.listen", TCPClose: "net.close", Lifecycle: "sensor.lifecycle",
+	TCPListen: "net.listen", TCPClose: "net.close",
+	FileCreate: "file.create", FileModify: "file.write", FileDelete: "file.delete", FileRename: "file.rename", FileLink: "file.link",
+	FileSymlink: "file.symlink", FileMkdir: "file.mkdir", FileChmod: "file.chmod", FileChown: "file.chown", FileTruncate: "file.truncate",
+	FileXattr: "file.xattr", FileTimes: "file.timestomp", Mount: "file.mount", Umount: "file.umount", MountMove: "file.move_mount",
+	FileOpenWrite: "file.open_write",
+	Lifecycle:     "sensor.lifecycle",
 }
 
 // String returns the kind's event code, as in metadata.event_code.
@@ -71,6 +92,7 @@ type Event struct {
 	Fork ForkInfo
 	Exit ExitInfo
 	TCP  TCPInfo
+	File FileInfo
 	Self *SelfInfo // Lifecycle
 
 	// Set by enrich. Subject is the process the event is about (the new image,
@@ -170,6 +192,50 @@ type ExitInfo struct {
 	Comm         []byte
 }
 
+// FileInfo is a change of the file system, or of what is mounted where.
+type FileInfo struct {
+	File               File   // before the change; Ino 0 when there was none
+	Path               []byte // in slash form, built by decode
+	Path2              []byte // new path, link target, mount source
+	Name               []byte // xattr name, file system type
+	Flags              FileFlags
+	OpenFlags          uint32
+	MntNS              uint32
+	CgroupID           uint64
+	TargetIno          uint64 // what a rename replaced
+	NewMode            uint32 // the New fields are valid as Flags says
+	NewUID, NewGID     uint32
+	NewSize            uint64
+	NewATime, NewMTime int64 // nanoseconds since the Unix epoch
+	Written            uint64
+	Suppressed         uint32 // events of this process that the token bucket dropped before
+	Owner, NewOwner    string // names of File.UID and NewUID, empty when unknown; set by enrich
+}
+
+// FileFlags are those of enum file_flags in bpf/events.h.
+type FileFlags uint32
+
+// The file flags; bpf/events.h says what each means.
+const (
+	FileDegraded FileFlags = 1 << iota
+	FilePathTruncated
+	FilePath2Truncated
+	FileReplaced
+	FileExchanged
+	FileWhiteout
+	FileDirectory
+	FileXattrRemoved
+	FileCreatedHere
+	FileRelative
+	FileNewMode
+	FileNewUID
+	FileNewGID
+	FileNewSize
+	FileNewATime
+	FileNewMTime
+	FileWalked
+)
+
 // TCPInfo is one state of a TCP connection or listener.
 type TCPInfo struct {
 	ConnID                   uint64
@@ -252,6 +318,7 @@ const (
 	ActivityDegraded
 	ActivityLost
 	ActivityMode
+	ActivitySuppressed
 )
 
 // SelfInfo is what the sensor decided, lost or became, and why. It goes to the
@@ -263,10 +330,10 @@ type SelfInfo struct {
 	Failed   bool   // status_id 2
 	Code     string // machine-readable cause, e.g. "RINGBUF_FULL"
 	Message  string // one sentence for people
-	Count    uint64 // lost events, if any
+	Count    uint64 // events lost or suppressed, if any
 	From, To time.Time
 	Losses   []Loss            // ActivityLost: what exactly
-	ByKind   map[string]uint64 // kernel losses by event code
+	ByKind   map[string]uint64 // kernel losses, or what was suppressed, by event code
 	Before   string            // state before and after, where it changed
 	After    string
 	Attrs    map[string]any // further evidence, under unmapped.sensor

@@ -114,7 +114,11 @@ func (e *Encoder) Append(dst []byte, seq uint64, now int64, ev *event.Event) []b
 	case event.TCPConnect, event.TCPConnectFailed, event.TCPAccept, event.TCPListen, event.TCPClose:
 		e.tcp(&w, ev)
 	default:
-		e.lifecycle(&w, ev, e.self(ev))
+		if isFile(ev.Kind) {
+			e.file(&w, ev)
+		} else {
+			e.lifecycle(&w, ev, e.self(ev))
+		}
 	}
 	w.close('}')
 	w.b = w.b[:len(w.b)-1]
@@ -199,7 +203,7 @@ func (w *writer) profiles(ev *event.Event) {
 
 func contained(p *event.Process) bool { return p != nil && p.Container != nil && p.Container.ID != "" }
 
-// truncation says what of the process the event is about was cut.
+// truncation says what was cut of the process, or of the paths, that the event is about.
 func (w *writer) truncation(ev *event.Event) (sizeAt int) {
 	const cuts = event.FlagArgvTruncated | event.FlagExeTruncated | event.FlagCWDTruncated | event.FlagCgroupTruncated
 	var flags event.ProcessFlags
@@ -218,10 +222,11 @@ func (w *writer) truncation(ev *event.Event) (sizeAt int) {
 		}
 	}
 	part := cmdLineCut(ev)
-	if flags&(cuts|event.FlagArgvFault) == 0 && !part {
+	upper := cutPaths(ev)
+	if flags&(cuts|event.FlagArgvFault) == 0 && !part && upper == [2]string{} {
 		return 0
 	}
-	if flags&cuts != 0 || part {
+	if flags&cuts != 0 || part || upper != [2]string{} {
 		w.raw(`"is_truncated":true,`)
 	}
 	if flags&event.FlagArgvTruncated != 0 {
@@ -255,6 +260,12 @@ func (w *writer) truncation(ev *event.Event) (sizeAt int) {
 	if part {
 		w.raw(path)
 		w.raw(`cmd_line: cut at 4096 bytes, complete in process.exec",`)
+	}
+	for _, attribute := range upper {
+		if attribute != "" {
+			w.raw(attribute)
+			w.raw(`: cut, its upper folders are missing",`)
+		}
 	}
 	w.close(']')
 	return sizeAt

@@ -292,6 +292,164 @@ func failedEvent(errno int32) event.Event {
 	return ev
 }
 
+// fileEvent is a change that the shell makes in its container, on its root file system.
+func fileEvent(k event.Kind, path string) event.Event {
+	p := shell()
+	return event.Event{
+		Kind: k, KTime: testKTime, Time: testTime, Actor: p.Key, TID: p.Key.PID, Hook: fileHooks()[k], Subject: p, Parent: php(), Ancestors: ancestors(),
+		File: event.FileInfo{
+			File: event.File{
+				Ino: 1320001, Size: 4096, MTime: 1795445000_123000000, CTime: 1795445000_124000000,
+				DevMajor: 259, DevMinor: 2, Mode: 0o100644, Nlink: 1, UID: 33, GID: 33, FSMagic: 0xef53,
+			},
+			Owner: "www-data", Path: []byte(path), MntNS: 4026532256, CgroupID: 12045,
+		},
+	}
+}
+
+func fileHooks() map[event.Kind]string {
+	const setattr = "fentry/security_inode_setattr"
+	return map[event.Kind]string{
+		event.FileCreate: "lsm/path_mknod", event.FileModify: "lsm/file_open, lsm/file_release", event.FileDelete: "lsm/path_unlink, lsm/path_rmdir",
+		event.FileRename: "lsm/path_rename", event.FileLink: "lsm/path_link", event.FileSymlink: "lsm/path_symlink", event.FileMkdir: "lsm/path_mkdir",
+		event.FileChmod: setattr, event.FileChown: setattr, event.FileTruncate: setattr, event.FileTimes: setattr,
+		event.FileXattr: "kprobe/security_inode_setxattr, kprobe/security_inode_removexattr",
+		event.Mount:     "lsm/sb_mount", event.Umount: "lsm/sb_umount", event.MountMove: "lsm/move_mount",
+	}
+}
+
+// changed is a fileEvent with more.
+func changed(k event.Kind, path string, change func(*event.FileInfo)) event.Event {
+	ev := fileEvent(k, path)
+	change(&ev.File)
+	return ev
+}
+
+// fresh is a fileEvent of what is not there yet.
+func fresh(k event.Kind, path string, mode uint32) event.Event {
+	return changed(k, path, func(f *event.FileInfo) {
+		f.File, f.Owner, f.NewMode, f.Flags = event.File{}, "", mode, event.FileNewMode
+	})
+}
+
+// fromSyscall is a fileEvent that only the arguments of a system call tell of.
+func fromSyscall(k event.Kind, path string, change func(*event.FileInfo)) event.Event {
+	ev := changed(k, path, func(f *event.FileInfo) {
+		f.File, f.Owner, f.Flags = event.File{}, "", event.FileDegraded
+		if path[0] != '/' {
+			f.Flags |= event.FileRelative
+		}
+	})
+	change(&ev.File)
+	ev.Hook = "raw_tp/sys_exit"
+	return ev
+}
+
+// fromOpen is a fileEvent of a system call on an open file: the path is the kernel's.
+func fromOpen(k event.Kind, change func(*event.FileInfo)) event.Event {
+	ev := changed(k, "/var/www/html/.cache.php", func(f *event.FileInfo) { f.Flags = event.FileDegraded | event.FileWalked })
+	change(&ev.File)
+	ev.Hook = "raw_tp/sys_exit"
+	return ev
+}
+
+// opened is a file that a system call opened.
+func opened(k event.Kind) event.Event {
+	return fromOpen(k, func(f *event.FileInfo) { f.OpenFlags = 0x401 })
+}
+
+func folder(f *event.FileInfo) {
+	f.File.Mode, f.File.Nlink, f.Flags = 0o40755, 2, f.Flags|event.FileDirectory
+}
+
+// fileGoldens has every kind of change, as good hooks see it and as system calls do.
+func fileGoldens() []golden {
+	const php = "/var/www/html/.cache.php"
+	unknown := fileEvent(event.FileDelete, php)
+	unknown.Subject, unknown.Parent, unknown.Ancestors = nil, nil, nil
+	return []golden{
+		{"file.create", fresh(event.FileCreate, php, 0o100644)},
+		{"file.create-fifo", fresh(event.FileCreate, "/tmp/f", 0o010600)},
+		{"file.create-degraded", opened(event.FileCreate)},
+		{"file.write", changed(event.FileModify, php, func(f *event.FileInfo) {
+			f.OpenFlags, f.Written, f.Flags = 0x401, 1780, event.FileCreatedHere
+		})},
+		{"file.write-cut", changed(event.FileModify, "deep/er/.cache\xff.php", func(f *event.FileInfo) {
+			f.OpenFlags, f.Flags, f.Suppressed = 2, event.FilePathTruncated, 812
+		})},
+		{"file.delete", fileEvent(event.FileDelete, php)},
+		{"file.delete-other-link", changed(event.FileDelete, php, func(f *event.FileInfo) { f.File.Nlink = 3 })},
+		{"file.delete-folder", changed(event.FileDelete, "/var/www/html/old", folder)},
+		{"file.delete-unknown", unknown},
+		{"file.delete-degraded", fromSyscall(event.FileDelete, "cache/../.cache.php", func(*event.FileInfo) {})},
+		{"file.rename", changed(event.FileRename, "/tmp/.x", func(f *event.FileInfo) {
+			f.Path2, f.Flags, f.TargetIno, f.File.Mode = []byte("/etc/cron.d/php-sess"), event.FileReplaced, 1320444, 0o100755
+		})},
+		{"file.rename-exchanged", changed(event.FileRename, "/tmp/.x", func(f *event.FileInfo) {
+			f.Path2, f.Flags, f.TargetIno = []byte("er/y\xfe"), event.FileExchanged|event.FileWhiteout|event.FilePath2Truncated, 1320444
+		})},
+		{"file.rename-degraded", fromSyscall(event.FileRename, "/tmp/.x", func(f *event.FileInfo) { f.Path2 = []byte("php-sess") })},
+		{"file.link", changed(event.FileLink, "/usr/bin/sudo", func(f *event.FileInfo) {
+			f.Path2, f.File.Mode, f.File.UID, f.Owner = []byte("/tmp/s"), 0o104755, 0, "root"
+		})},
+		{"file.link-cut", changed(event.FileLink, "bin/sudo\xfe", func(f *event.FileInfo) {
+			f.Path2, f.Flags = []byte("s"), event.FilePathTruncated|event.FilePath2Truncated
+		})},
+		{"file.link-degraded", fromSyscall(event.FileLink, "sudo", func(f *event.FileInfo) { f.Path2 = []byte("/tmp/s") })},
+		{"file.symlink", changed(event.FileSymlink, "/tmp/l", func(f *event.FileInfo) {
+			f.File, f.Owner, f.Path2 = event.File{}, "", []byte("../etc/shadow")
+		})},
+		{"file.symlink-degraded", fromSyscall(event.FileSymlink, "l", func(f *event.FileInfo) { f.Path2 = []byte("../etc/\xfe") })},
+		{"file.mkdir", fresh(event.FileMkdir, "/var/www/html/.d", 0o755)},
+		{"file.mkdir-degraded", fromSyscall(event.FileMkdir, ".d/", func(f *event.FileInfo) {
+			f.NewMode, f.Flags = 0o755, f.Flags|event.FileNewMode|event.FileDirectory
+		})},
+		{"file.chmod", changed(event.FileChmod, "/tmp/.x", func(f *event.FileInfo) { f.NewMode, f.Flags = 0o104755, event.FileNewMode })},
+		{"file.chmod-degraded", fromSyscall(event.FileChmod, ".x", func(f *event.FileInfo) { f.NewMode, f.Flags = 0o4755, f.Flags|event.FileNewMode })},
+		{"file.chmod-descriptor", fromOpen(event.FileChmod, func(f *event.FileInfo) {
+			f.File.Mode, f.NewMode, f.Flags = 0o104755, 0o4755, f.Flags|event.FileNewMode
+		})},
+		{"file.chown", changed(event.FileChown, "/tmp/.x", func(f *event.FileInfo) {
+			f.NewUID, f.NewGID, f.NewOwner, f.Flags = 0, 0, "root", event.FileNewUID|event.FileNewGID
+			f.File.Mode, f.NewMode, f.Flags = 0o104755, 0o100755, f.Flags|event.FileNewMode
+		})},
+		{"file.chown-degraded", fromSyscall(event.FileChown, ".x", func(f *event.FileInfo) { f.NewGID, f.Flags = 7, f.Flags|event.FileNewGID })},
+		{"file.truncate", changed(event.FileTruncate, "/var/log/auth.log", func(f *event.FileInfo) { f.NewSize, f.Flags = 0, event.FileNewSize })},
+		{"file.truncate-degraded", fromSyscall(event.FileTruncate, "/var/log/auth.log", func(f *event.FileInfo) { f.Flags |= event.FileNewSize })},
+		{"file.truncate-descriptor", fromOpen(event.FileTruncate, func(f *event.FileInfo) {
+			f.File.Size, f.NewSize, f.Flags = 7, 7, f.Flags|event.FileNewSize
+		})},
+		{"file.xattr", changed(event.FileXattr, "/tmp/.x", func(f *event.FileInfo) { f.Name = []byte("security.capability") })},
+		{"file.xattr-user", changed(event.FileXattr, "/", func(f *event.FileInfo) {
+			folder(f)
+			f.Name, f.Flags = []byte("user.note\xff"), f.Flags|event.FileXattrRemoved
+		})},
+		{"file.xattr-degraded", fromSyscall(event.FileXattr, ".x", func(f *event.FileInfo) { f.Name = []byte("system.posix_acl_access") })},
+		{"file.timestomp", changed(event.FileTimes, "/tmp/.x", func(f *event.FileInfo) {
+			f.NewMTime, f.NewATime, f.Flags = 1672940000_000000000, 1672940000_000000000, event.FileNewMTime|event.FileNewATime
+		})},
+		{"file.timestomp-degraded", fromSyscall(event.FileTimes, ".x", func(f *event.FileInfo) { f.NewMTime, f.Flags = -1, f.Flags|event.FileNewMTime })},
+		{"file.mount", changed(event.Mount, "/mnt/t", func(f *event.FileInfo) {
+			folder(f)
+			f.Path2, f.Name, f.OpenFlags = []byte("/dev/loop0"), []byte("ext4"), 2|4
+		})},
+		{"file.mount-degraded", fromSyscall(event.Mount, "/mnt/t", func(f *event.FileInfo) {
+			f.Path2, f.Name, f.OpenFlags = []byte("no\xfene"), []byte("tm\xfefs"), 0
+		})},
+		{"file.umount", changed(event.Umount, "/mnt/t", func(f *event.FileInfo) {
+			folder(f)
+			f.Name, f.OpenFlags = []byte("ext4"), 2
+		})},
+		{"file.umount-degraded", fromSyscall(event.Umount, "t", func(*event.FileInfo) {})},
+		{"file.move_mount", changed(event.MountMove, "/mnt/t", func(f *event.FileInfo) {
+			folder(f)
+			f.Path2 = []byte("/usr/lib")
+		})},
+		{"file.move_mount-degraded", fromSyscall(event.MountMove, "\xfe", func(f *event.FileInfo) { f.Path2 = []byte("/usr/lib") })},
+		{"file.open_write", opened(event.FileOpenWrite)},
+	}
+}
+
 func selfEvent(s event.SelfInfo) event.Event {
 	return event.Event{Kind: event.Lifecycle, Time: testTime, Hook: "userspace/agent", Self: &s}
 }
@@ -316,7 +474,7 @@ func goldens() []golden {
 	unknownConnect.Subject, unknownConnect.Parent = nil, nil
 	stop := selfEvent(event.SelfInfo{Activity: event.ActivityStop, Message: "stopped: SIGTERM"})
 	stop.Subject, stop.Actor = login(), login().Key
-	return []golden{
+	return append([]golden{
 		{"process.exec", execEvent()},
 		{"process.exec-unusual", suidExec()},
 		{"process.exec-long-argv", longArgv(5000)},
@@ -367,7 +525,12 @@ func goldens() []golden {
 			Name: "Rewind", Severity: 3, Code: "SERVER_WENT_BACK", Message: "the server lost acknowledged records; sending from 812 again",
 			Attrs: map[string]any{"from": 812, "acked": 1400},
 		})},
-	}
+		{"sensor.suppressed", selfEvent(event.SelfInfo{
+			Activity: event.ActivitySuppressed, Severity: 1, Code: "SUPPRESSED", Message: "93120 events were left out, as sensor.file says",
+			Count: 93120, From: time.UnixMilli(1795445990000), To: time.UnixMilli(1795446000000),
+			ByKind: map[string]uint64{"file.create": 46560, "file.write": 46560},
+		})},
+	}, fileGoldens()...)
 }
 
 // pretty encodes one event the way its golden file has it.

@@ -33,6 +33,21 @@ func (w *writer) close(bracket byte) {
 	w.b = append(w.b, ',')
 }
 
+// begin starts an object or array that end takes back when nothing is in it.
+func (w *writer) begin(s string) (at int) {
+	at = len(w.b)
+	w.open(s)
+	return at
+}
+
+func (w *writer) end(at int, bracket byte) {
+	if last := w.b[len(w.b)-1]; last == '{' || last == '[' {
+		w.b = w.b[:at]
+		return
+	}
+	w.close(bracket)
+}
+
 func (w *writer) str(key, s string) {
 	b := appendQuoted(append(w.b, key...), s)
 	w.b = append(b, ',')

@@ -33,6 +33,8 @@ func activityName(s *event.SelfInfo) string {
 		return "Lost Events"
 	case event.ActivityMode:
 		return "Mode Change"
+	case event.ActivitySuppressed:
+		return "Suppressed"
 	}
 	return or(s.Name, "Other")
 }
@@ -119,12 +121,16 @@ func severity(id uint8) string {
 }
 
 // losses names what will not be delivered: seq ranges of the buffer, or events
-// that the kernel had no room for, by event code.
+// that the kernel had no room for or was told to leave out, by event code.
 func (w *writer) losses(s *event.SelfInfo) {
 	if s.Activity != event.ActivityLost && len(s.Losses) == 0 && len(s.ByKind) == 0 {
 		return
 	}
-	w.open(`"lost":{`)
+	if s.Activity == event.ActivitySuppressed {
+		w.open(`"suppressed":{`)
+	} else {
+		w.open(`"lost":{`)
+	}
 	w.uint(`"events":`, s.Count)
 	if len(s.ByKind) > 0 {
 		w.open(`"by_type":{`)

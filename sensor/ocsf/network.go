@@ -128,11 +128,16 @@ func tcpActivity(ev *event.Event) string {
 
 // owner writes the process whose connection it is, if one can be named.
 func (w *writer) owner(ev *event.Event) {
+	if ev.Subject == nil && (ev.Actor.PID == 0 || ev.TCP.Flags&event.TCPOwnerUnknown != 0) {
+		return
+	}
+	w.actingProcess(ev)
+}
+
+// actingProcess writes the process whose doing the event is.
+func (w *writer) actingProcess(ev *event.Event) {
 	p := ev.Subject
 	if p == nil {
-		if ev.Actor.PID == 0 || ev.TCP.Flags&event.TCPOwnerUnknown != 0 {
-			return
-		}
 		p = &event.Process{Key: ev.Actor, Partial: true}
 	}
 	w.open(`"actor":{"process":{`)

@@ -294,10 +294,7 @@ func (w *writer) file(p *event.Process, full bool) {
 	w.flag(`"is_deleted":`, p.Flags&event.FlagDeleted != 0)
 	known := f.Ino != 0
 	if known {
-		w.raw(`"uid":"`)
-		w.b = append(strconv.AppendUint(w.b, uint64(f.DevMajor), 10), ':')
-		w.b = append(strconv.AppendUint(w.b, uint64(f.DevMinor), 10), ':')
-		w.b = append(strconv.AppendUint(w.b, f.Ino, 10), '"', ',')
+		w.inode(`"uid":`, f, f.Ino)
 		w.uint(`"size":`, f.Size)
 	}
 	if full {
@@ -306,21 +303,15 @@ func (w *writer) file(p *event.Process, full bool) {
 		}
 		if known {
 			w.ms(`"modified_time":`, f.MTime)
-			w.open(`"owner":{`)
-			w.uid(`"uid":`, uint64(f.UID))
-			w.opt(`"name":`, p.Owner)
-			w.close('}')
+			w.ownedBy(f.UID, p.Owner)
 		}
 		w.open(`"xattributes":{`)
 		if known {
-			w.raw(`"mode":"`)
-			mode := f.Mode & 0o7777
-			w.b = append(w.b, '0'+byte(mode>>9), '0'+byte(mode>>6&7), '0'+byte(mode>>3&7), '0'+byte(mode&7), '"', ',')
+			w.mode(`"mode":`, f.Mode)
 			w.uint(`"nlink":`, uint64(f.Nlink))
 			w.uid(`"gid":`, uint64(f.GID))
 			w.ms(`"changed_time":`, f.CTime)
-			w.raw(`"fs_magic":"0x`)
-			w.b = append(strconv.AppendUint(w.b, uint64(f.FSMagic), 16), '"', ',')
+			w.fsMagic(f.FSMagic)
 		}
 		w.flag(`"memfd":`, p.Flags&event.FlagMemfd != 0)
 		w.opt(`"hash_note":`, p.HashNote)

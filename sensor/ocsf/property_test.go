@@ -125,9 +125,15 @@ func (r random) event() event.Event {
 		ConnID: r.uint64(), Opened: r.uint64(), BytesSent: r.uint64(), BytesReceived: r.uint64(), SegsOut: r.uint32(), SegsIn: r.uint32(),
 		Flags: event.TCPFlags(r.IntN(16)), Errno: []int32{0, 104, 110, 111, 113, -1, int32(r.Uint32())}[r.IntN(7)], Local: r.address(), Remote: r.address(), Closer: r.key(),
 	}
+	ev.File = event.FileInfo{
+		File: event.File{Ino: r.uint64(), Size: r.uint64(), MTime: int64(r.uint64()), CTime: int64(r.uint64()), Mode: r.Uint32() & 0o177777, Nlink: r.uint32(), UID: r.uint32(), FSMagic: r.uint32()},
+		Path: r.bytes(), Path2: r.bytes(), Name: r.bytes(), Flags: event.FileFlags(r.Uint32()), OpenFlags: r.uint32(), MntNS: r.uint32(), CgroupID: r.uint64(),
+		TargetIno: r.uint64(), NewMode: r.uint32(), NewUID: r.uint32(), NewGID: r.uint32(), NewSize: r.uint64(), NewATime: int64(r.uint64()), NewMTime: int64(r.uint64()),
+		Written: r.uint64(), Suppressed: r.uint32(), Owner: r.string(), NewOwner: r.string(),
+	}
 	if r.IntN(4) > 0 {
 		ev.Self = &event.SelfInfo{
-			Activity: event.Activity(r.IntN(8)), Name: r.string(), Severity: uint8(r.IntN(256)), Failed: r.maybe(), Code: r.string(), Message: r.string(),
+			Activity: event.Activity(r.IntN(9)), Name: r.string(), Severity: uint8(r.IntN(256)), Failed: r.maybe(), Code: r.string(), Message: r.string(),
 			Count: r.uint64(), ByKind: map[string]uint64{r.string(): r.uint64()}, Losses: []event.Loss{{Cause: r.string(), First: r.uint64()}},
 			Before: r.string(), After: r.string(),
 			Attrs: map[string]any{r.string(): r.string(), "f": func() {}, "before": 1, "n": []int{1}, "s": struct{ A string }{r.string()}},
@@ -257,6 +263,14 @@ func TestMutationsAreRejected(t *testing.T) {
 		{"net.connect", "address", `"ip":"198.51.100.23"`, `"ip":"198.51.100.x"`},
 		{"net.connect", "no endpoint", `_endpoint":`, `_end":`},
 		{"net.close", "direction's caption", `"direction":"Outbound"`, `"direction":"Inbound"`},
+		{"file.rename", "no actor", `"actor":{`, `"unmapped":{`},
+		{"file.rename", "no file", `"file":{"name":".x",`, `"unmapped":{"name":".x",`},
+		{"file.rename", "result without a name", `"file_result":{"name":"php-sess",`, `"file_result":{`},
+		{"file.rename", "type of the result", `"type_id":1,"type":"Regular File"`, `"type_id":2,"type":"Regular File"`},
+		{"file.rename", "owner as number", `"owner":{"uid":"33"`, `"owner":{"uid":33`},
+		{"file.write", "activity's name", `"activity_name":"Update"`, `"activity_name":"Write"`},
+		{"file.write", "mask as text", `"access_mask":1025`, `"access_mask":"O_WRONLY"`},
+		{"file.mount", "volume as number", `"volume":"/dev/loop0"`, `"volume":7`},
 		{"sensor.start", "no app", `"app":{`, `"actor":{`},
 		{"process.snapshot", "no result", `"query_result_id":1,`, ``},
 	} {

@@ -28,7 +28,7 @@ func Validator(t testing.TB) func(event []byte) error {
 	classes := map[int64]*jsonschema.Schema{}
 	compiler := jsonschema.NewCompiler()
 	for uid, name := range map[int64]string{
-		1007: "process_activity", 5015: "process_query", 4001: "network_activity", 6002: "application_lifecycle",
+		1007: "process_activity", 5015: "process_query", 4001: "network_activity", 6002: "application_lifecycle", 1001: "file_activity",
 	} {
 		file := "schema/" + name + ".schema.json"
 		text, err := schemas.ReadFile(file)
@@ -110,6 +110,9 @@ func integer(v any) int64 {
 // captionOf has what OCSF 1.8.0 calls the ids that the sensor emits, by the
 // attribute or, where several objects use one name, by its path's end.
 func captionOf(path string, id int64) (caption string, known bool) {
+	fileTypes := map[int64]string{
+		0: "Unknown", 1: "Regular File", 2: "Folder", 3: "Character Device", 4: "Block Device", 5: "Local Socket", 6: "Named Pipe", 7: "Symbolic Link", 8: "Executable File",
+	}
 	table := map[string]map[int64]string{
 		"severity_id":          {0: "Unknown", 1: "Informational", 2: "Low", 3: "Medium", 4: "High", 5: "Critical", 6: "Fatal", 99: "Other"},
 		"status_id":            {0: "Unknown", 1: "Success", 2: "Failure", 99: "Other"},
@@ -120,7 +123,8 @@ func captionOf(path string, id int64) (caption string, known bool) {
 		"protocol_ver_id":      {4: "Internet Protocol version 4 (IPv4)", 6: "Internet Protocol version 6 (IPv6)"},
 		"observation_point_id": {0: "Unknown", 1: "Source", 2: "Destination"},
 		"algorithm_id":         {3: "SHA-256"},
-		"file.type_id":         {0: "Unknown", 1: "Regular File", 8: "Executable File"},
+		"file.type_id":         fileTypes,
+		"file_result.type_id":  fileTypes,
 		"user.type_id":         {0: "Unknown", 1: "User", 2: "Admin", 3: "System"},
 		"device.type_id":       {0: "Unknown", 1: "Server", 2: "Desktop", 3: "Laptop", 6: "Virtual"},
 		"os.type_id":           {200: "Linux"},
@@ -167,9 +171,11 @@ func captions(path string, v any) (errs []error) {
 // names checks the captions of the event's own type.
 func names(doc map[string]any) error {
 	class, activity := integer(doc["class_uid"]), integer(doc["activity_id"])
-	wantClass := map[int64]string{1007: "Process Activity", 5015: "Process Query", 4001: "Network Activity", 6002: "Application Lifecycle"}[class]
+	wantClass := map[int64]string{1007: "Process Activity", 5015: "Process Query", 4001: "Network Activity", 6002: "Application Lifecycle", 1001: "File System Activity"}[class]
 	wantCategory := map[int64]string{1: "System Activity", 4: "Network Activity", 5: "Discovery", 6: "Application Activity"}[class/1000]
 	wantActivity := map[int64]string{
+		100101: "Create", 100103: "Update", 100104: "Delete", 100105: "Rename", 100106: "Set Attributes", 100107: "Set Security",
+		100112: "Mount", 100113: "Unmount", 100114: "Open",
 		100701: "Launch", 100702: "Terminate", 501501: "Query", 400101: "Open", 400102: "Close", 400103: "Reset",
 		400104: "Fail", 400105: "Refuse", 400107: "Listen", 600203: "Start", 600204: "Stop",
 	}[class*100+activity]

@@ -1,0 +1,264 @@
+/* SPDX-License-Identifier: GPL-2.0-only OR Apache-2.0 */
+/*
+ * syscall.bpf.h - file events out of system calls, for kernels that refuse everything
+ * better: names as the caller wrote them, which another thread may have changed since
+ * the kernel read them, and nothing of what io_uring does.
+ */
+#ifndef EDR_SYSCALL_H
+#define EDR_SYSCALL_H
+
+#include "file.bpf.h"
+
+#define SYSCALLS_MAX 512
+#define SYSCALL_RESULT 7 /* in place of an argument: what the call returned */
+
+/*
+ * syscall says what a system call is about: which of its arguments, from 1, holds
+ * what; 0 for none. User space knows the numbers, which differ between architectures.
+ */
+struct syscall {
+	__u8 kind; /* enum event_kind */
+	__u8 fd;   /* the open file that it is about */
+	__u8 path, path2, name;
+	__u8 mode, uid, gid, size;
+	__u8 flags;     /* MS_* of mount, AT_* of unlinkat, RENAME_* */
+	__u8 times;     /* struct timespec[2]; NULL is now, which is not reported */
+	__u8 removed;   /* 1: takes an extended attribute away */
+	__u8 directory; /* 1: is about directories only */
+	__u8 reserved[3];
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, SYSCALLS_MAX);
+	__type(key, __u32);
+	__type(value, struct syscall);
+} file_syscalls SEC(".maps");
+
+/* Which kinds no better program reports, a bit each. */
+const volatile __u64 syscall_kinds = 0;
+
+#define AT_REMOVEDIR 0x200
+#define UTIME_OMIT ((1L << 30) - 2L) /* UTIME_NOW is one more */
+
+#if defined(__TARGET_ARCH_x86)
+static __always_inline __u64 syscall_number(struct pt_regs *regs)
+{
+	return BPF_CORE_READ(regs, orig_ax);
+}
+
+static __always_inline bool is_compat(struct task_struct *task)
+{
+	return BPF_CORE_READ(task, thread_info.status) & 2; /* TS_COMPAT */
+}
+
+static __always_inline __u64 argument(struct pt_regs *regs, __u32 n)
+{
+	switch (n) {
+	case 1:
+		return BPF_CORE_READ(regs, di);
+	case 2:
+		return BPF_CORE_READ(regs, si);
+	case 3:
+		return BPF_CORE_READ(regs, dx);
+	case 4:
+		return BPF_CORE_READ(regs, r10);
+	case 5:
+		return BPF_CORE_READ(regs, r8);
+	}
+	return 0;
+}
+#elif defined(__TARGET_ARCH_arm64)
+static __always_inline __u64 syscall_number(struct pt_regs *regs)
+{
+	return (__u32)BPF_CORE_READ(regs, syscallno);
+}
+
+static __always_inline bool is_compat(struct task_struct *task)
+{
+	return BPF_CORE_READ(task, thread_info.flags) & (1 << 22); /* TIF_32BIT */
+}
+
+static __always_inline __u64 argument(struct pt_regs *regs, __u32 n)
+{
+	switch (n) {
+	case 1:
+		return BPF_CORE_READ(regs, orig_x0);
+	case 2:
+		return BPF_CORE_READ(regs, regs[1]);
+	case 3:
+		return BPF_CORE_READ(regs, regs[2]);
+	case 4:
+		return BPF_CORE_READ(regs, regs[3]);
+	case 5:
+		return BPF_CORE_READ(regs, regs[4]);
+	}
+	return 0;
+}
+#endif
+
+__noinline __u64 syscall_argument(__u64 regs, __u32 n)
+{
+	return argument((void *)regs, n);
+}
+
+static __always_inline struct file *file_of(struct task_struct *task, __u32 fd)
+{
+	struct fdtable *table = BPF_CORE_READ(task, files, fdt);
+	struct file *file = NULL;
+
+	if (fd < BPF_CORE_READ(table, max_fds))
+		bpf_probe_read_kernel(&file, sizeof(file), BPF_CORE_READ(table, fd) + fd);
+	return file;
+}
+
+/* syscall_text appends a string of the process and returns its length. */
+__noinline int syscall_text(__u32 index, __u64 src)
+{
+	struct file_slot *slot = file_slot_at(index);
+
+	if (!slot || !src)
+		return 0;
+	return append_text(&slot->walk, slot->data, FILE_STRINGS_MAX, (void *)src, true);
+}
+
+static __always_inline void path_of_file(int index, struct file_slot *slot, struct file *file)
+{
+	slot->walk.dentry = (__u64)BPF_CORE_READ(file, f_path.dentry);
+	slot->walk.mount = (__u64)BPF_CORE_READ(file, f_path.mnt);
+	file_describe(index);
+	file_path(index, 0);
+	slot->event.flags |= FILE_DEGRADED | FILE_WALKED;
+}
+
+/* A file was opened: reports that it was made, and that it can be written. */
+static __always_inline int opened(struct file *file)
+{
+	__u32 mode = BPF_CORE_READ(file, f_mode);
+	struct file_slot *slot;
+	__u32 kind;
+	int index, i;
+
+	if ((BPF_CORE_READ(file, f_inode, i_mode) & S_IFMT) != S_IFREG)
+		return 0;
+	for (i = 0; i < 2; i++) {
+		kind = i ? EVENT_KIND_FILE_OPEN_WRITE : EVENT_KIND_FILE_CREATE;
+		if (!(mode & (i ? FMODE_WRITE : FMODE_CREATED)) || !(syscall_kinds >> kind & 1))
+			continue;
+		index = file_begin(kind, 0);
+		slot = file_slot_at(index);
+		if (!slot)
+			continue;
+		path_of_file(index, slot, file);
+		slot->event.open_flags = BPF_CORE_READ(file, f_flags);
+		file_finish(index);
+	}
+	return 0;
+}
+
+/* syscall_times reads the times that utimensat(2) was given: false for now or never. */
+static __always_inline bool syscall_times(struct file_event *event, __u64 times)
+{
+	struct timespec64 t[2];
+
+	if (!times || bpf_probe_read_user(&t, sizeof(t), (void *)times) < 0 ||
+	    t[1].tv_nsec >= UTIME_OMIT)
+		return false;
+	event->new_mtime_ns = in_ns(&t[1]);
+	event->flags |= FILE_NEW_MTIME;
+	if (t[0].tv_nsec < UTIME_OMIT) {
+		event->new_atime_ns = in_ns(&t[0]);
+		event->flags |= FILE_NEW_ATIME;
+	}
+	return true;
+}
+
+static __always_inline int handle_syscall(struct pt_regs *regs, long result)
+{
+	struct task_struct *task;
+	struct file_event *event;
+	struct file_slot *slot;
+	struct syscall *call;
+	struct file *file;
+	__u64 at = (__u64)regs, flags, path;
+	__u32 nr, kind;
+	char first = 0;
+	int index;
+
+	if (result < 0)
+		return 0;
+	nr = syscall_number(regs);
+	call = bpf_map_lookup_elem(&file_syscalls, &nr);
+	if (!call)
+		return 0;
+	kind = call->kind;
+	if (!kind)
+		return 0;
+	task = current_task();
+	if (!task_in_scope(task) || is_compat(task))
+		return 0;
+	if (call->fd == SYSCALL_RESULT)
+		return opened(file_of(task, result));
+	if (kind > 63 || !(syscall_kinds >> kind & 1))
+		return 0;
+	if (call->times && !syscall_argument(at, call->times))
+		return 0;
+	index = file_begin(kind, 0);
+	slot = file_slot_at(index);
+	if (!slot)
+		return 0;
+	event = &slot->event;
+	event->flags |= FILE_DEGRADED;
+	if (call->directory)
+		event->flags |= FILE_DIRECTORY;
+	if (call->removed)
+		event->flags |= FILE_XATTR_REMOVED;
+	if (call->mode) {
+		event->new_mode = syscall_argument(at, call->mode) & 07777;
+		event->flags |= FILE_NEW_MODE;
+	}
+	if (call->uid) {
+		event->new_uid = syscall_argument(at, call->uid);
+		if (event->new_uid != ~0U)
+			event->flags |= FILE_NEW_UID;
+		event->new_gid = syscall_argument(at, call->gid);
+		if (event->new_gid != ~0U)
+			event->flags |= FILE_NEW_GID;
+	}
+	if (call->size) {
+		event->new_size = syscall_argument(at, call->size);
+		event->flags |= FILE_NEW_SIZE;
+	}
+	if (call->flags) {
+		flags = syscall_argument(at, call->flags);
+		if (kind == EVENT_KIND_FILE_DELETE && flags & AT_REMOVEDIR)
+			event->flags |= FILE_DIRECTORY;
+		else if (kind == EVENT_KIND_FILE_RENAME && flags & RENAME_EXCHANGE)
+			event->flags |= FILE_EXCHANGED;
+		else if (kind == EVENT_KIND_FILE_RENAME && flags & RENAME_WHITEOUT)
+			event->flags |= FILE_WHITEOUT;
+		else if (kind == EVENT_KIND_MOUNT || kind == EVENT_KIND_UMOUNT)
+			event->open_flags = flags;
+	}
+	if (call->times && !syscall_times(event, syscall_argument(at, call->times))) {
+		slot_release(&slot->users);
+		return 0;
+	}
+	path = call->path ? syscall_argument(at, call->path) : 0;
+	if (path) {
+		bpf_probe_read_user(&first, sizeof(first), (void *)path);
+		if (first != '/')
+			event->flags |= FILE_RELATIVE;
+		event->path_len = syscall_text(index, path);
+	} else if (call->fd) {
+		file = file_of(task, syscall_argument(at, call->fd));
+		path_of_file(index, slot, file);
+	}
+	if (call->path2)
+		event->path2_len = syscall_text(index, syscall_argument(at, call->path2));
+	if (call->name)
+		event->name_len = syscall_text(index, syscall_argument(at, call->name));
+	return file_finish(index);
+}
+
+#endif

@@ -1,0 +1,230 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package sensor
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/btf"
+	"golang.org/x/sys/unix"
+
+	"github.com/aurorasoc/edr-sensor/sensor/event"
+)
+
+// FileOptions say which changes of the file system are reported.
+type FileOptions struct {
+	On bool // without, there are no file events
+	// Rate is how many events of one process are reported in a second, Burst how many
+	// at once after a quiet time. Those above are counted as suppressed. Rate 0 is no
+	// limit.
+	Rate, Burst int
+	// ExcludeExecutables are programs whose file events are not reported,
+	// ExcludeDirectories what they are not reported from, with all below. Both are
+	// looked up once, at the start, and known by their inodes from then on.
+	ExcludeExecutables, ExcludeDirectories []string
+}
+
+// fileSlots is FILE_SLOTS in bpf/file.bpf.h.
+const fileSlots = 4
+
+// configureFiles puts the options into the maps' sizes and the programs' constants.
+func configureFiles(spec *ebpf.CollectionSpec, o FileOptions, slots uint32) (constants map[string]any) {
+	spec.Maps["file_slots"].MaxEntries = slots * fileSlots
+	if !o.On {
+		for _, name := range []string{"file_slots", "written_files", "file_buckets", "file_exclusions"} {
+			spec.Maps[name].MaxEntries = 1
+		}
+	}
+	constants = map[string]any{
+		"excluded_executables": uint32(len(o.ExcludeExecutables)),
+		"excluded_directories": uint32(len(o.ExcludeDirectories)),
+	}
+	spec.Maps["file_exclusions"].MaxEntries = uint32(max(1, len(o.ExcludeExecutables)+len(o.ExcludeDirectories)))
+	if o.Rate > 0 {
+		interval := uint64(time.Second) / uint64(o.Rate)
+		constants["file_interval"] = interval
+		constants["file_burst"] = interval * uint64(max(o.Burst, 1)-1)
+	}
+	return constants
+}
+
+// exclusionKey is struct exclusion_key of bpf/scope.bpf.h.
+type exclusionKey struct {
+	Ino  uint64
+	Dev  uint32
+	What uint32
+}
+
+// exclude puts files and directories into the map of exclusions. One that is not
+// there cannot be excluded, which the error says; the others are.
+func exclude(m *ebpf.Map, o FileOptions) error {
+	var errs []error
+	for what, paths := range [][]string{1: o.ExcludeExecutables, 2: o.ExcludeDirectories} {
+		for _, path := range paths {
+			var st unix.Stat_t
+			if err := unix.Stat(path, &st); err != nil {
+				errs = append(errs, fmt.Errorf("exclude %s: %w", path, err))
+				continue
+			}
+			key := exclusionKey{Ino: st.Ino, Dev: unix.Major(st.Dev)<<20 | unix.Minor(st.Dev), What: uint32(what)}
+			if err := m.Put(key, uint8(1)); err != nil {
+				errs = append(errs, fmt.Errorf("exclude %s: %w", path, err))
+			}
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// kernelFunction is the function whose parameters a program gets, if any.
+func kernelFunction(spec *ebpf.ProgramSpec) string {
+	switch {
+	case spec.Type == ebpf.LSM:
+		return "bpf_lsm_" + spec.AttachTo
+	case spec.Type == ebpf.Kprobe || spec.AttachType == ebpf.AttachTraceFEntry:
+		return spec.AttachTo
+	}
+	return ""
+}
+
+// argumentShift finds where names stand in a row among a function's parameters.
+func argumentShift(types *btf.Spec, function string, names []string) (uint32, error) {
+	if function == "" || len(names) == 0 {
+		return 0, nil
+	}
+	var fn *btf.Func
+	if err := types.TypeByName(function, &fn); err != nil {
+		return 0, fmt.Errorf("parameters of %s: %w", function, err)
+	}
+	proto, ok := fn.Type.(*btf.FuncProto)
+	if !ok {
+		return 0, fmt.Errorf("parameters of %s: it has none", function)
+	}
+	var have []string
+	for _, p := range proto.Params {
+		have = append(have, p.Name)
+	}
+	at := slices.Index(have, names[0])
+	if at < 0 || at > 1 || len(have) < at+len(names) || !slices.Equal(have[at:at+len(names)], names) {
+		return 0, fmt.Errorf("%s has the parameters %s, not %s", function, strings.Join(have, ", "), strings.Join(names, ", "))
+	}
+	return uint32(at), nil
+}
+
+// probeLSM finds out whether the kernel runs LSM programs. It loads and attaches
+// them even when it never will.
+func (k *kernel) probeLSM(load loader) error {
+	active, err := os.ReadFile("/sys/kernel/security/lsm")
+	if err == nil && !slices.Contains(strings.Split(string(bytes.TrimSpace(active)), ","), "bpf") {
+		return fmt.Errorf("bpf is not among the active security modules %s: add it to lsm= of the kernel's command line", bytes.TrimSpace(active))
+	}
+	var probe attachment
+	if err := probe.try(candidate{"lsm_probe"}, load); err != nil {
+		return errors.Join(err, probe.detach())
+	}
+	f, err := os.Open("/proc/self/stat")
+	if err == nil {
+		err = f.Close()
+	}
+	var runs uint64
+	err = errors.Join(err, k.maps["lsm_probe_runs"].Lookup(uint32(0), &runs), probe.detach())
+	if err == nil && runs == 0 {
+		err = errors.New("a program on lsm/file_open was attached and did not run")
+	}
+	return err
+}
+
+// fileCall is struct syscall of bpf/syscall.bpf.h.
+type fileCall struct {
+	Kind, FD, Path, Path2, Name, Mode, UID, GID, Size, Flags, Times, Removed, Directory uint8
+
+	_ [3]uint8
+}
+
+// result is SYSCALL_RESULT of bpf/syscall.bpf.h.
+const result = 7
+
+// syscalls lists the system calls that tell file events, of this architecture.
+func syscalls() map[uint32]fileCall {
+	calls := map[uint32]fileCall{
+		unix.SYS_OPENAT:  {Kind: uint8(event.FileOpenWrite), FD: result},
+		unix.SYS_OPENAT2: {Kind: uint8(event.FileOpenWrite), FD: result},
+
+		unix.SYS_MKNODAT:   {Kind: uint8(event.FileCreate), Path: 2, Mode: 3},
+		unix.SYS_MKDIRAT:   {Kind: uint8(event.FileMkdir), Path: 2, Mode: 3, Directory: 1},
+		unix.SYS_SYMLINKAT: {Kind: uint8(event.FileSymlink), Path: 3, Path2: 1},
+		unix.SYS_LINKAT:    {Kind: uint8(event.FileLink), Path: 2, Path2: 4},
+		unix.SYS_UNLINKAT:  {Kind: uint8(event.FileDelete), Path: 2, Flags: 3},
+		unix.SYS_RENAMEAT:  {Kind: uint8(event.FileRename), Path: 2, Path2: 4},
+		unix.SYS_RENAMEAT2: {Kind: uint8(event.FileRename), Path: 2, Path2: 4, Flags: 5},
+
+		unix.SYS_FCHMOD:    {Kind: uint8(event.FileChmod), FD: 1, Mode: 2},
+		unix.SYS_FCHMODAT:  {Kind: uint8(event.FileChmod), Path: 2, Mode: 3},
+		unix.SYS_FCHMODAT2: {Kind: uint8(event.FileChmod), Path: 2, Mode: 3},
+		unix.SYS_FCHOWN:    {Kind: uint8(event.FileChown), FD: 1, UID: 2, GID: 3},
+		unix.SYS_FCHOWNAT:  {Kind: uint8(event.FileChown), Path: 2, UID: 3, GID: 4},
+		unix.SYS_TRUNCATE:  {Kind: uint8(event.FileTruncate), Path: 1, Size: 2},
+		unix.SYS_FTRUNCATE: {Kind: uint8(event.FileTruncate), FD: 1, Size: 2},
+		unix.SYS_UTIMENSAT: {Kind: uint8(event.FileTimes), FD: 1, Path: 2, Times: 3},
+
+		unix.SYS_SETXATTR:     {Kind: uint8(event.FileXattr), Path: 1, Name: 2},
+		unix.SYS_LSETXATTR:    {Kind: uint8(event.FileXattr), Path: 1, Name: 2},
+		unix.SYS_FSETXATTR:    {Kind: uint8(event.FileXattr), FD: 1, Name: 2},
+		unix.SYS_REMOVEXATTR:  {Kind: uint8(event.FileXattr), Path: 1, Name: 2, Removed: 1},
+		unix.SYS_LREMOVEXATTR: {Kind: uint8(event.FileXattr), Path: 1, Name: 2, Removed: 1},
+		unix.SYS_FREMOVEXATTR: {Kind: uint8(event.FileXattr), FD: 1, Name: 2, Removed: 1},
+
+		unix.SYS_MOUNT:      {Kind: uint8(event.Mount), Path: 2, Path2: 1, Name: 3, Flags: 4},
+		unix.SYS_UMOUNT2:    {Kind: uint8(event.Umount), Path: 1, Flags: 2},
+		unix.SYS_MOVE_MOUNT: {Kind: uint8(event.MountMove), Path: 2, Path2: 4},
+	}
+	oldSyscalls(calls)
+	return calls
+}
+
+// attachSyscalls has system calls tell the events that no program sees otherwise.
+func (k *kernel) attachSyscalls(load loader) {
+	var bits uint64
+	var missing []*attachment
+	for i := range k.attached {
+		a := &k.attached[i]
+		if a.section == "" && len(a.syscalls) > 0 {
+			missing = append(missing, a)
+			for _, kind := range a.syscalls {
+				bits |= 1 << kind
+			}
+		}
+	}
+	if bits == 0 {
+		return
+	}
+	var a attachment
+	err := k.spec.Variables["syscall_kinds"].Set(bits)
+	for number, call := range syscalls() {
+		err = errors.Join(err, k.maps["file_syscalls"].Put(number, call))
+	}
+	if err == nil {
+		err = a.try(candidate{"raw_sys_exit"}, load)
+	}
+	if err != nil {
+		err = errors.Join(err, a.detach())
+	}
+	for _, m := range missing {
+		switch {
+		case err != nil:
+			m.errs = append(m.errs, err)
+		case slices.Equal(m.kinds, m.syscalls):
+			m.section = a.section
+		default: // other events in their place
+			a.kinds = append(a.kinds, m.syscalls...)
+			a.errs = append(a.errs, m.errs...)
+		}
+	}
+	k.attached = append(k.attached, a)
+}

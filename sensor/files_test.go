@@ -1,0 +1,380 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package sensor
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/cilium/ebpf"
+	"golang.org/x/sys/unix"
+
+	"github.com/aurorasoc/edr-sensor/sensor/event"
+)
+
+// change does what the actor is asked to do with files: the first word says what, the
+// others with which.
+func change(args []string) error {
+	path, second := args[1], args[len(args)-1]
+	write := func(flags int, data string) error {
+		fd, err := unix.Open(path, flags|unix.O_CLOEXEC, 0o640)
+		if err != nil {
+			return err
+		}
+		_, err = unix.Write(fd, []byte(data))
+		return errors.Join(err, unix.Close(fd))
+	}
+	past := []unix.Timespec{{Sec: 1_000_000_000}, {Sec: 1_100_000_000, Nsec: 5}}
+	switch args[0] {
+	case "create":
+		return write(unix.O_CREAT|unix.O_EXCL|unix.O_WRONLY, "hello")
+	case "append":
+		return write(unix.O_WRONLY|unix.O_APPEND, ", world")
+	case "overwrite":
+		return write(unix.O_WRONLY|unix.O_TRUNC, "bye")
+	case "open": // for writing, and do not
+		return write(unix.O_RDWR, "")
+	case "mknod":
+		return unix.Mknod(path, unix.S_IFIFO|0o600, 0)
+	case "mkdir":
+		return unix.Mkdir(path, 0o750)
+	case "symlink":
+		return unix.Symlink(second, path)
+	case "link":
+		return unix.Link(path, second)
+	case "rename":
+		return unix.Rename(path, second)
+	case "exchange":
+		return unix.Renameat2(unix.AT_FDCWD, path, unix.AT_FDCWD, second, unix.RENAME_EXCHANGE)
+	case "unlink":
+		return unix.Unlink(path)
+	case "rmdir":
+		return unix.Rmdir(path)
+	case "chmod":
+		return unix.Chmod(path, 0o4755)
+	case "chown":
+		return unix.Chown(path, 12, 34)
+	case "truncate":
+		return unix.Truncate(path, 2)
+	case "times":
+		return unix.UtimesNanoAt(unix.AT_FDCWD, path, past, 0)
+	case "setxattr":
+		return unix.Setxattr(path, "trusted.edr", []byte("value"), 0)
+	case "removexattr":
+		return unix.Removexattr(path, "trusted.edr")
+	case "mount":
+		return unix.Mount("edr-test", path, "tmpfs", unix.MS_NOSUID, "")
+	case "move mount":
+		return unix.MoveMount(unix.AT_FDCWD, path, unix.AT_FDCWD, second, 0)
+	case "umount":
+		return unix.Unmount(path, unix.MNT_DETACH)
+	}
+	return fmt.Errorf("no such change: %s", args[0])
+}
+
+// watchFiles is watch with file events, with only the candidates that begin with a
+// form, if one is given. That of LSM is the whole chain: it begins with LSM, which does
+// not have every hook on every kernel.
+func watchFiles(t testing.TB, a *actor, o FileOptions, form string) *kernel {
+	t.Helper()
+	require(t, "root")
+	require(t, "btf")
+	o.On = true
+	k, err := loadKernel(kernelOptions{
+		Scope: Scope{Mode: ScopeTree, PID: uint32(a.pid)}, PriorityBytes: testRing, BulkBytes: testRing, Files: o,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := k.close(); err != nil {
+			t.Error(err)
+		}
+	})
+	for i := range k.attached {
+		if h := &k.attached[i].hook; form != "" && form != "lsm" && len(h.syscalls) > 0 {
+			h.chain = slices.DeleteFunc(h.chain, func(c candidate) bool { return !strings.HasPrefix(c[0], form) })
+		}
+	}
+	start := time.Now()
+	if err := k.attach(); err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("attached in %s", time.Since(start))
+	return k
+}
+
+// lastFile returns the records up to the creation of a file that is there to end them.
+func lastFile(a *actor, p *tap, dir string) []record {
+	marker := filepath.Join(dir, fmt.Sprintf("marker %d", time.Now().UnixNano()))
+	a.must(request{Op: "file", Args: []string{"mkdir", marker}})
+	records := p.until("marker", func(r record) bool { return r.file != nil && strings.HasSuffix(r.file.path, marker) })
+	a.must(request{Op: "file", Args: []string{"rmdir", marker}})
+	p.until("end of marker", func(r record) bool { return kindOf(r.SensorEventHeader) == event.FileDelete })
+	return records[:len(records)-1]
+}
+
+// TestRootFiles does each operation under each form of the programs that this kernel
+// takes: none may be found to be broken on the one host that needs it.
+func TestRootFiles(t *testing.T) {
+	for _, form := range []string{"lsm", "fentry", "kprobe", "raw"} {
+		t.Run(form, func(t *testing.T) {
+			a := startActor(t)
+			k := watchFiles(t, a, FileOptions{}, form)
+			available := false
+			for _, c := range k.coverage() {
+				if c.Kind >= event.FileCreate {
+					t.Logf("%s by %q after %q", c.Event, c.Hook, c.Errs)
+					available = available || strings.HasPrefix(c.Hook, form)
+				}
+			}
+			if !available {
+				t.Skipf("this kernel refuses %s for files", form)
+			}
+			changes(t, a, newTap(t, k.bulk), k)
+		})
+	}
+}
+
+func changes(t *testing.T, a *actor, bulk *tap, k *kernel) {
+	// An ordinary directory on a mount of its own, so that there is one to cross.
+	dir := real(t, t.TempDir())
+	a.must(request{Op: "file", Args: []string{"mount", dir}})
+	defer unix.Unmount(dir, unix.MNT_DETACH)
+	at := func(name string) string { return filepath.Join(dir, name) }
+	file, other, link, folder := at("file"), at("other"), at("link"), at("folder")
+	degraded := strings.HasPrefix(k.find(event.FileCreate).section, "raw_tp")
+	if err := errors.Join(unix.Mount("", dir, "", unix.MS_PRIVATE, ""), os.Mkdir(at("elsewhere"), 0o755)); err != nil {
+		t.Fatal(err)
+	}
+	lastFile(a, bulk, dir)
+
+	stat := func(path string) (st unix.Stat_t) {
+		unix.Lstat(path, &st) // nothing, before it is there
+		return st
+	}
+	for _, tt := range []struct {
+		args  []string
+		kind  event.Kind
+		path2 string
+		name  string
+		check func(e *fileRecord, before, after unix.Stat_t) bool
+		some  event.FileFlags
+		also  event.Kind // a second event
+	}{
+		{args: []string{"create", file}, kind: event.FileCreate, also: event.FileModify, check: func(e *fileRecord, _, _ unix.Stat_t) bool {
+			return degraded || e.NewMode == unix.S_IFREG|0o640 && e.File.Ino == 0
+		}},
+		{args: []string{"append", file}, kind: event.FileModify, check: func(e *fileRecord, _, after unix.Stat_t) bool {
+			return e.BytesWritten == 7 && e.File.Size == 12 && e.File.Ino == after.Ino && e.OpenFlags&unix.O_APPEND != 0
+		}},
+		{args: []string{"overwrite", file}, kind: event.FileModify, check: func(e *fileRecord, _, after unix.Stat_t) bool {
+			return e.BytesWritten == 3 && e.File.Size == 3 && e.File.MtimeNs == after.Mtim.Nano()
+		}},
+		{args: []string{"open", file}},
+		{args: []string{"mknod", other}, kind: event.FileCreate, check: func(e *fileRecord, _, _ unix.Stat_t) bool {
+			return e.NewMode&0o777 == 0o600
+		}},
+		{args: []string{"mkdir", folder}, kind: event.FileMkdir, some: event.FileDirectory, check: func(e *fileRecord, _, _ unix.Stat_t) bool {
+			return e.NewMode&0o777 == 0o750
+		}},
+		{args: []string{"symlink", link, "../to/where"}, kind: event.FileSymlink, path2: "../to/where"},
+		{args: []string{"link", file, at("hard")}, kind: event.FileLink, path2: at("hard"), check: func(e *fileRecord, before, _ unix.Stat_t) bool {
+			return degraded || e.File.Ino == before.Ino && e.File.Nlink == 1
+		}},
+		{args: []string{"chmod", file}, kind: event.FileChmod, some: event.FileNewMode, check: func(e *fileRecord, before, _ unix.Stat_t) bool {
+			return e.NewMode&0o7777 == 0o4755 && (degraded || e.File.Mode == before.Mode)
+		}},
+		{args: []string{"chown", file}, kind: event.FileChown, some: event.FileNewUID | event.FileNewGID, check: func(e *fileRecord, before, _ unix.Stat_t) bool {
+			return e.NewUid == 12 && e.NewGid == 34 && e.File.Uid == before.Uid && e.File.Gid == before.Gid
+		}},
+		{args: []string{"truncate", file}, kind: event.FileTruncate, some: event.FileNewSize, check: func(e *fileRecord, _, _ unix.Stat_t) bool {
+			return e.NewSize == 2 && (degraded || e.File.Size == 3)
+		}},
+		{args: []string{"times", file}, kind: event.FileTimes, some: event.FileNewMTime | event.FileNewATime, check: func(e *fileRecord, before, _ unix.Stat_t) bool {
+			return e.NewMtimeNs == 1_100_000_000_000_000_005 && e.NewAtimeNs == 1e18 && (degraded || e.File.MtimeNs == before.Mtim.Nano())
+		}},
+		{args: []string{"setxattr", file}, kind: event.FileXattr, name: "trusted.edr"},
+		{args: []string{"removexattr", file}, kind: event.FileXattr, name: "trusted.edr", some: event.FileXattrRemoved},
+		{args: []string{"rename", file, filepath.Join(folder, "moved")}, kind: event.FileRename, path2: filepath.Join(folder, "moved")},
+		{args: []string{"rename", filepath.Join(folder, "moved"), other}, kind: event.FileRename, path2: other, check: func(e *fileRecord, before, _ unix.Stat_t) bool {
+			return degraded || event.FileFlags(e.Flags)&event.FileReplaced != 0 && e.TargetIno != 0 && e.File.Ino == before.Ino
+		}},
+		{args: []string{"exchange", other, link}, kind: event.FileRename, path2: link, some: event.FileExchanged},
+		{args: []string{"unlink", link}, kind: event.FileDelete, check: func(e *fileRecord, before, _ unix.Stat_t) bool {
+			return degraded || e.File.Ino == before.Ino && event.FileFlags(e.Flags)&event.FileDirectory == 0
+		}},
+		{args: []string{"mount", folder}, kind: event.Mount, path2: "edr-test", name: "tmpfs", check: func(e *fileRecord, _, _ unix.Stat_t) bool {
+			return e.OpenFlags&unix.MS_NOSUID != 0
+		}},
+		{args: []string{"move mount", folder, at("elsewhere")}, kind: event.MountMove, path2: at("elsewhere"), name: "tmpfs"},
+		{args: []string{"umount", at("elsewhere")}, kind: event.Umount, name: "tmpfs"},
+		{args: []string{"rmdir", folder}, kind: event.FileDelete, some: event.FileDirectory},
+	} {
+		t.Run(strings.Join(append([]string{tt.args[0]}, tt.kind.String()), " "), func(t *testing.T) {
+			before := stat(tt.args[1])
+			if err := a.do(request{Op: "file", Args: tt.args}).Err; err != "" {
+				if tt.args[0] == "setxattr" || tt.args[0] == "removexattr" {
+					t.Skip(err)
+				}
+				t.Fatal(err)
+			}
+			after := stat(tt.args[1])
+			var want []event.Kind
+			for _, kind := range kinds(tt.kind, tt.also) {
+				if kind == event.FileModify && degraded {
+					kind = event.FileOpenWrite
+				}
+				if kind != event.None {
+					want = append(want, kind)
+				}
+			}
+			if degraded && tt.args[0] == "open" {
+				want = kinds(event.FileOpenWrite)
+			}
+			var got []event.Kind
+			for _, r := range lastFile(a, bulk, dir) {
+				got = append(got, kindOf(r.SensorEventHeader))
+				e, flags := r.file, event.FileFlags(r.file.Flags)
+				if int(r.Pid) != a.pid || e.CgroupId == 0 || e.MntNs == 0 || flags&event.FileDegraded != 0 != degraded {
+					t.Errorf("%s of process %d, cgroup %d, mount namespace %d, flags %#x", kindOf(r.SensorEventHeader), r.Pid, e.CgroupId, e.MntNs, flags)
+				}
+				if e.path != tt.args[1] {
+					t.Errorf("path %q, want %q", e.path, tt.args[1])
+				}
+				if flags&(event.FilePathTruncated|event.FilePath2Truncated) != 0 {
+					t.Errorf("flags %#x", flags)
+				}
+				if kindOf(r.SensorEventHeader) != tt.kind {
+					continue
+				}
+				// System calls do not name the type of what is moved or detached.
+				unnamed := degraded && (tt.kind == event.Umount || tt.kind == event.MountMove)
+				if e.path2 != tt.path2 || e.name != tt.name && !unnamed {
+					t.Errorf("second path %q, name %q; want %q, %q", e.path2, e.name, tt.path2, tt.name)
+				}
+				if flags&tt.some != tt.some {
+					t.Errorf("flags %#x, want %#x", flags, tt.some)
+				}
+				if tt.check != nil && !tt.check(e, before, after) {
+					t.Errorf("record %+v\nbefore %+v\nafter %+v", e.SensorFileEvent, before, after)
+				}
+			}
+			if !slices.Equal(got, want) {
+				t.Errorf("events %v, want %v", got, want)
+			}
+		})
+	}
+}
+
+// What one process does too much of is counted and told, and does not hide others.
+func TestRootFilesSuppressed(t *testing.T) {
+	a := startActor(t)
+	b := a.spawn()
+	k := watchFiles(t, a, FileOptions{Rate: 1, Burst: 10}, "")
+	bulk := newTap(t, k.bulk)
+	dir := real(t, t.TempDir())
+	for i := range 50 {
+		a.must(request{Op: "file", Args: []string{"mkdir", filepath.Join(dir, fmt.Sprint(i))}})
+	}
+	b.must(request{Op: "file", Args: []string{"mkdir", filepath.Join(dir, "b")}})
+	made := map[int]uint64{}
+	for _, r := range bulk.rest() {
+		made[int(r.Pid)]++
+	}
+	sums, err := k.counters()
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := sums[event.FileMkdir]
+	if made[a.pid] < 10 || made[a.pid] > 20 || made[b.pid] != 1 || c.Suppressed != 50-made[a.pid] || c.Attempts != made[a.pid]+1 {
+		t.Errorf("%d records of the one and %d of the other, counted %+v", made[a.pid], made[b.pid], c)
+	}
+}
+
+func TestRootFilesExcluded(t *testing.T) {
+	a := startActor(t)
+	dir := real(t, t.TempDir())
+	quiet, missing := filepath.Join(dir, "quiet"), filepath.Join(dir, "missing")
+	deep := filepath.Join(quiet, "deep", "er")
+	if err := os.MkdirAll(deep, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	k := watchFiles(t, a, FileOptions{ExcludeDirectories: []string{missing, quiet}}, "")
+	if errs := k.find(event.FileModify).errs; len(errs) == 0 || !strings.Contains(errs[0].Error(), missing) {
+		t.Errorf("nothing is said of %s: %v", missing, errs)
+	}
+	bulk := newTap(t, k.bulk)
+	a.must(request{Op: "file", Args: []string{"mkdir", filepath.Join(deep, "unseen")}})
+	a.must(request{Op: "file", Args: []string{"mkdir", filepath.Join(dir, "seen")}})
+	// A name as the caller wrote it does not tell which directories it leads through.
+	degraded := strings.HasPrefix(k.find(event.FileMkdir).section, "raw_tp")
+	for _, r := range bulk.rest() {
+		if r.file == nil || r.file.path != filepath.Join(dir, "seen") && !degraded {
+			t.Errorf("record of %+v", r.file)
+		}
+	}
+	sums, err := k.counters()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c := sums[event.FileMkdir]; !degraded && (c.Suppressed != 1 || c.Attempts != 1) {
+		t.Errorf("counted %+v", c)
+	}
+	exe := real(t, "/proc/self/exe")
+	k = watchFiles(t, a, FileOptions{ExcludeExecutables: []string{exe}}, "")
+	a.must(request{Op: "file", Args: []string{"create", filepath.Join(dir, "file")}})
+	if sums, err = k.counters(); err != nil {
+		t.Fatal(err)
+	}
+	for kind, c := range sums {
+		if event.Kind(kind) >= event.FileCreate && c.Attempts != 0 {
+			t.Errorf("%s: %+v", event.Kind(kind), c)
+		}
+	}
+	if sums[event.FileCreate].Suppressed != 1 {
+		t.Errorf("counted %+v", sums[event.FileCreate])
+	}
+}
+
+// TestRootFilesCost logs what the programs take, by the kernel's own run statistics.
+func TestRootFilesCost(t *testing.T) {
+	worker, stranger := startActor(t), startActor(t)
+	stats, err := ebpf.EnableStats(unix.BPF_STATS_RUN_TIME)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer stats.Close()
+	dir := real(t, t.TempDir())
+	path := filepath.Join(dir, "file")
+	for _, root := range []*actor{worker, stranger} {
+		k := watchFiles(t, root, FileOptions{Rate: 1_000_000, Burst: 1000}, "")
+		worker.must(request{Op: "storm of files", Args: []string{"create", "append", "chmod", "times", "rename", "unlink"}, Env: []string{path, path}, Count: 100})
+		for _, a := range k.attached {
+			for i, program := range a.programs {
+				s, err := program.Stats()
+				if err != nil {
+					t.Fatal(err)
+				}
+				if s.RunCount > 0 {
+					t.Logf("in scope %t: %s %d: %d runs, %d ns each", root == worker, a.section, i, s.RunCount, s.Runtime.Nanoseconds()/int64(s.RunCount))
+				}
+			}
+		}
+		if err := k.close(); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+func TestArgumentShiftIgnoresWhatHasNoParameters(t *testing.T) {
+	if shift, err := argumentShift(nil, "", []string{"dentry"}); shift != 0 || err != nil {
+		t.Errorf("%d, %v", shift, err)
+	}
+}

@@ -207,6 +207,8 @@ func BenchmarkEncode(b *testing.B) {
 		{"snapshot", taskEvent()},
 		{"connect", tcpEvent(event.TCPConnect)},
 		{"close", closeEvent()},
+		{"file", fileGoldens()[0].ev},
+		{"rename", changed(event.FileRename, "/tmp/.x", func(f *event.FileInfo) { f.Path2 = []byte("/etc/cron.d/php-sess") })},
 	} {
 		b.Run(g.name, func(b *testing.B) {
 			e := newTestEncoder()

@@ -124,6 +124,10 @@ __noinline int syscall_text(__u32 index, __u64 src)
 
 static __always_inline void path_of_file(int index, struct file_slot *slot, struct file *file)
 {
+	if (!file) { /* another thread has closed it meanwhile: no path is better than "/" */
+		slot->event.flags |= FILE_PATH_TRUNCATED;
+		return;
+	}
 	slot->walk.dentry = (__u64)BPF_CORE_READ(file, f_path.dentry);
 	slot->walk.mount = (__u64)BPF_CORE_READ(file, f_path.mnt);
 	file_describe(index);

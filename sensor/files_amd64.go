@@ -3,6 +3,8 @@
 package sensor
 
 import (
+	"maps"
+
 	"golang.org/x/sys/unix"
 
 	"github.com/aurorasoc/edr-sensor/sensor/event"
@@ -10,7 +12,7 @@ import (
 
 // oldSyscalls adds those that newer architectures have no more.
 func oldSyscalls(calls map[uint32]fileCall) {
-	for number, call := range map[uint32]fileCall{
+	maps.Copy(calls, map[uint32]fileCall{
 		unix.SYS_OPEN:  {Kind: uint8(event.FileOpenWrite), FD: result},
 		unix.SYS_CREAT: {Kind: uint8(event.FileOpenWrite), FD: result},
 
@@ -25,7 +27,5 @@ func oldSyscalls(calls map[uint32]fileCall) {
 		unix.SYS_CHMOD:  {Kind: uint8(event.FileChmod), Path: 1, Mode: 2},
 		unix.SYS_CHOWN:  {Kind: uint8(event.FileChown), Path: 1, UID: 2, GID: 3},
 		unix.SYS_LCHOWN: {Kind: uint8(event.FileChown), Path: 1, UID: 2, GID: 3},
-	} {
-		calls[number] = call
-	}
+	})
 }

@@ -146,7 +146,7 @@ func changes(t *testing.T, a *actor, bulk *tap, k *kernel) {
 	// An ordinary directory on a mount of its own, so that there is one to cross.
 	dir := real(t, t.TempDir())
 	a.must(request{Op: "file", Args: []string{"mount", dir}})
-	defer unix.Unmount(dir, unix.MNT_DETACH)
+	defer func() { _ = unix.Unmount(dir, unix.MNT_DETACH) }()
 	at := func(name string) string { return filepath.Join(dir, name) }
 	file, other, link, folder := at("file"), at("other"), at("link"), at("folder")
 	degraded := strings.HasPrefix(k.find(event.FileCreate).section, "raw_tp")
@@ -156,7 +156,7 @@ func changes(t *testing.T, a *actor, bulk *tap, k *kernel) {
 	lastFile(a, bulk, dir)
 
 	stat := func(path string) (st unix.Stat_t) {
-		unix.Lstat(path, &st) // nothing, before it is there
+		_ = unix.Lstat(path, &st) // nothing, before it is there
 		return st
 	}
 	for _, tt := range []struct {

@@ -17,7 +17,7 @@ import (
 )
 
 // bootTimeout ends a virtual machine that hangs.
-const bootTimeout = 7 * time.Minute
+const bootTimeout = 12 * time.Minute
 
 // machine is a computer to emulate.
 type machine struct {

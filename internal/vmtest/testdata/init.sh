@@ -49,7 +49,7 @@ while read -r package arguments <&3; do
 	cd "/tests/$package" || continue
 	read -r up _ </proc/uptime
 	say begin "$package" "$up"
-	timeout -s KILL 320 ./run.test $arguments </dev/null # later than its own limit
+	timeout -s KILL 620 ./run.test $arguments </dev/null # later than its own limit
 	code=$?
 	read -r up _ </proc/uptime
 	echo # should the last line be unfinished

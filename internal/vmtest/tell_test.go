@@ -127,6 +127,7 @@ func TestAgain(t *testing.T) {
 		{"hung in the boot", "@vm kernel 6.1\n", "", hang, true},
 		{"hung in a test", "@vm begin sensor 2\n", "", hang, false},
 		{"soft lockup in the boot", "", "watchdog: BUG: soft lockup - CPU#0", nil, true},
+		{"breakpoint of the kernel's own", "@vm begin sensor 2\n", "Oops: int3: 0000 [#1] PREEMPT SMP", nil, true},
 		{"soft lockup in a test", "@vm begin sensor 2\n", "watchdog: BUG: soft lockup - CPU#0", nil, false},
 		{"another panic in the boot", "", "Kernel panic", nil, false},
 	} {

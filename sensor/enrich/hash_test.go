@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"testing"
 	"time"
@@ -453,7 +454,20 @@ func TestHashRunning(t *testing.T) {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
-		return uint32(cmd.Process.Pid)
+		want, err := os.Stat(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for deadline := time.Now().Add(20 * time.Second); ; runtime.Gosched() {
+			got, err := os.Stat("/proc/" + strconv.Itoa(cmd.Process.Pid) + "/exe")
+			if err == nil && os.SameFile(got, want) {
+				return uint32(cmd.Process.Pid)
+			}
+			if time.Now().After(deadline) {
+				link, _ := os.Readlink("/proc/" + strconv.Itoa(cmd.Process.Pid) + "/exe")
+				t.Fatalf("%s runs %q: %v", path, link, err)
+			}
+		}
 	}
 	t.Run("deleted", func(t *testing.T) {
 		path := filepath.Join(t.TempDir(), "prog")

@@ -101,6 +101,7 @@ func TestDiskStall(t *testing.T) {
 	// 1,250 connections a second, of which the sensor sees one end as connect
 	// and close, and as many the other way: 5,000 events a second.
 	const perSec, seconds = 1250, 5
+	start, before := time.Now(), h.mustStatus().Buffer.Last
 	done := make(chan error, 1)
 	go func() { done <- connects(order{Addr: served, N: perSec * seconds, PerSec: perSec}) }()
 	out := make(chan struct{})
@@ -117,7 +118,9 @@ func TestDiskStall(t *testing.T) {
 	if err := <-done; err != nil {
 		t.Fatal(err)
 	}
+	offered := time.Since(start)
 	s := h.delivered(60 * time.Second)
+	t.Logf("%.0f events a second for %v, two of them with a frozen disk", float64(s.Buffer.Last-before)/offered.Seconds(), offered.Round(100*time.Millisecond))
 	h.stop()
 	for kind, n := range s.Sensor.Lost {
 		if n != 0 {

@@ -15,6 +15,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"golang.org/x/sync/errgroup"
 )
 
 // The workload is this test binary, started again: the root of the process tree
@@ -125,21 +127,32 @@ func execs(o order) error {
 func clientBytes(i int) int { return 100 + i }
 func serverBytes(i int) int { return 5000 + 3*i }
 
+// connects makes o.N connections, with o.PerSec at that rate: each has its moment, so
+// that a slow one delays none, and a late start is caught up with.
 func connects(o order) error {
-	var pace *time.Ticker
-	if o.PerSec > 0 {
-		pace = time.NewTicker(time.Second / time.Duration(o.PerSec))
-		defer pace.Stop()
-	}
-	for i := o.From; i < o.From+o.N; i++ {
-		if pace != nil {
-			<-pace.C
+	if o.PerSec == 0 {
+		for i := o.From; i < o.From+o.N; i++ {
+			if err := connect(o.Addr, i); err != nil {
+				return fmt.Errorf("connection %d: %w", i, err)
+			}
 		}
-		if err := connect(o.Addr, i); err != nil {
-			return fmt.Errorf("connection %d: %w", i, err)
-		}
+		return nil
 	}
-	return nil
+	var g errgroup.Group
+	g.SetLimit(8)
+	start := time.Now()
+	for i := range o.N {
+		if wait := time.Until(start.Add(time.Duration(i) * time.Second / time.Duration(o.PerSec))); wait > 0 {
+			<-time.After(wait)
+		}
+		g.Go(func() error {
+			if err := connect(o.Addr, o.From+i); err != nil {
+				return fmt.Errorf("connection %d: %w", o.From+i, err)
+			}
+			return nil
+		})
+	}
+	return g.Wait()
 }
 
 func connect(addr string, i int) error {

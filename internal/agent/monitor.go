@@ -92,7 +92,6 @@ func unseen(coverage []sensor.Coverage) (events []string) {
 }
 
 func (a *Agent) reportMode(ctx context.Context, before, now modeState) {
-	log := logging.From(ctx).With(zap.String(logging.KeyMode, string(now.Mode)), zap.String("before", string(before.Mode)), zap.String(logging.KeyReason, now.Reason))
 	i := event.SelfInfo{
 		Activity: event.ActivityMode, Severity: 1, Code: "MODE", Before: string(before.Mode), After: string(now.Mode),
 		Message: now.Reason,
@@ -100,14 +99,10 @@ func (a *Agent) reportMode(ctx context.Context, before, now modeState) {
 	switch now.Mode {
 	case Truncating, Degraded:
 		i.Severity, i.Failed = 4, true
-		log.Error("mode changed")
 	case Buffering:
 		i.Severity = 2
-		log.Warn("mode changed")
-	default:
-		log.Info("mode changed")
 	}
-	a.sensor.Notify(i)
+	a.decide(logging.With(ctx, zap.String(logging.KeyMode, string(now.Mode))), i)
 }
 
 // notifyStart writes the start record: what runs, with which configuration, and

@@ -17,6 +17,7 @@ const (
 	KeyBytes      = "bytes"
 	KeyCause      = "cause"
 	KeyClass      = "class" // of an error: a word from a closed set
+	KeyCode       = "code"  // of a decision, e.g. RINGBUF_FULL
 	KeyComponent  = "component"
 	KeyCount      = "count"
 	KeyDuration   = "duration"

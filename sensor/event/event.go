@@ -321,9 +321,20 @@ const (
 	ActivitySuppressed
 )
 
-// SelfInfo is what the sensor decided, lost or became, and why. It goes to the
+// Decisions is the stream that a record about the sensor goes to.
+type Decisions uint8
+
+// The decision streams.
+const (
+	DecisionsSystem    Decisions = iota // about itself: modes, coverage, configuration, losses
+	DecisionsAgents                     // about what it observed: suppression, aggregation
+	DecisionsApprovals                  // what an operator approved through it: cases
+)
+
+// SelfInfo is what the sensor decided, lost or became, and why. It goes to a
 // decisions stream.
 type SelfInfo struct {
+	Stream   Decisions
 	Activity Activity
 	Name     string // activity_name for ActivityOther, e.g. "Rewind"
 	Severity uint8  // OCSF severity_id
@@ -337,6 +348,8 @@ type SelfInfo struct {
 	Before   string            // state before and after, where it changed
 	After    string
 	Attrs    map[string]any // further evidence, under unmapped.sensor
+	// The case that the decision is about, and who made it, if any.
+	CaseID, InvestigationID, UserID string
 }
 
 // Loss names records that will not be delivered: First..Last (both included) of

@@ -16,10 +16,8 @@ import (
 	"net"
 	"net/http"
 	"os"
-	"os/user"
 	"path/filepath"
 	"slices"
-	"strconv"
 	"sync/atomic"
 	"time"
 
@@ -228,54 +226,6 @@ func (a *Agent) listen(ctx context.Context) (err error) {
 	return nil
 }
 
-// listenControl takes over the path of a sensor that is gone, never of one
-// that still answers.
-func listenControl(ctx context.Context, path, group string) (net.Listener, error) {
-	var lc net.ListenConfig
-	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		return nil, err
-	}
-	d := net.Dialer{Timeout: time.Second}
-	if c, err := d.DialContext(ctx, "unix", path); err == nil {
-		return nil, errors.Join(fmt.Errorf("another sensor answers on %s: stop it, or set another path", path), c.Close())
-	}
-	if fi, err := os.Lstat(path); err == nil {
-		if fi.Mode().Type() != os.ModeSocket {
-			return nil, fmt.Errorf("%s is there and is no socket: remove it, or set another path", path)
-		}
-		if err := os.Remove(path); err != nil {
-			return nil, err
-		}
-	}
-	l, err := lc.Listen(ctx, "unix", path)
-	if err != nil {
-		return nil, err
-	}
-	if err := admit(path, group); err != nil {
-		return nil, errors.Join(err, l.Close())
-	}
-	return l, nil
-}
-
-// admit lets root, and the group if one is named, connect to the socket.
-func admit(path, group string) error {
-	if group == "" {
-		return os.Chmod(path, 0o600)
-	}
-	g, err := user.LookupGroup(group)
-	if err != nil {
-		return fmt.Errorf("control.group: %w: make the group, or leave it empty for root only", err)
-	}
-	gid, err := strconv.Atoi(g.Gid)
-	if err != nil {
-		return fmt.Errorf("control.group %s: gid %q: %w", group, g.Gid, err)
-	}
-	if err := os.Chown(path, -1, gid); err != nil {
-		return fmt.Errorf("control.group %s: %w", group, err)
-	}
-	return os.Chmod(path, 0o660)
-}
-
 func ignoreClosed(err error) error {
 	if errors.Is(err, net.ErrClosed) {
 		return nil
@@ -383,6 +333,8 @@ func (a *Agent) serve(ctx context.Context, g *errgroup.Group) {
 			return
 		}
 		s := newServer(h)
+		s.ConnContext = identify
+		s.BaseContext = func(net.Listener) context.Context { return ctx }
 		g.Go(func() error {
 			if err := s.Serve(l); !errors.Is(err, http.ErrServerClosed) && !errors.Is(err, net.ErrClosed) {
 				return fmt.Errorf("serve %s: %w", l.Addr(), err)
@@ -400,7 +352,7 @@ func (a *Agent) serve(ctx context.Context, g *errgroup.Group) {
 		})
 	}
 	start(a.http, a.handler())
-	start(a.control, a.controlHandler())
+	start(a.control, a.controlHandler(ctx))
 }
 
 func notifySystemd(state string) {

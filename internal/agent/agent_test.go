@@ -77,7 +77,7 @@ func TestControlSocketIsTakenOverOnlyFromTheDead(t *testing.T) {
 		t.Errorf("while one listens: %v", err)
 	}
 	// A killed sensor leaves the file behind.
-	first.(*net.UnixListener).SetUnlinkOnClose(false)
+	first.(*peerListener).Listener.(*net.UnixListener).SetUnlinkOnClose(false)
 	if err := first.Close(); err != nil {
 		t.Fatal(err)
 	}

@@ -3,7 +3,6 @@
 package agent
 
 import (
-	"encoding/json"
 	"fmt"
 	"net/http"
 	"time"
@@ -20,14 +19,6 @@ func (a *Agent) handler() http.Handler {
 	})
 	mux.HandleFunc("GET /readyz", a.readyz)
 	mux.HandleFunc("GET /status", a.serveStatus)
-	return mux
-}
-
-// controlHandler serves the command line over the control socket.
-func (a *Agent) controlHandler() http.Handler {
-	mux := http.NewServeMux()
-	mux.HandleFunc("GET /status", a.serveStatus)
-	mux.HandleFunc("GET /tap", a.serveTap)
 	return mux
 }
 
@@ -48,10 +39,7 @@ func (a *Agent) readyz(w http.ResponseWriter, _ *http.Request) {
 }
 
 func (a *Agent) serveStatus(w http.ResponseWriter, _ *http.Request) {
-	w.Header().Set("Content-Type", "application/json")
-	enc := json.NewEncoder(w)
-	enc.SetIndent("", "  ")
-	_ = enc.Encode(a.status()) // the client went away: nothing to do
+	writeJSON(w, a.status())
 }
 
 // serveTap streams events as they are appended, one JSON document per line.

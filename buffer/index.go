@@ -11,7 +11,7 @@ import (
 type entry struct {
 	first uint64
 	root  uint64 // page of the chunk's leaf
-	at    int64  // ns since the epoch: when it was written, 0 when not known yet; once acknowledged, when that was
+	at    int64  // ns since the epoch: when it became durable, 0 when not known yet; once acknowledged, when that was
 	count uint32
 	pages uint32
 }
@@ -29,8 +29,9 @@ type index struct {
 	pages   uint64 // sum over live chunks
 	records uint64 // sum over live chunks
 
-	acked      int    // leading chunks that are acknowledged as a whole
-	ackedPages uint64 // sum over these
+	acked        int    // leading chunks that are acknowledged as a whole
+	ackedPages   uint64 // sum over these
+	ackedRecords uint64 // sum over these
 }
 
 func (x *index) live() []entry { return x.entries[x.head:] }
@@ -48,6 +49,7 @@ func (x *index) popFront(n int) {
 		x.records -= uint64(e.count)
 		if i < x.acked {
 			x.ackedPages -= uint64(e.pages)
+			x.ackedRecords -= uint64(e.count)
 		}
 	}
 	x.acked -= min(n, x.acked)
@@ -67,6 +69,7 @@ func (x *index) remove(first uint64) {
 		if i < x.acked {
 			x.acked--
 			x.ackedPages -= uint64(l[i].pages)
+			x.ackedRecords -= uint64(l[i].count)
 		}
 		x.entries = append(x.entries[:x.head+i], l[i+1:]...)
 	}
@@ -91,6 +94,7 @@ func (x *index) ack(seq uint64, now time.Time) {
 	for x.acked < len(l) && l[x.acked].last() <= seq {
 		l[x.acked].at = now.UnixNano()
 		x.ackedPages += uint64(l[x.acked].pages)
+		x.ackedRecords += uint64(l[x.acked].count)
 		x.acked++
 	}
 }

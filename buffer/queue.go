@@ -31,6 +31,9 @@ type Record struct {
 	Seq    uint64
 	Stream Stream
 	Urgent bool
+	// Stored is when the record became durable, in nanoseconds since the Unix
+	// epoch; 0 when that was in an earlier run, or when it was acknowledged before.
+	Stored int64
 	Data   []byte
 }
 
@@ -225,16 +228,17 @@ type Bounds struct {
 // Stats is a snapshot of the queue.
 type Stats struct {
 	Bounds
-	Epoch     string
-	Records   uint64 // live, acknowledged ones included
-	Unsent    uint64 // live and not acknowledged
-	Bytes     int64  // of the pages that hold live chunks
-	Cap       int64
-	Truncated uint64 // dropped undelivered, over the life of the file
-	Reclaimed uint64 // dropped after delivery
-	Corrupt   uint64 // lost to damage
-	InDoubt   uint64 // dropped while possibly under way; Truncated or Reclaimed once the server has said
-	Losses    int    // entries in the list of losses not yet reported
+	Epoch       string
+	Records     uint64 // live, acknowledged ones included
+	Unsent      uint64 // live and not acknowledged
+	Bytes       int64  // of the pages that hold live chunks
+	UnsentBytes int64  // of those with a record that is not acknowledged
+	Cap         int64
+	Truncated   uint64 // dropped undelivered, over the life of the file
+	Reclaimed   uint64 // dropped after delivery
+	Corrupt     uint64 // lost to damage
+	InDoubt     uint64 // dropped while possibly under way; Truncated or Reclaimed once the server has said
+	Losses      int    // entries in the list of losses not yet reported
 
 	OldestUnsent time.Time // when the oldest unacknowledged record was written; zero when there is none
 	Pending      int       // bytes that wait to be durable
@@ -661,7 +665,7 @@ func (q *Queue) Stats() Stats {
 	defer q.mu.Unlock()
 	s := Stats{
 		Bounds: q.bounds(), Epoch: q.state.epoch,
-		Records: q.index.records, Bytes: int64(q.index.pages) * pageSize, Cap: q.o.Cap,
+		Records: q.index.records, Bytes: int64(q.index.pages) * pageSize, UnsentBytes: int64(q.index.pages-q.index.ackedPages) * pageSize, Cap: q.o.Cap,
 		Truncated: q.state.truncated, Reclaimed: q.state.reclaimed, Corrupt: q.state.corrupt,
 		InDoubt: q.state.inDoubt(), Losses: len(q.state.losses),
 		Err: q.commitAt.err, ErrSince: q.commitAt.since, Quarantined: q.aside,
@@ -678,10 +682,7 @@ func (q *Queue) Stats() Stats {
 		if e.at != 0 {
 			s.OldestUnsent = time.Unix(0, e.at)
 		}
-		s.Unsent = s.Records
-		for _, e := range q.index.live()[:q.index.acked] {
-			s.Unsent -= uint64(e.count)
-		}
+		s.Unsent = s.Records - q.index.ackedRecords
 		if e.first <= s.Acked {
 			s.Unsent -= s.Acked - e.first + 1
 		}

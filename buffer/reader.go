@@ -135,7 +135,7 @@ func (q *Queue) fetch(after uint64, dst []Record, maxRecords, maxBytes int) ([]R
 	fill := 1 - r.side
 	r.arena[fill] = r.arena[fill][:0]
 	q.mu.Lock()
-	lease := q.state.lease
+	lease, acked := q.state.lease, q.ack
 	q.mu.Unlock()
 	out, bytes := dst, 0
 	for _, e := range r.plan {
@@ -160,6 +160,9 @@ func (q *Queue) fetch(after uint64, dst []Record, maxRecords, maxBytes int) ([]R
 				break // verified; cannot be
 			}
 			rec.Seq = r.next
+			if e.last() > acked {
+				rec.Stored = e.at
+			}
 			if rec.Seq > after {
 				if n := len(out) - len(dst); n > 0 && (n >= maxRecords || bytes+len(rec.Data) > maxBytes) {
 					return q.handOut(dst, out)

@@ -119,7 +119,8 @@ type commit struct {
 	added   []entry
 	need    uint64 // pages
 	now     time.Time
-	clean   bool // last commit before a close: store the freelist
+	durable time.Time // set by locate
+	clean   bool      // last commit before a close: store the freelist
 }
 
 // take turns what is pending into a commit. Called with the lock held.
@@ -241,6 +242,9 @@ func (w *writer) commit(c *commit) error {
 		if err == nil {
 			q.metrics.commits.Inc()
 			q.metrics.commitSeconds.Observe(time.Since(start).Seconds())
+			if c.p.records > 0 {
+				q.metrics.appendSeconds.Observe(time.Since(c.p.since).Seconds())
+			}
 			w.publish(c)
 			return nil
 		}
@@ -410,7 +414,7 @@ func (w *writer) apply(tx *bolt.Tx, c *commit) error {
 
 // locate notes where the new chunks are.
 func (c *commit) locate(b *bolt.Bucket) error {
-	c.added = c.added[:0]
+	c.added, c.durable = c.added[:0], time.Now()
 	var key [8]byte
 	for i := range c.p.chunks {
 		binary.BigEndian.PutUint64(key[:], c.p.chunks[i].first)
@@ -422,7 +426,7 @@ func (c *commit) locate(b *bolt.Bucket) error {
 		if err != nil {
 			return fmt.Errorf("%w: %w", ErrDamaged, err)
 		}
-		e.at = c.now.UnixNano()
+		e.at = c.durable.UnixNano()
 		c.added = append(c.added, e)
 	}
 	return nil

@@ -20,25 +20,31 @@ type metrics struct {
 	ringUsed     [2]prometheus.Gauge
 	ringSize     [2]prometheus.Gauge
 	attached     *prometheus.GaugeVec
+	latency      prometheus.Histogram
 }
 
 func newMetrics(reg prometheus.Registerer) *metrics {
 	f := promauto.With(reg)
 	m := &metrics{
-		decodeErrors: f.NewCounter(prometheus.CounterOpts{Name: "sensor_decode_errors_total", Help: "Kernel records that could not be decoded; each is an event lost. Report it: kernel object and binary disagree."}),
-		rejected:     f.NewCounter(prometheus.CounterOpts{Name: "sensor_rejected_events_total", Help: "Events that the buffer refused because of their size."}),
-		missed:       f.NewCounter(prometheus.CounterOpts{Name: "sensor_missed_runs_total", Help: "Program runs that the kernel left out because the same program was interrupted on that CPU; each may be an event lost."}),
-		attached:     f.NewGaugeVec(prometheus.GaugeOpts{Name: "sensor_hook_attached", Help: "1 when the event is seen by a hook of this kind, 0 when it is not seen."}, []string{"event", "hook"}),
+		decodeErrors: f.NewCounter(prometheus.CounterOpts{Name: "sensor_decode_errors_total", Help: "Kernel records that could not be decoded; each is an event lost. If it grows, report it: kernel object and binary disagree."}),
+		rejected:     f.NewCounter(prometheus.CounterOpts{Name: "sensor_rejected_events_total", Help: "Events that the buffer refused because of their size; each is lost. If it grows, report it with the log line \"record rejected\"."}),
+		missed:       f.NewCounter(prometheus.CounterOpts{Name: "sensor_missed_runs_total", Help: "Program runs that the kernel left out because the same program was interrupted on that CPU; each may be an event lost. If it grows, the host is busy in a way that the programs do not survive: report the kernel release and the load."}),
+		latency: f.NewHistogram(prometheus.HistogramOpts{
+			Name:    "sensor_read_latency_seconds",
+			Help:    "Stage kernel to worker: time from the kernel's time of an event until it was decoded. If it grows, the worker is short of CPU or waits for the disk: see buffer_append_latency_seconds.",
+			Buckets: []float64{.001, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 10, 60},
+		}),
+		attached: f.NewGaugeVec(prometheus.GaugeOpts{Name: "sensor_hook_attached", Help: "1 when the event is seen by a hook of this kind, 0 when it is not seen. If it is 0, this host is blind for the event: edr-sensor doctor says why."}, []string{"event", "hook"}),
 	}
-	events := f.NewCounterVec(prometheus.CounterOpts{Name: "sensor_events_total", Help: "Events read, by kind."}, []string{"kind"})
-	lost := f.NewCounterVec(prometheus.CounterOpts{Name: "sensor_lost_events_total", Help: "Events the kernel had no ring space for, by kind. Raise sensor.priority_ring or sensor.bulk_ring, or find what stalls the disk."}, []string{"kind"})
-	suppressed := f.NewCounterVec(prometheus.CounterOpts{Name: "sensor_suppressed_events_total", Help: "Events the kernel left out on purpose, by kind: more of one process than sensor.file.per_process, or excluded. They are not among the events, nor lost."}, []string{"kind"})
+	events := f.NewCounterVec(prometheus.CounterOpts{Name: "sensor_events_total", Help: "Events read, by kind. If it stops for process.exec, nothing runs or nothing is seen: see sensor_hook_attached and /readyz."}, []string{"kind"})
+	lost := f.NewCounterVec(prometheus.CounterOpts{Name: "sensor_lost_events_total", Help: "Events the kernel had no ring space for, by kind. If it grows, evidence is lost now: find what stalls the disk (buffer_commit_seconds), or raise sensor.priority_ring or sensor.bulk_ring."}, []string{"kind"})
+	suppressed := f.NewCounterVec(prometheus.CounterOpts{Name: "sensor_suppressed_events_total", Help: "Events the kernel left out on purpose, by kind: more of one process than sensor.file.per_process, or excluded. They are not among the events, nor lost. If it grows much faster than sensor_events_total, one process floods: SUPPRESSED on the decisions stream says how much of what."}, []string{"kind"})
 	for k := event.None + 1; int(k) < event.Kinds; k++ {
 		m.suppressed[k] = suppressed.WithLabelValues(k.String())
 		m.events[k], m.lost[k] = events.WithLabelValues(k.String()), lost.WithLabelValues(k.String())
 	}
-	used := f.NewGaugeVec(prometheus.GaugeOpts{Name: "sensor_ring_used_bytes", Help: "Bytes in the ring that are not yet durable."}, []string{"ring"})
-	size := f.NewGaugeVec(prometheus.GaugeOpts{Name: "sensor_ring_size_bytes", Help: "Size of the ring."}, []string{"ring"})
+	used := f.NewGaugeVec(prometheus.GaugeOpts{Name: "sensor_ring_used_bytes", Help: "Bytes in the ring that are not yet durable. If it nears sensor_ring_size_bytes, the worker or the disk is too slow and events will be lost: see buffer_append_latency_seconds."}, []string{"ring"})
+	size := f.NewGaugeVec(prometheus.GaugeOpts{Name: "sensor_ring_size_bytes", Help: "Size of the ring. If it is too small for how long the disk stalls, raise sensor.priority_ring or sensor.bulk_ring."}, []string{"ring"})
 	for i, name := range [...]string{"priority", "bulk"} {
 		m.ringUsed[i], m.ringSize[i] = used.WithLabelValues(name), size.WithLabelValues(name)
 	}

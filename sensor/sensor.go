@@ -308,6 +308,7 @@ func (s *Sensor) poll(ctx context.Context) (int, error) {
 	for i := range s.events[:n] {
 		ev := &s.events[i]
 		s.o.Enricher.Apply(ev)
+		s.metrics.latency.Observe(seconds(now - ev.Time))
 		if ev.Kind != event.Fork || s.o.ForkEvents {
 			s.write(ctx, now, ev, false, false, nil)
 		}
@@ -328,6 +329,9 @@ func (s *Sensor) poll(ctx context.Context) (int, error) {
 	s.o.Enricher.EndBatch()
 	return n, nil
 }
+
+// seconds of a span that a clock which was set may have made negative.
+func seconds(ns int64) float64 { return float64(max(ns, 0)) / 1e9 }
 
 // read decodes records of one ring into s.events[n:most], up to a position.
 func (s *Sensor) read(ctx context.Context, r *ring, limit uint64, n, most int) (int, error) {

@@ -20,13 +20,20 @@ type batch struct {
 	head  [6]string // agent, epoch, session, flag, first, n
 	key   string
 	table []string
+	times []times // kept after release, for the records of the last write
+}
+
+// times are those of one record; 0 where unknown.
+type times struct {
+	event  int64 // ms since the Unix epoch
+	stored int64 // ns since the Unix epoch
 }
 
 const callHead = 5 + 6 // EVALSHA sha numkeys stream cursors, then head
 
 func newBatch(o *Options, epoch string) *batch {
 	tag := o.Prefix + ":{" + o.Shard + "}:"
-	b := &batch{table: make([]string, 3*o.BatchRecords)}
+	b := &batch{table: make([]string, 3*o.BatchRecords), times: make([]times, o.BatchRecords)}
 	b.keys[buffer.Events] = tag + "events"
 	b.keys[buffer.Decisions] = o.DecisionsKey
 	b.head[0], b.head[1] = o.AgentID, epoch
@@ -54,7 +61,8 @@ func (b *batch) write(session, flag string, recs []buffer.Record) []any {
 	b.head[2], b.head[3] = session, flag
 	b.head[4], b.head[5] = strconv.FormatUint(recs[0].Seq, 10), strconv.Itoa(len(recs))
 	for i := range recs {
-		id, stamp := identify(recs[i].Data)
+		id, stamp, millis := identify(recs[i].Data)
+		b.times[i] = times{millis, recs[i].Stored}
 		b.table[3*i] = view(id)
 		b.table[3*i+1] = view(stamp)
 		b.table[3*i+2] = view(recs[i].Data)

@@ -69,6 +69,9 @@ func TestSenderWithBuffer(t *testing.T) {
 	last := fill(t, q, 3000)
 	s.delivered(t, last)
 	exactlyOnce(t, c, last)
+	if n, sum := observed(t, s.m.delivery); n != last || sum <= 0 || sum > 3600*float64(last) {
+		t.Errorf("%d latencies of %v s in all, want one for each of %d records", n, sum, last)
+	}
 	s.stop(t)
 	if err := q.Close(t.Context()); err != nil {
 		t.Fatal(err)

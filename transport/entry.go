@@ -11,17 +11,17 @@ import (
 
 // identify finds what an entry shows outside its data: metadata.uid as the id
 // and the event's time in ISO 8601 as the timestamp, from time_dt or else from time.
+// millis is time itself, if it stands before what ended the walk.
 // The slices point into data, except a timestamp made from time. What is missing
 // or not plain (an escape sequence) comes back nil.
 //
 // It walks the record once, skipping values, and stops when both are found: no
 // reflection, and no allocation when time_dt is there. It does not validate JSON; on a malformed record
 // it returns what it found before the defect.
-func identify(data []byte) (id, timestamp []byte) {
-	var millis int64
+func identify(data []byte) (id, timestamp []byte, millis int64) {
 	c := cursor{data: data}
 	if !c.next('{') {
-		return nil, nil
+		return nil, nil, 0
 	}
 	for (id == nil || timestamp == nil) && !c.next('}') {
 		key, isKey := c.text()
@@ -43,7 +43,7 @@ func identify(data []byte) (id, timestamp []byte) {
 	if timestamp == nil && millis > 0 {
 		timestamp = appendTime(nil, time.UnixMilli(millis))
 	}
-	return id, timestamp
+	return id, timestamp, millis
 }
 
 func appendTime(dst []byte, t time.Time) []byte {

@@ -28,7 +28,7 @@ func TestIdentify(t *testing.T) {
 		{"cut in a string", `{"a":"\`, "", ""},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			id, stamp := identify([]byte(tt.data))
+			id, stamp, _ := identify([]byte(tt.data))
 			if string(id) != tt.id || string(stamp) != tt.stamp {
 				t.Errorf("got %q, %q, want %q, %q", id, stamp, tt.id, tt.stamp)
 			}
@@ -52,6 +52,7 @@ func TestIdentifyGoldenEvents(t *testing.T) {
 			t.Fatal(err)
 		}
 		var want struct {
+			Time     int64  `json:"time"`
 			TimeDT   string `json:"time_dt"`
 			Metadata struct {
 				UID string `json:"uid"`
@@ -60,7 +61,10 @@ func TestIdentifyGoldenEvents(t *testing.T) {
 		if err := json.Unmarshal(data, &want); err != nil {
 			t.Fatalf("%s: %v", file, err)
 		}
-		id, stamp := identify(data)
+		id, stamp, millis := identify(data)
+		if millis != want.Time || millis == 0 {
+			t.Errorf("%s: time %d, want %d", file, millis, want.Time)
+		}
 		if string(id) != want.Metadata.UID || string(stamp) != want.TimeDT || len(id) == 0 || len(stamp) == 0 {
 			t.Errorf("%s: got %q, %q, want %q, %q", file, id, stamp, want.Metadata.UID, want.TimeDT)
 		}
@@ -74,7 +78,7 @@ func FuzzIdentify(f *testing.F) {
 	f.Add([]byte(`{"metadata":{"uid":"u1"},"time":1700000000123}`))
 	f.Add([]byte(`{"a":[1,{"b":"]"}],"metadata":{"x":[{}],"uid":"u\"1"},"time_dt":"T"}`))
 	f.Fuzz(func(t *testing.T, data []byte) {
-		id, stamp := identify(data)
+		id, stamp, _ := identify(data)
 		var r map[string]json.RawMessage
 		if json.Unmarshal(data, &r) != nil || strings.Count(string(data), "uid") > 1 ||
 			strings.Count(string(data), "metadata") > 1 || strings.Count(string(data), "time_dt") > 1 || strings.Contains(string(data), `\u`) {

@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/prometheus/client_golang/prometheus"
+	dto "github.com/prometheus/client_model/go"
 	"github.com/redis/go-redis/v9"
 	"go.uber.org/goleak"
 	"go.uber.org/zap"
@@ -298,4 +300,14 @@ func exactlyOnce(t testing.TB, c *redis.Client, last uint64) {
 	if d := cmp.Diff(audit{}, auditStream(t, c, last)); d != "" {
 		t.Errorf("stream of %d (-want +got):\n%s", last, d)
 	}
+}
+
+// observed returns how much a histogram has seen.
+func observed(t *testing.T, h prometheus.Histogram) (n uint64, sum float64) {
+	t.Helper()
+	var m dto.Metric
+	if err := h.Write(&m); err != nil {
+		t.Fatal(err)
+	}
+	return m.GetHistogram().GetSampleCount(), m.GetHistogram().GetSampleSum()
 }

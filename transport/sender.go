@@ -231,7 +231,9 @@ func (s *Sender) inspect(ctx context.Context) error {
 	}
 	s.asked = !known // each refusal is a line in the server's ACL log
 	s.warning = ""
+	s.m.eviction.Set(0)
 	if strings.HasPrefix(policy, "allkeys-") {
+		s.m.eviction.Set(1)
 		s.warning = "maxmemory-policy is " + policy + ": a full server deletes whole streams without an error; set noeviction"
 		s.limiter.Log(ctx, zapcore.WarnLevel, "eviction", "redis may delete events silently", zap.String(logging.KeyReason, s.warning))
 	}
@@ -419,15 +421,31 @@ func (s *Sender) take(ctx context.Context, r reply) error {
 		s.set(&st)
 	}
 	if r.last > s.acked {
-		if n := (span{s.acked + 1, r.last}).overlap(s.flight); n > 0 {
-			s.m.delivered[s.stream].Add(float64(n))
-		}
+		s.count(s.acked+1, r.last)
 		s.acked = r.last
 		s.lastAcked.Store(r.last)
 		s.q.Ack(r.last)
 	}
 	s.pos = r.last
 	return nil
+}
+
+// count records which of the flight's records are confirmed now, and how long they took.
+func (s *Sender) count(first, last uint64) {
+	first, last = max(first, s.flight.first), min(last, s.flight.last)
+	if last < first {
+		return
+	}
+	s.m.delivered[s.stream].Add(float64(last - first + 1))
+	now := time.Now().UnixNano()
+	for _, t := range s.batch.times[first-s.flight.first : last-s.flight.first+1] {
+		if t.stored != 0 {
+			s.m.delivery.Observe(float64(max(now-t.stored, 0)) / 1e9)
+		}
+		if t.event != 0 {
+			s.m.endToEnd.Observe(float64(max(now/1e6-t.event, 0)) / 1e3)
+		}
+	}
 }
 
 // maxHoles bounds the memory of holes. Forgetting the oldest can only make a

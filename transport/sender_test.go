@@ -71,6 +71,12 @@ func TestSenderStoresEntries(t *testing.T) {
 			t.Errorf("%s = %v, want %v", name, got, m.want)
 		}
 	}
+	if n, sum := observed(t, s.m.endToEnd); n != 6 || sum < 6*86400 {
+		t.Errorf("end to end: %d observations, %v s in all, of 6 events from 2023", n, sum)
+	}
+	if n, _ := observed(t, s.m.delivery); n != 0 {
+		t.Errorf("%d observations of records whose commit is unknown", n)
+	}
 	if lint, err := testutil.GatherAndLint(reg); err != nil || len(lint) > 0 {
 		t.Errorf("lint: %v %v", lint, err)
 	}
@@ -94,6 +100,9 @@ func TestSenderExactlyOnceThroughLossyProxy(t *testing.T) {
 	exactlyOnce(t, c, total)
 	if got := testutil.ToFloat64(s.m.delivered[buffer.Events]); got != total {
 		t.Errorf("delivered %v, want %d", got, total)
+	}
+	if n, _ := observed(t, s.m.endToEnd); n != total {
+		t.Errorf("%d latencies observed, want %d: one a record, lost replies or not", n, total)
 	}
 	t.Logf("faults: %d replies dropped, %d resets, %d stalls", proxy.Dropped.Load(), proxy.Resets.Load(), proxy.Stalls.Load())
 	if proxy.Dropped.Load() < 20 || proxy.Resets.Load() < 10 || proxy.Stalls.Load() < 5 {

@@ -23,8 +23,6 @@ import (
 
 	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/prometheus/client_golang/prometheus"
-	"github.com/prometheus/client_golang/prometheus/collectors"
-	"github.com/prometheus/client_golang/prometheus/promauto"
 	"go.uber.org/zap"
 	"golang.org/x/sync/errgroup"
 
@@ -53,6 +51,7 @@ type Agent struct {
 	cfg      config.Config
 	identity event.Agent
 	registry *prometheus.Registry
+	metrics  *metrics
 	queue    *buffer.Queue
 	sensor   *sensor.Sensor
 	sender   *transport.Sender // nil without Redis
@@ -122,15 +121,12 @@ func (a *Agent) build(ctx context.Context, version string) error {
 		CaseID: a.cfg.Context.CaseID, InvestigationID: a.cfg.Context.InvestigationID, UserID: a.cfg.Context.UserID,
 	}
 	ctx = a.bind(ctx)
-	a.registry.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
-	promauto.With(a.registry).NewGaugeFunc(prometheus.GaugeOpts{
-		Name: "agent_build_info", Help: "1, with the version of the sensor.", ConstLabels: prometheus.Labels{"version": version},
-	}, func() float64 { return 1 })
-
 	host, err := enrich.LoadHost()
 	if err != nil {
 		return fmt.Errorf("read host facts: %w", err)
 	}
+	a.metrics = newMetrics(a.registry, version, host.KernelRelease)
+	a.metrics.configured(a.cfg.Hash())
 	var current atomic.Pointer[sensor.Sensor] // set before the first commit of this run
 	a.queue, err = buffer.Open(ctx, buffer.Options{
 		Dir: a.bufferDir(), Cap: a.cfg.Buffer.Cap, CommitBytes: a.cfg.Buffer.CommitBytes, CommitInterval: a.cfg.Buffer.CommitInterval,

@@ -63,10 +63,10 @@ type modeMachine struct {
 
 func newModeMachine(reg prometheus.Registerer, truncated uint64, now time.Time) *modeMachine {
 	f := promauto.With(reg)
-	vec := f.NewGaugeVec(prometheus.GaugeOpts{Name: "agent_mode", Help: "1 for the mode the sensor is in, 0 for the others."}, []string{"mode"})
+	vec := f.NewGaugeVec(prometheus.GaugeOpts{Name: "agent_mode", Help: "1 for the mode the sensor is in, 0 for the others. If it is 1 for truncating or degraded, evidence is or may be lost: /readyz says what and why."}, []string{"mode"})
 	m := &modeMachine{
 		gauges:    map[Mode]prometheus.Gauge{},
-		changes:   f.NewCounter(prometheus.CounterOpts{Name: "agent_mode_changes_total", Help: "Changes of the mode; each is also a log line and a record on the decisions stream."}),
+		changes:   f.NewCounter(prometheus.CounterOpts{Name: "agent_mode_changes_total", Help: "Changes of the mode; each is also a log line and a record on the decisions stream. If it grows again and again, something comes and goes: read MODE on the decisions stream."}),
 		truncated: truncated,
 	}
 	for _, mode := range modes() {

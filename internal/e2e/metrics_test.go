@@ -32,6 +32,10 @@ func checkMetricsDoc(t *testing.T, page string) {
 	for _, name := range declaredMetrics(t) {
 		if _, ok := exposed[name]; !ok {
 			t.Errorf("%s is declared in the code and missing in /metrics", name)
+			continue
+		}
+		if meaning, action, ok := strings.Cut(exposed[name].help, ". If it "); !ok || len(meaning) < 10 || len(action) < 20 || !strings.HasSuffix(action, ".") {
+			t.Errorf("%s: the help %q does not say what it means and then \"If it …\" what to do", name, exposed[name].help)
 		}
 	}
 	want := metricsDoc(exposed)
@@ -57,7 +61,7 @@ type metric struct {
 
 var (
 	sample = regexp.MustCompile(`^([a-z0-9_]+?)(?:_bucket|_sum|_count)?(?:\{(.*)\})? [^ ]+$`)
-	label  = regexp.MustCompile(`([a-z_]+)="`)
+	label  = regexp.MustCompile(`([a-z0-9_]+)="`)
 )
 
 // parsePage reads the text format; names are those of the HELP lines.
@@ -93,8 +97,9 @@ func parsePage(page string) map[string]*metric {
 func metricsDoc(exposed map[string]*metric) string {
 	var b strings.Builder
 	b.WriteString("# Metrics\n\nGenerated from a running sensor: what `/metrics` exposes, beside the usual `go_*` and `process_*`.\n" +
-		"The unit is the end of the name; `_total` are counters. Labels come from closed sets.\n\n" +
-		"| metric | type | labels | meaning |\n|---|---|---|---|\n")
+		"The unit is the end of the name; `_total` are counters. Labels come from closed sets.\n" +
+		"[operations.md](operations.md) says more about those that alerts watch.\n\n" +
+		"| metric | type | labels | meaning | what to do when it moves |\n|---|---|---|---|---|\n")
 	names := make([]string, 0, len(exposed))
 	for name := range exposed {
 		if !strings.HasPrefix(name, "go_") && !strings.HasPrefix(name, "process_") && !strings.HasPrefix(name, "promhttp_") {
@@ -109,7 +114,9 @@ func metricsDoc(exposed map[string]*metric) string {
 			labels = append(labels, "`"+l+"`")
 		}
 		sort.Strings(labels)
-		fmt.Fprintf(&b, "| `%s` | %s | %s | %s |\n", name, m.kind, strings.Join(labels, ", "), strings.ReplaceAll(m.help, "|", "\\|"))
+		meaning, action, _ := strings.Cut(m.help, ". If it ")
+		fmt.Fprintf(&b, "| `%s` | %s | %s | %s. | If it %s |\n", name, m.kind, strings.Join(labels, ", "),
+			strings.ReplaceAll(meaning, "|", "\\|"), strings.ReplaceAll(action, "|", "\\|"))
 	}
 	return b.String()
 }

@@ -87,13 +87,13 @@ type metrics struct {
 func newMetrics(reg prometheus.Registerer) *metrics {
 	f := promauto.With(reg)
 	m := &metrics{
-		processes: f.NewGauge(prometheus.GaugeOpts{Name: "enrich_processes", Help: "Processes in the process table, exited ones that are still kept included."}),
-		partial:   f.NewCounter(prometheus.CounterOpts{Name: "enrich_partial_processes_total", Help: "Processes met in an event without having been seen to start."}),
+		processes: f.NewGauge(prometheus.GaugeOpts{Name: "enrich_processes", Help: "Processes in the process table, exited ones that are still kept included. If it stays at sensor.process_table, raise that."}),
+		partial:   f.NewCounter(prometheus.CounterOpts{Name: "enrich_partial_processes_total", Help: "Processes met in an event without having been seen to start. If it grows after the start, execs were missed: see sensor_lost_events_total."}),
 		hashes:    map[string]prometheus.Counter{},
 	}
-	evicted := f.NewCounterVec(prometheus.CounterOpts{Name: "enrich_evicted_total", Help: "Processes dropped from the full table, by state. Running ones lose their history: raise sensor.process_table."}, []string{"state"})
+	evicted := f.NewCounterVec(prometheus.CounterOpts{Name: "enrich_evicted_total", Help: "Processes dropped from the full table, by state. If it grows for running, later events of theirs lack parents and hashes: raise sensor.process_table."}, []string{"state"})
 	m.evicted, m.released = evicted.WithLabelValues("running"), evicted.WithLabelValues("exited")
-	hashes := f.NewCounterVec(prometheus.CounterOpts{Name: "enrich_hashes_total", Help: "Executables of execs and running processes, by whether they could be hashed in time and why not."}, []string{"result"})
+	hashes := f.NewCounterVec(prometheus.CounterOpts{Name: "enrich_hashes_total", Help: "Executables of execs and running processes, by whether they could be hashed in time and why not. If it grows for pending or rate, raise sensor.hash.wait or sensor.hash.per_second; for size, sensor.hash.max_size."}, []string{"result"})
 	for _, note := range [...]string{"", notePending, noteRate, noteSize, noteGone, noteChanged, noteError} {
 		label := note
 		if note == "" {

@@ -11,6 +11,8 @@ import (
 	"slices"
 	"testing"
 	"time"
+
+	"github.com/google/go-cmp/cmp"
 )
 
 // FuzzFrames holds the chunk decoder to: no panic, no read out of bounds, and
@@ -20,7 +22,7 @@ func FuzzFrames(f *testing.F) {
 	c := chunk{buf: make([]byte, chunkHeader), first: 7}
 	for _, r := range []string{"one", "", "three"} {
 		c.buf = append(c.buf, 0, 0, 0, 0)
-		putFrame(c.buf[len(c.buf)-frameHeader:], len(r), Decisions, true)
+		putFrame(c.buf[len(c.buf)-frameHeader:], len(r), DecisionsSystem, true)
 		c.buf = append(c.buf, r...)
 		c.count++
 	}
@@ -107,4 +109,26 @@ func FuzzPreflight(f *testing.F) {
 		}
 		closeQueue(t, q)
 	})
+}
+
+// TestFramesOfOlderVersions pins what is on disk: frames of the version that knew
+// two streams, and where those of later ones go.
+func TestFramesOfOlderVersions(t *testing.T) {
+	for raw, want := range map[string]Record{
+		"\x02\x00\x00\x00ab": {Stream: Events, Data: []byte("ab")},
+		"\x02\x00\x00\x81ab": {Stream: DecisionsSystem, Urgent: true, Data: []byte("ab")},
+		"\x00\x00\x00\x02":   {Stream: DecisionsAgents, Data: []byte{}},
+		"\x01\x00\x00\x83c":  {Stream: DecisionsApprovals, Urgent: true, Data: []byte("c")},
+		"\x01\x00\x00\x0fd":  {Stream: 15, Data: []byte("d")},
+	} {
+		got, rest, ok := nextFrame([]byte(raw))
+		if d := cmp.Diff(want, got); d != "" || len(rest) > 0 || !ok {
+			t.Errorf("%q: %v, rest %q (-want +got):\n%s", raw, ok, rest, d)
+		}
+		b := make([]byte, frameHeader)
+		putFrame(b, len(want.Data), want.Stream, want.Urgent)
+		if string(b) != raw[:frameHeader] {
+			t.Errorf("%q is written as %q", raw[:frameHeader], b)
+		}
+	}
 }

@@ -86,7 +86,7 @@ func killChild(dir string) {
 		}
 		if rng.IntN(5) == 0 {
 			if losses = q.Unnamed(losses[:0]); len(losses) > 0 {
-				if err := b.End(appendLosses(b.Begin(Decisions), losses), true); err != nil {
+				if err := b.End(appendLosses(b.Begin(DecisionsSystem), losses), true); err != nil {
 					die(err)
 				}
 				b.Name(losses)

@@ -193,7 +193,7 @@ func (s *sim) produce(n, maxSize int, urgent bool) {
 	}
 	if s.rng.IntN(4) == 0 {
 		if s.losses = s.q.Unnamed(s.losses[:0]); len(s.losses) > 0 {
-			s.must(b.End(appendLosses(b.Begin(Decisions), s.losses), false))
+			s.must(b.End(appendLosses(b.Begin(DecisionsSystem), s.losses), false))
 			b.Name(s.losses)
 		}
 	}

@@ -20,10 +20,13 @@ import (
 // Stream says which stream a record goes to; at most 16 are possible.
 type Stream = uint8
 
-// The streams.
+// The streams. Their numbers are on disk, so they never change.
 const (
 	Events Stream = iota
-	Decisions
+	DecisionsSystem
+	DecisionsAgents
+	DecisionsApprovals
+	Streams // the number of streams
 )
 
 // Record is one durable record. Data is valid until the next [Queue.Read].

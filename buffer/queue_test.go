@@ -166,7 +166,7 @@ func TestGroupCommit(t *testing.T) {
 			start := time.Now()
 			add(t, q, "patient")
 			b := q.NewBatch()
-			if err := b.End(append(b.Begin(Decisions), "urgent"...), true); err != nil {
+			if err := b.End(append(b.Begin(DecisionsSystem), "urgent"...), true); err != nil {
 				t.Fatal(err)
 			}
 			if err := q.Append(t.Context(), b); err != nil {
@@ -267,9 +267,9 @@ func TestRecordLimits(t *testing.T) {
 	for i, n := range want {
 		rec := bytes.Repeat([]byte{byte(i)}, n)
 		if i%2 == 0 {
-			rec = append(b.Begin(Decisions), rec...)
+			rec = append(b.Begin(DecisionsSystem), rec...)
 		} else {
-			b.Begin(Decisions) // a foreign slice is copied
+			b.Begin(DecisionsSystem) // a foreign slice is copied
 		}
 		if err := b.End(rec, true); err != nil {
 			t.Fatal(err)
@@ -289,7 +289,7 @@ func TestRecordLimits(t *testing.T) {
 			t.Fatal(err)
 		}
 		for _, r := range recs {
-			if r.Stream != Decisions || !r.Urgent || len(bytes.Trim(r.Data, string(rune(len(got))))) > 0 {
+			if r.Stream != DecisionsSystem || !r.Urgent || len(bytes.Trim(r.Data, string(rune(len(got))))) > 0 {
 				t.Errorf("record %d is garbled", r.Seq)
 			}
 			got = append(got, len(r.Data))
@@ -509,7 +509,7 @@ func TestForfeit(t *testing.T) {
 	// Named as soon as the record is appended; forgotten when that is delivered.
 	b := q.NewBatch()
 	b.Name(want) // no record yet: no effect
-	if err := b.End(append(b.Begin(Decisions), "loss"...), false); err != nil {
+	if err := b.End(append(b.Begin(DecisionsSystem), "loss"...), false); err != nil {
 		t.Fatal(err)
 	}
 	b.Name(want)

@@ -35,8 +35,10 @@ var ErrFull = errors.New("flush before the next record")
 type Sink interface {
 	// Next is the sequence number of the record that Begin starts.
 	Next() uint64
-	// Begin returns the slice to append one record to.
-	Begin(decision bool) []byte
+	// Begin returns the slice to append one event to.
+	Begin() []byte
+	// BeginDecision returns the slice to append one decision to.
+	BeginDecision(event.Decisions) []byte
 	// End completes the record. Urgent asks for a commit at once; names are the
 	// losses that this record reports. With an error nothing was added: ErrFull
 	// asks for a Flush first, any other is final.
@@ -310,7 +312,7 @@ func (s *Sensor) poll(ctx context.Context) (int, error) {
 		s.o.Enricher.Apply(ev)
 		s.metrics.latency.Observe(seconds(now - ev.Time))
 		if ev.Kind != event.Fork || s.o.ForkEvents {
-			s.write(ctx, now, ev, false, false, nil)
+			s.write(ctx, now, ev, false, nil)
 		}
 		s.mark.ktime, s.mark.wall = max(s.mark.ktime, ev.KTime), max(s.mark.wall, ev.Time)
 		if i < first {
@@ -361,11 +363,11 @@ func (s *Sensor) read(ctx context.Context, r *ring, limit uint64, n, most int) (
 
 // write encodes one event into the sink's open batch. What fits neither there
 // nor into an empty one is counted, and named at the next tick.
-func (s *Sensor) write(ctx context.Context, now int64, ev *event.Event, decision, urgent bool, names []event.Loss) {
-	rec := s.o.Encoder.Append(s.o.Sink.Begin(decision), s.o.Sink.Next(), now, ev)
+func (s *Sensor) write(ctx context.Context, now int64, ev *event.Event, urgent bool, names []event.Loss) {
+	rec := s.o.Encoder.Append(s.begin(ev), s.o.Sink.Next(), now, ev)
 	err := s.o.Sink.End(rec, urgent, names)
 	if errors.Is(err, ErrFull) && s.flush(ctx, false) == nil {
-		rec = s.o.Encoder.Append(s.o.Sink.Begin(decision), s.o.Sink.Next(), now, ev)
+		rec = s.o.Encoder.Append(s.begin(ev), s.o.Sink.Next(), now, ev)
 		err = s.o.Sink.End(rec, urgent, names)
 	}
 	if err != nil {
@@ -375,6 +377,13 @@ func (s *Sensor) write(ctx context.Context, now int64, ev *event.Event, decision
 		return
 	}
 	s.pending = true
+}
+
+func (s *Sensor) begin(ev *event.Event) []byte {
+	if ev.Kind == event.Lifecycle {
+		return s.o.Sink.BeginDecision(ev.Self.Stream)
+	}
+	return s.o.Sink.Begin()
 }
 
 // flush hands over what was written. Records that produced nothing (forks that
@@ -415,7 +424,7 @@ func (s *Sensor) writeSelf(ctx context.Context, i *event.SelfInfo, names []event
 	now := time.Now().UnixNano()
 	s.self = event.Event{Kind: event.Lifecycle, Time: now, Self: i, Hook: "userspace/agent"}
 	s.metrics.events[event.Lifecycle].Inc()
-	s.write(ctx, now, &s.self, true, i.Severity >= 4, names)
+	s.write(ctx, now, &s.self, i.Severity >= 4, names)
 }
 
 // tick reports what was lost since the last one.
@@ -535,7 +544,7 @@ func (s *Sensor) snapshot(ctx context.Context) error {
 		ev.Hook = s.hooks[ev.Kind]
 		s.metrics.events[ev.Kind].Inc()
 		s.o.Enricher.Apply(ev)
-		s.write(ctx, time.Now().UnixNano(), ev, false, false, nil)
+		s.write(ctx, time.Now().UnixNano(), ev, false, nil)
 		return ctx.Err()
 	})
 	s.o.Enricher.EndBatch()

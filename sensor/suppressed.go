@@ -37,7 +37,7 @@ func (s *suppressed) report(now time.Time, end bool) (i event.SelfInfo, ok bool)
 		return i, false
 	}
 	i = event.SelfInfo{
-		Activity: event.ActivitySuppressed, Severity: 1, Code: "SUPPRESSED", Count: last.sum, From: last.from, To: now, ByKind: map[string]uint64{},
+		Stream: event.DecisionsAgents, Activity: event.ActivitySuppressed, Severity: 1, Code: "SUPPRESSED", Count: last.sum, From: last.from, To: now, ByKind: map[string]uint64{},
 		Message: fmt.Sprintf("%d events were left out, as sensor.file says", last.sum),
 	}
 	for k, n := range last.count {

@@ -29,7 +29,7 @@ func TestSuppressedIsReportedOncePerWindow(t *testing.T) {
 	}
 	record := func(from, to int, message string, count uint64, kinds map[string]uint64) *event.SelfInfo {
 		return &event.SelfInfo{
-			Activity: event.ActivitySuppressed, Severity: 1, Code: "SUPPRESSED", From: at(from), To: at(to), Message: message, Count: count, ByKind: kinds,
+			Stream: event.DecisionsAgents, Activity: event.ActivitySuppressed, Severity: 1, Code: "SUPPRESSED", From: at(from), To: at(to), Message: message, Count: count, ByKind: kinds,
 		}
 	}
 	s.add(event.FileCreate, 3)

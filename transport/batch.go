@@ -15,9 +15,10 @@ import (
 // in the same memory: an argument is a pointer to a string of the table, because
 // boxing a slice per field would allocate three times per record.
 type batch struct {
-	keys  [2]string // by buffer.Stream
+	keys  [buffer.Streams]string
+	limit [buffer.Streams]string // about how many entries a stream may have; 0: any number
 	args  []any
-	head  [6]string // agent, epoch, session, flag, first, n
+	head  [7]string // agent, epoch, session, flag, first, n, limit
 	key   string
 	table []string
 	times []times // kept after release, for the records of the last write
@@ -29,13 +30,21 @@ type times struct {
 	stored int64 // ns since the Unix epoch
 }
 
-const callHead = 5 + 6 // EVALSHA sha numkeys stream cursors, then head
+const callHead = 5 + 7 // EVALSHA sha numkeys stream cursors, then head
 
 func newBatch(o *Options, epoch string) *batch {
 	tag := o.Prefix + ":{" + o.Shard + "}:"
 	b := &batch{table: make([]string, 3*o.BatchRecords), times: make([]times, o.BatchRecords)}
 	b.keys[buffer.Events] = tag + "events"
-	b.keys[buffer.Decisions] = o.DecisionsKey
+	b.keys[buffer.DecisionsSystem] = o.SystemKey
+	b.keys[buffer.DecisionsAgents] = o.AgentsKey
+	b.keys[buffer.DecisionsApprovals] = o.ApprovalsKey
+	for s := range b.limit {
+		b.limit[s] = "0"
+		if s != int(buffer.Events) {
+			b.limit[s] = strconv.Itoa(o.DecisionsLimit)
+		}
+	}
 	b.head[0], b.head[1] = o.AgentID, epoch
 	b.args = append(b.args, "EVALSHA", deliverSHA(), "2", &b.key, tag+"cursors")
 	for i := range b.head {
@@ -50,14 +59,15 @@ func newBatch(o *Options, epoch string) *batch {
 // probe returns the arguments of a call without records.
 func (b *batch) probe(session, flag string) []any {
 	b.key = b.keys[buffer.Events]
-	b.head[2], b.head[3], b.head[4], b.head[5] = session, flag, "0", "0"
+	b.head[2], b.head[3], b.head[4], b.head[5], b.head[6] = session, flag, "0", "0", "0"
 	return b.args[:callHead]
 }
 
 // write returns the arguments of a call that stores recs, at most BatchRecords
 // of one stream and contiguous. They point into recs.
 func (b *batch) write(session, flag string, recs []buffer.Record) []any {
-	b.key = b.keys[recs[0].Stream]
+	to := destination(recs[0].Stream)
+	b.key, b.head[6] = b.keys[to], b.limit[to]
 	b.head[2], b.head[3] = session, flag
 	b.head[4], b.head[5] = strconv.FormatUint(recs[0].Seq, 10), strconv.Itoa(len(recs))
 	for i := range recs {
@@ -76,6 +86,15 @@ func (b *batch) write(session, flag string, recs []buffer.Record) []any {
 		}
 	}
 	return b.args[:callHead+3*len(recs)]
+}
+
+// destination is the stream that s is sent to. A record of a stream that only a
+// newer version knows, which the buffer kept through a downgrade, is a decision.
+func destination(s buffer.Stream) buffer.Stream {
+	if s < buffer.Streams {
+		return s
+	}
+	return buffer.DecisionsSystem
 }
 
 // release forgets the records, which their owner is about to overwrite.

@@ -90,7 +90,7 @@ func (c Class) policy() policy {
 	case ClassReplicas:
 		return policy{Retrying, false, "the server refuses writes until enough replicas, or its master, are back"}
 	case ClassCluster:
-		return policy{Retrying, false, "the slot is served by another node or by none at present; the decisions key must carry the shard's {tag}"}
+		return policy{Retrying, false, "the slot is served by another node or by none at present; each decisions key must carry the shard's {tag}"}
 	case ClassMaxClients:
 		return policy{Retrying, true, "the server is out of connection slots: raise maxclients or find who holds them"}
 	case ClassNoScript:

@@ -20,7 +20,8 @@
 --                      agent has accounted for that range elsewhere
 --       5 first     seq of the first record
 --       6 n         number of records, 0 with H, C and P
---       7...        n times: id, timestamp, data
+--       7 limit     about how many entries the stream may keep; 0: any number
+--       8...        n times: id, timestamp, data
 --
 -- Replies
 --   OK <last>             stored, or probed
@@ -34,12 +35,12 @@
 
 local stream, cursors = KEYS[1], KEYS[2]
 local agent, epoch, session, flag = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
-local first, n = tonumber(ARGV[5]), tonumber(ARGV[6])
+local first, n, limit = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
 
 -- Lua's own conversion switches to 1e+15 notation; doubles are exact to 2^53.
 local function int(v) return string.format('%.0f', v) end
 
-if not first or not n or #ARGV ~= 6 + 3 * n then
+if not first or not n or not limit or #ARGV ~= 7 + 3 * n then
   return redis.error_reply('EDRCALL malformed call')
 end
 
@@ -93,10 +94,15 @@ end
 -- entries without a cursor, which would be stored twice.
 move(final)
 for i = 0, n - 1 do
-  local a = 7 + 3 * i
-  local r = redis.pcall('XADD', stream, '*',
+  local a = 8 + 3 * i
+  local add = {'XADD', stream, '*',
     'id', ARGV[a], 'timestamp', ARGV[a + 1], 'data', ARGV[a + 2],
-    'agent', agent, 'epoch', epoch, 'seq', int(first + i))
+    'agent', agent, 'epoch', epoch, 'seq', int(first + i)}
+  if limit > 0 and i == n - 1 then
+    -- Once a batch, and whole nodes only, which costs next to nothing.
+    for at, word in ipairs({'MAXLEN', '~', int(limit)}) do table.insert(add, at + 2, word) end
+  end
+  local r = redis.pcall(unpack(add))
   if type(r) == 'table' and r.err then
     -- A script that fails is not rolled back: without this the cursor would
     -- claim records that the stream has refused (WRONGTYPE, NOPERM).

@@ -17,7 +17,7 @@ func latencies() []float64 {
 
 // metrics are those of one Sender. All series exist from the start.
 type metrics struct {
-	delivered [2]prometheus.Counter // by buffer.Stream
+	delivered [buffer.Streams]prometheus.Counter
 	batches   map[verdict]prometheus.Counter
 	failed    prometheus.Counter
 	errors    map[Class]prometheus.Counter
@@ -76,7 +76,9 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 		}),
 	}
 	m.delivered[buffer.Events] = delivered.WithLabelValues("events")
-	m.delivered[buffer.Decisions] = delivered.WithLabelValues("decisions")
+	m.delivered[buffer.DecisionsSystem] = delivered.WithLabelValues("decisions_system")
+	m.delivered[buffer.DecisionsAgents] = delivered.WithLabelValues("decisions_agents")
+	m.delivered[buffer.DecisionsApprovals] = delivered.WithLabelValues("decisions_approvals")
 	for _, v := range []verdict{ok, dup, gap, overlap, fenced} {
 		m.batches[v] = batches.WithLabelValues(v.label())
 	}

@@ -34,9 +34,15 @@ type Options struct {
 	// Prefix and Shard make the keys <Prefix>:{<Shard>}:events and :cursors.
 	// Defaults "edr" and "s000".
 	Prefix, Shard string
-	// DecisionsKey is the stream of the decisions, default "decisions:system".
-	// On a cluster it must carry the same {<Shard>} tag.
-	DecisionsKey string
+	// SystemKey, AgentsKey and ApprovalsKey are the streams of the decisions:
+	// about the sensor itself ("decisions:system"), about what it observed
+	// ("decisions:agents"), and what an operator approved ("decisions:approvals").
+	// On a cluster each must carry the same {<Shard>} tag.
+	SystemKey, AgentsKey, ApprovalsKey string
+	// DecisionsLimit is about how many entries a decisions stream may have: the
+	// oldest are deleted, read or not, whoever wrote them. 0: any number. The events
+	// stream is never trimmed.
+	DecisionsLimit int
 
 	// A batch is sent when it has BatchRecords (256) or BatchBytes (256 KiB) of
 	// payload, Linger (50 ms) after its first record was seen, or at once when
@@ -72,7 +78,9 @@ type Options struct {
 func (o *Options) setDefaults() {
 	def(&o.Prefix, "edr")
 	def(&o.Shard, "s000")
-	def(&o.DecisionsKey, "decisions:system")
+	def(&o.SystemKey, "decisions:system")
+	def(&o.AgentsKey, "decisions:agents")
+	def(&o.ApprovalsKey, "decisions:approvals")
 	def(&o.BatchRecords, 256)
 	def(&o.BatchBytes, 256<<10)
 	def(&o.Linger, 50*time.Millisecond)
@@ -104,6 +112,9 @@ func (o *Options) validate() error {
 	}
 	if o.BatchRecords < 1 || o.BatchBytes < 1 {
 		return fmt.Errorf("batch of %d records and %d bytes: both must be positive", o.BatchRecords, o.BatchBytes)
+	}
+	if o.DecisionsLimit < 0 {
+		return fmt.Errorf("decisions limit %d is negative", o.DecisionsLimit)
 	}
 	_, _, err := splitAddr(o.Addr)
 	return err

@@ -13,6 +13,7 @@ import (
 	"github.com/google/go-cmp/cmp"
 	"github.com/redis/go-redis/v9"
 
+	"github.com/aurorasoc/edr-sensor/buffer"
 	"github.com/aurorasoc/edr-sensor/transport/redistest"
 )
 
@@ -95,11 +96,12 @@ func FuzzParseReply(f *testing.F) {
 // modelServer is what deliver.lua does, in Go: the reference of the test below.
 type modelServer struct {
 	cursor  string // as stored, "" when absent
-	stream  []uint64
-	blocked bool // the stream's key holds something else
+	streams [buffer.Streams][]uint64
+	blocked [buffer.Streams]bool // the stream's key holds something else
 }
 
 type modelCall struct {
+	stream               buffer.Stream
 	epoch, session, flag string
 	first, n             uint64
 }
@@ -137,13 +139,13 @@ func (m *modelServer) call(c modelCall) string {
 		return fmt.Sprintf("DUP %d", last)
 	case c.first <= last:
 		return fmt.Sprintf("OVERLAP %d", last)
-	case m.blocked:
+	case m.blocked[c.stream]:
 		set(last)
 		return "WRONGTYPE"
 	}
 	set(final)
 	for i := range c.n {
-		m.stream = append(m.stream, c.first+i)
+		m.streams[c.stream] = append(m.streams[c.stream], c.first+i)
 	}
 	return fmt.Sprintf("OK %d", final)
 }
@@ -164,36 +166,93 @@ func TestScriptAgainstModel(t *testing.T) {
 	srv := redistest.Start(t, redistest.Options{})
 	c := srv.Client()
 	defer c.Close()
-	if err := c.ScriptLoad(t.Context(), deliverSource).Err(); err != nil {
-		t.Fatal(err)
-	}
+	modelReady(t, c)
+	sha := scriptLoad(t, c, deliverSource)
 	seed := rand.Uint64()
 	rng := rand.New(rand.NewPCG(seed, 0))
 	counts := make(map[string]int)
 	for run := range runs {
-		if !modelRun(t, c, rng, counts) {
-			t.Fatalf("seed %d, run %d", seed, run)
+		if diff := modelRun(t, c, sha, rng, counts); diff != "" {
+			t.Fatalf("seed %d, run %d:\n%s", seed, run, diff)
 		}
 		if run%500 == 0 {
 			c.FlushDB(t.Context())
 		}
 	}
 	t.Logf("replies: %v", counts)
-	for _, v := range []string{"OK", "DUP", "GAP", "OVERLAP", "FENCED", "EDRCURSOR", "WRONGTYPE"} {
+	for _, v := range []string{"OK", "DUP", "GAP", "OVERLAP", "FENCED", "EDRCURSOR", "WRONGTYPE", "trimmed"} {
 		if counts[v] < runs/10 {
 			t.Errorf("%s came %d times in %d runs", v, counts[v], runs)
 		}
 	}
 }
 
-func modelRun(t *testing.T, c *redis.Client, rng *rand.Rand, counts map[string]int) bool {
+// TestModelFindsDefects is the control of the test above: each defect that was put
+// into the script must be found.
+func TestModelFindsDefects(t *testing.T) {
+	srv := redistest.Start(t, redistest.Options{})
+	c := srv.Client()
+	defer c.Close()
+	modelReady(t, c)
+	for name, edit := range map[string][2]string{
+		"a cursor for each stream":    {"'HSET', cursors, agent,", "'HSET', cursors, agent .. stream,"},
+		"a repeated batch is stored":  {"if final <= last then", "if final < last then"},
+		"a gap is passed over":        {"first > last + 1 and", "first > last + 3 and"},
+		"every stream is trimmed":     {"if limit > 0 and", "if"},
+		"trimming is exact":           {"{'MAXLEN', '~', int(limit)}", "{'MAXLEN', '=', '1'}"},
+		"the older epoch is accepted": {"if e > epoch then", "if false then"},
+	} {
+		if !strings.Contains(deliverSource, edit[0]) {
+			t.Errorf("%s: %q is not in the script", name, edit[0])
+			continue
+		}
+		sha := scriptLoad(t, c, strings.Replace(deliverSource, edit[0], edit[1], 1))
+		rng := rand.New(rand.NewPCG(1, 0))
+		diff, counts := "", map[string]int{}
+		for range 300 {
+			if diff = modelRun(t, c, sha, rng, counts); diff != "" {
+				break
+			}
+		}
+		if diff == "" {
+			t.Errorf("%s: not found", name)
+		}
+	}
+}
+
+// modelReady makes approximate trimming bite on streams of a few entries.
+func modelReady(t *testing.T, c *redis.Client) {
+	t.Helper()
+	if err := c.ConfigSet(t.Context(), "stream-node-max-entries", "2").Err(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func scriptLoad(t *testing.T, c *redis.Client, source string) string {
+	t.Helper()
+	sha, err := c.ScriptLoad(t.Context(), source).Result()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return sha
+}
+
+// modelLimit is what the decision streams of the model's server may hold.
+const modelLimit = 6
+
+// modelRun returns how script and model differ in one random run, "" when they do not.
+func modelRun(t *testing.T, c *redis.Client, sha string, rng *rand.Rand, counts map[string]int) string {
 	ctx := t.Context()
 	epochs := []string{"0192f0c0ffee00000001", "0192f0c0ffee00000002"}
 	sessions := []string{"000000000000000000010000", "000000000000000000010001", "000000000000000000020000", "0000000000000000000a0000"}
 	// Now and then near 2^53: the largest seq, and where %d and %g would differ.
 	base := []uint64{0, 0, 999_999_999_999_990, 1<<53 - 400}[rng.IntN(4)]
 	tag := strconv.FormatUint(rng.Uint64(), 36)
-	stream, cursors := "m:{"+tag+"}:events", "m:{"+tag+"}:cursors"
+	cursors := "m:{" + tag + "}:cursors"
+	var streams [buffer.Streams]string
+	for i := range streams {
+		streams[i] = fmt.Sprintf("m:{%s}:%d", tag, i)
+	}
 
 	var m modelServer
 	var log, want []string
@@ -228,18 +287,21 @@ func modelRun(t *testing.T, c *redis.Client, rng *rand.Rand, counts map[string]i
 		case x < 8:
 			log = append(log, "flush")
 			m = modelServer{}
-			pipe.Del(ctx, stream, cursors)
+			pipe.Del(ctx, append(streams[:], cursors)...)
 			continue
 		case x < 11:
-			log = append(log, "block")
-			m.blocked, m.stream = true, nil
-			pipe.Set(ctx, stream, "mine", 0)
+			i := rng.IntN(len(streams))
+			log = append(log, "block "+streams[i])
+			m.blocked[i], m.streams[i] = true, nil
+			pipe.Set(ctx, streams[i], "mine", 0)
 			continue
 		case x < 14:
 			log = append(log, "unblock")
-			if m.blocked {
-				m.blocked = false
-				pipe.Del(ctx, stream)
+			for i := range m.blocked {
+				if m.blocked[i] && rng.IntN(2) == 0 {
+					m.blocked[i] = false
+					pipe.Del(ctx, streams[i])
+				}
 			}
 			continue
 		case x < 24: // another process, perhaps with a new queue
@@ -248,7 +310,7 @@ func modelRun(t *testing.T, c *redis.Client, rng *rand.Rand, counts map[string]i
 		case x < 27:
 			epoch = rng.IntN(len(epochs))
 		}
-		call := modelCall{epochs[epoch], sessions[session], flagWrite, 0, uint64(1 + rng.IntN(4))}
+		call := modelCall{buffer.Stream(rng.IntN(len(streams))), epochs[epoch], sessions[session], flagWrite, 0, uint64(1 + rng.IntN(4))}
 		switch x := rng.IntN(10); {
 		case x < 2:
 			call.flag, call.n = flagHello, 0
@@ -263,7 +325,11 @@ func modelRun(t *testing.T, c *redis.Client, rng *rand.Rand, counts map[string]i
 				call.first = max(1, last+1+uint64(rng.IntN(8))-min(last, uint64(rng.IntN(5))))
 			}
 		}
-		args := []any{"EVALSHA", deliverSHA(), 2, stream, cursors, testAgent, call.epoch, call.session, call.flag, call.first, call.n}
+		limit := 0
+		if call.stream != buffer.Events {
+			limit = modelLimit
+		}
+		args := []any{"EVALSHA", sha, 2, streams[call.stream], cursors, testAgent, call.epoch, call.session, call.flag, call.first, call.n, limit}
 		for i := range call.n {
 			args = append(args, fmt.Sprint("id", i), "now", "{}")
 		}
@@ -278,7 +344,6 @@ func modelRun(t *testing.T, c *redis.Client, rng *rand.Rand, counts map[string]i
 		}
 	}
 	cursor := pipe.HGet(ctx, cursors, testAgent)
-	kind := pipe.Type(ctx, stream)
 	_, _ = pipe.Exec(ctx) // each command has its own error
 
 	var got []string
@@ -289,29 +354,34 @@ func modelRun(t *testing.T, c *redis.Client, rng *rand.Rand, counts map[string]i
 		}
 		got = append(got, text)
 	}
-	good := true
+	diff := ""
 	if d := cmp.Diff(want, got); d != "" {
-		good = false
-		t.Errorf("replies (-model +script):\n%s", d)
+		diff += "replies (-model +script):\n" + d
 	}
 	if cursor.Val() != m.cursor {
-		good = false
-		t.Errorf("cursor %q, model %q", cursor.Val(), m.cursor)
+		diff += fmt.Sprintf("cursor %q, model %q\n", cursor.Val(), m.cursor)
 	}
-	if kind.Val() != "string" {
+	for i, want := range m.streams {
+		if m.blocked[i] {
+			continue
+		}
 		var seqs []uint64
-		for _, e := range entries(t, c, stream) {
+		for _, e := range entries(t, c, streams[i]) {
 			seqs = append(seqs, e.Seq)
 		}
-		if d := cmp.Diff(m.stream, seqs); d != "" {
-			good = false
-			t.Errorf("stream (-model +script):\n%s", d)
+		// Trimming takes the oldest only, and never below the limit.
+		if n := len(want) - len(seqs); i != int(buffer.Events) && n > 0 && len(seqs) >= modelLimit {
+			counts["trimmed"]++
+			want = want[n:]
+		}
+		if d := cmp.Diff(want, seqs); d != "" {
+			diff += fmt.Sprintf("stream %d (-model +script):\n%s", i, d)
 		}
 	}
-	if !good {
-		t.Logf("interleaving:\n%s", strings.Join(log, "\n"))
+	if diff != "" {
+		diff += "interleaving:\n" + strings.Join(log, "\n")
 	}
-	return good
+	return diff
 }
 
 func TestScriptRefusesMalformedCalls(t *testing.T) {
@@ -319,8 +389,9 @@ func TestScriptRefusesMalformedCalls(t *testing.T) {
 	c := srv.Client()
 	defer c.Close()
 	for _, args := range [][]any{
-		{testAgent, testEpoch, "s", "W", "x", "1", "i", "t", "d"},
-		{testAgent, testEpoch, "s", "W", "1", "2", "i", "t", "d"},
+		{testAgent, testEpoch, "s", "W", "x", "1", "0", "i", "t", "d"},
+		{testAgent, testEpoch, "s", "W", "1", "1", "x", "i", "t", "d"},
+		{testAgent, testEpoch, "s", "W", "1", "2", "0", "i", "t", "d"},
 		{testAgent, testEpoch, "s", "W", "1"},
 		{},
 	} {
@@ -347,7 +418,7 @@ func TestScriptCountsHalfABatch(t *testing.T) {
 		t.Fatal(err)
 	}
 	const session = "000000000000000000010000"
-	args := []any{testAgent, testEpoch, session, flagWrite, 1, 5}
+	args := []any{testAgent, testEpoch, session, flagWrite, 1, 5, 0}
 	for range 5 {
 		args = append(args, "id", "now", "{}")
 	}

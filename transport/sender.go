@@ -316,7 +316,7 @@ func (s *Sender) send(ctx context.Context, recs []buffer.Record) error {
 			}
 			flag = flagResume
 		}
-		s.flight, s.stream = span{recs[0].Seq, recs[n-1].Seq}, recs[0].Stream
+		s.flight, s.stream = span{recs[0].Seq, recs[n-1].Seq}, destination(recs[0].Stream)
 		s.sent = max(s.sent, s.flight.last)
 		start := time.Now()
 		r, err := s.call(ctx, flag, s.batch.write(s.session, flag, recs[:n]))

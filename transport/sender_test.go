@@ -29,14 +29,17 @@ func TestSenderStoresEntries(t *testing.T) {
 	defer c.Close()
 	q := newMemQueue()
 	q.add(3, buffer.Events, false)
-	q.add(2, buffer.Decisions, true)
+	q.add(2, buffer.DecisionsSystem, true)
 	q.add(1, buffer.Events, false)
+	q.add(2, buffer.DecisionsAgents, false)
+	q.add(1, buffer.DecisionsApprovals, false)
+	q.add(1, buffer.Streams+3, false) // of a version that has more
 
 	reg := prometheus.NewPedanticRegistry()
 	o := fast(srv.Addr())
 	o.Registerer = reg
 	s := start(t, o, q)
-	s.delivered(t, 6)
+	s.delivered(t, 10)
 
 	want := func(seqs ...uint64) (es []entry) {
 		for _, seq := range seqs {
@@ -47,15 +50,17 @@ func TestSenderStoresEntries(t *testing.T) {
 	if d := cmp.Diff(want(1, 2, 3, 6), entries(t, c, eventsKey)); d != "" {
 		t.Errorf("events (-want +got):\n%s", d)
 	}
-	if d := cmp.Diff(want(4, 5), entries(t, c, "decisions:system")); d != "" {
-		t.Errorf("decisions (-want +got):\n%s", d)
+	for key, seqs := range map[string][]uint64{"decisions:system": {4, 5, 10}, "decisions:agents": {7, 8}, "decisions:approvals": {9}} {
+		if d := cmp.Diff(want(seqs...), entries(t, c, key)); d != "" {
+			t.Errorf("%s (-want +got):\n%s", key, d)
+		}
 	}
 	cursor := c.HGet(t.Context(), cursorKey, testAgent).Val()
-	if want := testEpoch + ":6:" + s.session; cursor != want {
+	if want := testEpoch + ":10:" + s.session; cursor != want {
 		t.Errorf("cursor %q, want %q", cursor, want)
 	}
 	st := s.State()
-	if st.Phase != Connected || st.Acked != 6 || st.LastReply.IsZero() || st.Error != "" {
+	if st.Phase != Connected || st.Acked != 10 || st.LastReply.IsZero() || st.Error != "" {
 		t.Errorf("state %+v", st)
 	}
 	for name, m := range map[string]struct {
@@ -63,8 +68,10 @@ func TestSenderStoresEntries(t *testing.T) {
 		want float64
 	}{
 		"events":    {s.m.delivered[buffer.Events], 4},
-		"decisions": {s.m.delivered[buffer.Decisions], 2},
-		"ok":        {s.m.batches[ok], 3},
+		"system":    {s.m.delivered[buffer.DecisionsSystem], 3},
+		"agents":    {s.m.delivered[buffer.DecisionsAgents], 2},
+		"approvals": {s.m.delivered[buffer.DecisionsApprovals], 1},
+		"ok":        {s.m.batches[ok], 6},
 		"connected": {s.m.connected, 1},
 	} {
 		if got := testutil.ToFloat64(m.got); got != m.want {
@@ -423,7 +430,7 @@ func TestSenderSendsUrgentAtOnce(t *testing.T) {
 	// A full batch does not linger either; what is left of it does.
 	q.add(o.BatchRecords+256, buffer.Events, false)
 	s.delivered(t, 4+256)
-	q.add(1, buffer.Decisions, true)
+	q.add(1, buffer.DecisionsSystem, true)
 	s.delivered(t, q.Bounds().Last)
 }
 

@@ -120,7 +120,7 @@ func (a *app) summarise(path string, c config.Config, settings []config.Setting)
 		if t.TLS.Enabled {
 			secure = "with TLS"
 		}
-		row("sends", "to %s %s, streams %s and %s", t.Address, secure, t.EventsKey(), t.DecisionsKey)
+		row("sends", "to %s %s, streams %s", t.Address, secure, joinAnd(t.Streams()))
 	}
 	if c.HTTP.Listen == "" {
 		row("serves", "no HTTP; control socket %s", c.Control.Socket)

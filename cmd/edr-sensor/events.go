@@ -258,7 +258,7 @@ func (a *app) redisEvents(ctx context.Context, t config.Transport, f *eventsFlag
 	if since == nil || f.follow {
 		wait = streamWait
 	}
-	say("%s and %s at %s; Ctrl-C ends", t.EventsKey(), t.DecisionsKey, t.Address)
+	say("%s at %s; Ctrl-C ends", joinAnd(t.Streams()), t.Address)
 	away := false
 	for {
 		batch, err := s.next(ctx, wait)

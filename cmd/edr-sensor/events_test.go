@@ -245,7 +245,7 @@ func TestEventsExplainsRefusals(t *testing.T) {
 	server := redistest.Start(t, redistest.Options{Config: map[string]string{"requirepass": "secret"}, Password: "secret"})
 	path := configFor(t, fmt.Sprintf("transport: {address: %q}\n", server.Addr()))
 	code, _, errs := run(t, "events", "--config", path, "--from-start")
-	if code != exitFailure || !strings.Contains(errs, "NOAUTH") || !strings.Contains(errs, "Try: check transport.username and transport.password_file") {
+	if code != exitFailure || !strings.Contains(errs, "unauthenticated") || !strings.Contains(errs, "Try: check transport.username and transport.password_file") {
 		t.Errorf("exit code %d: %s", code, errs)
 	}
 	if err := server.Client().Do(t.Context(), "ACL", "SETUSER", "writer", "on", ">w", "~*", "+ping", "+xadd").Err(); err != nil {

@@ -52,7 +52,8 @@ func newRedis(t config.Transport) (*redis.Client, error) {
 func explainRedis(t config.Transport, err error) error {
 	text := fmt.Errorf("redis at %s: %w", t.Address, err)
 	switch {
-	case redis.IsAuthError(err), strings.Contains(err.Error(), "invalid password"), strings.Contains(err.Error(), "without any password"):
+	case redis.IsAuthError(err), strings.Contains(err.Error(), "invalid password"), strings.Contains(err.Error(), "without any password"),
+		strings.Contains(err.Error(), "unauthenticated"): // said of a command of many words
 		return &exit{exitFailure, text, "check transport.username and transport.password_file"}
 	case redis.IsPermissionError(err):
 		return &exit{exitFailure, text, "use --tap, or a Redis user that may XREAD and XREVRANGE the streams"}
@@ -79,7 +80,7 @@ type streams struct {
 // openStreams starts after the entries that are there when since is nil, else
 // at that time.
 func openStreams(ctx context.Context, client *redis.Client, t config.Transport, since *time.Time) (*streams, error) {
-	s := &streams{client, []string{t.EventsKey(), t.DecisionsKey}, map[string]string{}}
+	s := &streams{client, t.Streams(), map[string]string{}}
 	for _, key := range s.keys {
 		switch {
 		case since == nil:
@@ -124,8 +125,8 @@ func (s *streams) next(ctx context.Context, wait time.Duration) ([][]byte, error
 	return s.merge(reply), nil
 }
 
-// merge orders the entries of both streams by their ids. When one stream
-// returned as much as was asked for, entries of the other that are newer than
+// merge orders the entries of the streams by their ids. When one stream
+// returned as much as was asked for, entries of the others that are newer than
 // its last one wait for the next read: more older ones may follow.
 func (s *streams) merge(reply []redis.XStream) [][]byte {
 	type item struct {

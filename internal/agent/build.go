@@ -80,7 +80,8 @@ func (a *Agent) newSender() (*transport.Sender, error) {
 	}
 	s, err := transport.New(transport.Options{
 		Addr: t.Address, TLS: tlsConfig, Username: t.Username, PasswordFile: t.PasswordFile, DB: t.DB,
-		AgentID: a.identity.ID, Prefix: t.Prefix, Shard: t.Shard, DecisionsKey: t.DecisionsKey,
+		AgentID: a.identity.ID, Prefix: t.Prefix, Shard: t.Shard,
+		SystemKey: t.DecisionsKey, AgentsKey: t.AgentsKey, ApprovalsKey: t.ApprovalsKey, DecisionsLimit: t.DecisionsMaxLen,
 		BatchRecords: t.BatchRecords, BatchBytes: t.BatchBytes, Linger: t.Linger, Timeout: t.Timeout,
 		BackoffBase: t.BackoffBase, BackoffCap: t.BackoffLimit,
 		Registerer: a.registry,

@@ -28,11 +28,17 @@ func newSink(q *buffer.Queue, t *tap) *sink {
 
 func (s *sink) Next() uint64 { return s.next }
 
-func (s *sink) Begin(decision bool) []byte {
-	if decision {
-		return s.batch.Begin(buffer.Decisions)
+func (s *sink) Begin() []byte { return s.batch.Begin(buffer.Events) }
+
+func (s *sink) BeginDecision(d event.Decisions) []byte {
+	switch d {
+	case event.DecisionsAgents:
+		return s.batch.Begin(buffer.DecisionsAgents)
+	case event.DecisionsApprovals:
+		return s.batch.Begin(buffer.DecisionsApprovals)
+	default:
+		return s.batch.Begin(buffer.DecisionsSystem)
 	}
-	return s.batch.Begin(buffer.Events)
 }
 
 func (s *sink) End(rec []byte, urgent bool, names []event.Loss) error {

@@ -112,20 +112,38 @@ type Buffer struct {
 
 // Transport says where events go.
 type Transport struct {
-	Address                   string // host:port or unix:///path; empty: nothing is sent
-	Username, PasswordFile    string // PasswordFile is absolute or empty
-	DB                        int
-	TLS                       TLS
-	Prefix, Shard             string // the events stream is Prefix:{Shard}:events
-	DecisionsKey              string
-	BatchRecords, BatchBytes  int
-	Linger                    time.Duration
-	Timeout                   time.Duration // of one exchange with the server
-	BackoffBase, BackoffLimit time.Duration
+	Address                string // host:port or unix:///path; empty: nothing is sent
+	Username, PasswordFile string // PasswordFile is absolute or empty
+	DB                     int
+	TLS                    TLS
+	Prefix, Shard          string // the events stream is Prefix:{Shard}:events
+	// The streams of the decisions: DecisionsKey is that of the sensor about itself.
+	DecisionsKey, AgentsKey, ApprovalsKey string
+	DecisionsMaxLen                       int // about how many entries each keeps; 0: all
+	BatchRecords, BatchBytes              int
+	Linger                                time.Duration
+	Timeout                               time.Duration // of one exchange with the server
+	BackoffBase, BackoffLimit             time.Duration
 }
 
 // EventsKey is the key of the events stream.
 func (t Transport) EventsKey() string { return t.Prefix + ":{" + t.Shard + "}:events" }
+
+// Streams are the keys of all streams, the events first, each once.
+func (t Transport) Streams() []string {
+	var keys []string
+	for _, k := range append([]string{t.EventsKey()}, t.DecisionKeys()...) {
+		if !slices.Contains(keys, k) {
+			keys = append(keys, k)
+		}
+	}
+	return keys
+}
+
+// DecisionKeys are the keys of the decision streams: system, agents, approvals.
+func (t Transport) DecisionKeys() []string {
+	return []string{t.DecisionsKey, t.AgentsKey, t.ApprovalsKey}
+}
 
 // TLS says how the connection to Redis is protected. The paths are absolute or
 // empty.
@@ -187,7 +205,7 @@ func Default() Config {
 			RetainAge: 5 * time.Minute, RetainBytes: 64 * MiB,
 		},
 		Transport: Transport{
-			Prefix: "edr", Shard: "s000", DecisionsKey: "decisions:system",
+			Prefix: "edr", Shard: "s000", DecisionsKey: "decisions:system", AgentsKey: "decisions:agents", ApprovalsKey: "decisions:approvals", DecisionsMaxLen: 100000,
 			BatchRecords: 256, BatchBytes: 256 * KiB, Linger: 50 * time.Millisecond,
 			Timeout: 3 * time.Second, BackoffBase: 250 * time.Millisecond, BackoffLimit: 30 * time.Second,
 		},
@@ -266,6 +284,15 @@ func (c Config) Dump() []byte {
 func (c Config) Hash() string {
 	sum := sha256.Sum256(c.Dump())
 	return hex.EncodeToString(sum[:])
+}
+
+// decisionsKey is the key of another decisions stream than system's, when only that
+// is configured: what stands for "system" there, or behind it.
+func decisionsKey(system, name string) string {
+	if i := strings.LastIndex(system, "system"); i >= 0 {
+		return system[:i] + name + system[i+len("system"):]
+	}
+	return system + ":" + name
 }
 
 // bufferDir is the directory of the buffer when none is configured.

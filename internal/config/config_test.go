@@ -404,3 +404,32 @@ func FuzzLoad(f *testing.F) {
 		}
 	})
 }
+
+func TestDecisionsKeysFollowTheFirst(t *testing.T) {
+	for yaml, want := range map[string][]string{
+		"": {"edr:{s000}:events", "decisions:system", "decisions:agents", "decisions:approvals"},
+		"{decisions_key: 'decisions:system:{s000}'}":                      {"edr:{s000}:events", "decisions:system:{s000}", "decisions:agents:{s000}", "decisions:approvals:{s000}"},
+		"{decisions_key: audit}":                                          {"edr:{s000}:events", "audit", "audit:agents", "audit:approvals"},
+		"{decisions_key: 'a:system', agents_key: me}":                     {"edr:{s000}:events", "a:system", "me", "a:approvals"},
+		"{agents_key: decisions:system, approvals_key: decisions:system}": {"edr:{s000}:events", "decisions:system"},
+	} {
+		path := filepath.Join(t.TempDir(), "c.yaml")
+		if err := os.WriteFile(path, []byte("transport: "+yaml+"\n"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		c, err := Load(path, nil)
+		if err != nil {
+			t.Errorf("%s: %v", yaml, err)
+		}
+		if d := cmp.Diff(want, c.Transport.Streams()); d != "" {
+			t.Errorf("%s (-want +got):\n%s", yaml, d)
+		}
+		again := filepath.Join(t.TempDir(), "dump.yaml")
+		if err := os.WriteFile(again, c.Dump(), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if d, err := Load(again, nil); err != nil || d.Hash() != c.Hash() {
+			t.Errorf("%s: read back: %v", yaml, err)
+		}
+	}
+}

@@ -249,6 +249,11 @@ func (l *loader) finish() (Config, error) {
 	if _, ok := l.set["buffer.dir"]; !ok {
 		c.Buffer.Dir = bufferDir(c.Agent.StateDir)
 	}
+	for key, dst := range map[string]*string{"agents": &c.Transport.AgentsKey, "approvals": &c.Transport.ApprovalsKey} {
+		if _, ok := l.set["transport."+key+"_key"]; !ok {
+			*dst = decisionsKey(c.Transport.DecisionsKey, key)
+		}
+	}
 	c.Transport.PasswordFile = l.secretFile(c.Transport.PasswordFile)
 	c.Transport.TLS.KeyFile = l.secretFile(c.Transport.TLS.KeyFile)
 	if _, ok := l.set["buffer.retain_bytes"]; !ok {

@@ -319,11 +319,11 @@ type endpoint struct {
 	Port int    `json:"port"`
 }
 
-// readStreams returns every entry of both streams, each stream in its order.
+// readStreams returns every entry of all streams, each stream in its order.
 func readStreams(t *testing.T, c *redis.Client) []record {
 	t.Helper()
 	var out []record
-	for _, key := range []string{eventsKey, decisionsKey} {
+	for _, key := range []string{eventsKey, decisionsKey, agentsKey, approvalsKey} {
 		from := "-"
 		for {
 			msgs, err := c.XRangeN(t.Context(), key, from, "+", 500).Result()
@@ -345,6 +345,8 @@ func readStreams(t *testing.T, c *redis.Client) []record {
 const (
 	eventsKey    = "edr:{s000}:events"
 	decisionsKey = "decisions:system"
+	agentsKey    = "decisions:agents"
+	approvalsKey = "decisions:approvals"
 )
 
 func newRecord(t *testing.T, key string, m redis.XMessage) record {

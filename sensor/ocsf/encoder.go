@@ -147,15 +147,20 @@ func (e *Encoder) metadata(w *writer, seq uint64, now int64, ev *event.Event) (s
 	} else {
 		w.raw(`"event_code":"sensor.`)
 		w.b = appendCode(w.b, activityName(e.self(ev)))
-		w.raw(`","log_name":"decisions","log_provider":"agent",`)
+		w.raw(`","log_name":"decisions:` + streamName(e.self(ev).Stream) + `","log_provider":"agent",`)
 	}
 	w.opt(`"log_source":`, ev.Hook)
 	w.ms(`"logged_time":`, now)
 	w.raw(e.product)
-	if ev.CaseID == "" && ev.InvestigationID == "" {
+	caseID, investigationID, userID := ev.CaseID, ev.InvestigationID, ""
+	if !isKernel(ev.Kind) {
+		s := e.self(ev)
+		caseID, investigationID, userID = or(s.CaseID, caseID), or(s.InvestigationID, investigationID), s.UserID
+	}
+	if caseID == "" && investigationID == "" && userID == "" {
 		w.raw(e.context)
 	} else {
-		w.context(or(ev.CaseID, e.agent.CaseID), or(ev.InvestigationID, e.agent.InvestigationID), e.agent.UserID)
+		w.context(or(caseID, e.agent.CaseID), or(investigationID, e.agent.InvestigationID), or(userID, e.agent.UserID))
 	}
 	w.profiles(ev)
 	sizeAt = w.truncation(ev)

@@ -38,6 +38,7 @@ func sections() []section {
 		{"sensor.degraded", self, "The sensor works, but sees or keeps less than it should."},
 		{"sensor.lost_events", self, "Something will not be delivered. `unmapped.lost.ranges` names records by their sequence numbers, `unmapped.lost.by_type` counts events that the kernel had no room for, and an event with neither names a time in which no sensor watched. See [Losses](#losses)."},
 		{"sensor.suppressed", self, "Events that the kernel left out on purpose in the last ten seconds: more of one process than `sensor.file.per_process` allows, or excluded by `sensor.file.exclude_paths` and `exclude_executables`. Nothing failed; this is how much is not there."},
+		{"sensor.case_opened", self, "An operator opened a case: who in `actor.user.uid`, which in `metadata.tags`, on what in `unmapped.sensor`. An example of the records about cases; see [decisions](decisions.md)."},
 		{"sensor.mode_change", self, "The mode of the sensor has changed: starting, online, buffering, truncating, degraded, stopping."},
 		{"sensor.rewind", self, "An example of what else the sensor decides: `event_code` is `sensor.` and the activity's name, lower-case with underscores."},
 	}
@@ -59,7 +60,7 @@ func meanings() map[string]map[string]string {
 			"exit_code": "as passed to exit(2), 0 to 255; absent when a signal ended the process",
 			"duration":  "ms: of the process's life, of the connection, of the attempt to connect",
 			"actor":     caption, "actor.process": "who acted: the parent of a launch, the process itself at its exit, the owner of a connection, who changes a file",
-			"actor.user": "the user of `actor.process`", "process": "what the event is about",
+			"actor.user": "the user of `actor.process`; of a decision, the `user_id` of who made it", "process": "what the event is about",
 
 			"status_code":   "name of the errno, e.g. `ECONNREFUSED`; of a record about the sensor, its machine-readable cause",
 			"status_detail": "text of the errno", "message": "one sentence for people", "count": "events or records lost, or events left out",
@@ -112,7 +113,7 @@ func meanings() map[string]map[string]string {
 		},
 		"metadata": {
 			"version": "of OCSF, 1.8.0", "uid": "UUIDv8, see [Identity](#identity-order-and-duplicates)", "sequence": "seq: contiguous in the agent's epoch, over both streams",
-			"event_code": "the names above", "log_name": "`events` or `decisions`", "log_provider": "`ebpf` or `agent`", "log_source": "the hook that saw it on this host",
+			"event_code": "the names above", "log_name": "the stream: `events`, `decisions:system`, `decisions:agents` or `decisions:approvals`", "log_provider": "`ebpf` or `agent`", "log_source": "the hook that saw it on this host",
 			"logged_time": "ms, when the sensor encoded the event", "product": caption, "product.name": "edr-sensor", "product.vendor_name": caption, "product.version": "version of the sensor",
 			"tenant_uid": "from the configuration", "correlation_uid": "investigation_id, when the event was produced under one",
 			"tags": "`case_id`, `investigation_id`, `user_id`, as far as they apply", "tags.name": caption, "tags.value": caption,

@@ -525,8 +525,12 @@ func goldens() []golden {
 			Name: "Rewind", Severity: 3, Code: "SERVER_WENT_BACK", Message: "the server lost acknowledged records; sending from 812 again",
 			Attrs: map[string]any{"from": 812, "acked": 1400},
 		})},
+		{"sensor.case_opened", selfEvent(event.SelfInfo{
+			Stream: event.DecisionsApprovals, Name: "Case Opened", Severity: 1, Code: "CASE_OPENED", Message: "a case was opened on a subtree",
+			CaseID: "C-17", InvestigationID: "I-4", UserID: "mara", Attrs: map[string]any{"scope": "subtree:4711", "peer_uid": 1000},
+		})},
 		{"sensor.suppressed", selfEvent(event.SelfInfo{
-			Activity: event.ActivitySuppressed, Severity: 1, Code: "SUPPRESSED", Message: "93120 events were left out, as sensor.file says",
+			Stream: event.DecisionsAgents, Activity: event.ActivitySuppressed, Severity: 1, Code: "SUPPRESSED", Message: "93120 events were left out, as sensor.file says",
 			Count: 93120, From: time.UnixMilli(1795445990000), To: time.UnixMilli(1795446000000),
 			ByKind: map[string]uint64{"file.create": 46560, "file.write": 46560},
 		})},

@@ -39,6 +39,18 @@ func activityName(s *event.SelfInfo) string {
 	return or(s.Name, "Other")
 }
 
+// streamName is the last part of the stream's default key.
+func streamName(d event.Decisions) string {
+	switch d {
+	case event.DecisionsAgents:
+		return "agents"
+	case event.DecisionsApprovals:
+		return "approvals"
+	default:
+		return "system"
+	}
+}
+
 // appendCode appends an activity's name as part of an event code: lower-case
 // letters and digits, other characters as one underscore.
 func appendCode(dst []byte, name string) []byte {
@@ -95,6 +107,11 @@ func (e *Encoder) lifecycle(w *writer, ev *event.Event, s *event.SelfInfo) {
 	w.raw(e.app)
 	if ev.Subject != nil {
 		w.actor(ev.Subject, ev.Actor, 0)
+	} else if s.UserID != "" {
+		w.open(`"actor":{"user":{`)
+		w.str(`"uid":`, s.UserID)
+		w.close('}')
+		w.close('}')
 	}
 	w.open(`"unmapped":{`)
 	w.losses(s)

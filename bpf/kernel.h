@@ -380,6 +380,7 @@ struct task_struct {
 	struct pid *thread_pid;
 	__u64 utime, stime;
 	__u64 start_boottime;
+	__u64 self_exec_id;
 	const struct cred *real_cred;
 	char comm[16];
 	struct fs_struct *fs;

@@ -341,6 +341,10 @@ static __always_inline int handle_state(struct sock *sk, __u32 old, __u32 new)
 	/* MPTCP sockets come by here as well and are no struct tcp_sock. */
 	if (BPF_CORE_READ(sk, sk_protocol) != IPPROTO_TCP)
 		return 0;
+	/* A state is never left twice in a row, so the last change tells copies apart. */
+	if (copies > 1 &&
+	    !first_to_report(EVENT_KIND_TCP_CLOSE, (__u64)sk, 0, (__u64)old << 32 | new))
+		return 0;
 	switch (new) {
 	case TCP_SYN_SENT:
 		return connect_began(sk);

@@ -331,6 +331,43 @@ static __always_inline long emit_exec(struct exec_slot *slot)
 	return bpf_ringbuf_output(&priority_ring, &slot->event, size, 0);
 }
 
+/*
+ * How many times each program on a tracepoint is attached. Since 7.0 a task can be
+ * preempted inside of one, and until it goes on the kernel leaves that program out for
+ * whoever else comes by on the same CPU. It does so for each attached program by itself:
+ * so there are several of the same code, and the first that runs reports.
+ */
+const volatile __u32 copies = 1;
+
+struct report_key {
+	__u64 object; /* what does not occur twice at the same time */
+	__u32 pid;
+	enum event_kind kind;
+};
+
+/*
+ * What was reported last of an object: which of its execs, which change of a socket's
+ * state. Least recently used goes first, so that nothing is ever removed by hand.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 4096); /* loader: more for more copies */
+	__type(key, struct report_key);
+	__type(value, __u64);
+} reported SEC(".maps");
+
+static __always_inline bool first_to_report(enum event_kind kind, __u64 object, __u32 pid,
+					    __u64 which)
+{
+	struct report_key key = {.object = object, .pid = pid, .kind = kind};
+	__u64 *last = bpf_map_lookup_elem(&reported, &key);
+
+	if (last && *last == which)
+		return false;
+	return bpf_map_update_elem(&reported, &key, &which, last ? BPF_ANY : BPF_NOEXIST) !=
+	       -EEXIST;
+}
+
 static __always_inline int handle_exec(struct task_struct *task, struct linux_binprm *bprm)
 {
 	struct exec_slot *slot;
@@ -339,6 +376,10 @@ static __always_inline int handle_exec(struct task_struct *task, struct linux_bi
 	int index;
 
 	if (!task_in_scope(task))
+		return 0;
+	if (copies > 1 &&
+	    !first_to_report(EVENT_KIND_EXEC, BPF_CORE_READ(task, group_leader, start_boottime),
+			     BPF_CORE_READ(task, tgid), BPF_CORE_READ(task, self_exec_id)))
 		return 0;
 	count_attempt(EVENT_KIND_EXEC);
 	index = slot_claim();
@@ -387,6 +428,9 @@ static __always_inline int handle_fork(struct task_struct *parent, struct task_s
 
 	if (pid != BPF_CORE_READ(child, tgid) || !task_in_scope(parent))
 		return 0;
+	if (copies > 1 &&
+	    !first_to_report(EVENT_KIND_FORK, BPF_CORE_READ(child, start_boottime), pid, 1))
+		return 0;
 	count_attempt(EVENT_KIND_FORK);
 	/* A child that cannot be remembered falls out of scope with all it does. */
 	if (scope_mode == SCOPE_TREE && bpf_map_update_elem(&scope_pids, &pid, &in_scope, BPF_ANY))
@@ -407,34 +451,6 @@ lost:
 	return 0;
 }
 
-struct exit_key {
-	__u64 start_time;
-	__u64 pid;
-};
-
-/*
- * Processes that ended lately with more than one thread: when the last threads end
- * at the same time, each of them sees that none is alive, and the first one
- * reports. Least recently used goes first, so that nothing is ever removed by hand.
- */
-struct {
-	__uint(type, BPF_MAP_TYPE_LRU_HASH);
-	__uint(max_entries, 4096);
-	__type(key, struct exit_key);
-	__type(value, __u8);
-} exits SEC(".maps");
-
-static __always_inline bool first_to_report(struct task_struct *leader)
-{
-	struct exit_key key = {
-		.start_time = BPF_CORE_READ(leader, start_boottime),
-		.pid = BPF_CORE_READ(leader, tgid),
-	};
-	__u8 one = 1;
-
-	return bpf_map_update_elem(&exits, &key, &one, BPF_NOEXIST) != -EEXIST;
-}
-
 static __always_inline int handle_exit(struct task_struct *task)
 {
 	struct signal_struct *signal = BPF_CORE_READ(task, signal);
@@ -445,10 +461,12 @@ static __always_inline int handle_exit(struct task_struct *task)
 	if (BPF_CORE_READ(signal, live.counter) != 0 || !task_in_scope(task))
 		return 0;
 	leader = BPF_CORE_READ(task, group_leader);
-	if (BPF_CORE_READ(signal, nr_threads) != 1 && !first_to_report(leader))
+	tgid = BPF_CORE_READ(task, tgid);
+	/* When the last threads end at the same time, each sees that none is alive. */
+	if ((copies > 1 || BPF_CORE_READ(signal, nr_threads) != 1) &&
+	    !first_to_report(EVENT_KIND_EXIT, BPF_CORE_READ(leader, start_boottime), tgid, 1))
 		return 0;
 	count_attempt(EVENT_KIND_EXIT);
-	tgid = BPF_CORE_READ(task, tgid);
 	if (scope_mode == SCOPE_TREE)
 		bpf_map_delete_elem(&scope_pids, &tgid);
 	event = bpf_ringbuf_reserve(&priority_ring, sizeof(*event), 0);

@@ -258,7 +258,6 @@ const (
 const (
 	SensorMapBulkRing                = "bulk_ring"
 	SensorMapExecSlots               = "exec_slots"
-	SensorMapExits                   = "exits"
 	SensorMapFileBuckets             = "file_buckets"
 	SensorMapFileExclusions          = "file_exclusions"
 	SensorMapFileSlots               = "file_slots"
@@ -266,6 +265,7 @@ const (
 	SensorMapKindCounters            = "kind_counters"
 	SensorMapLsmProbeRuns            = "lsm_probe_runs"
 	SensorMapPriorityRing            = "priority_ring"
+	SensorMapReported                = "reported"
 	SensorMapScopePids               = "scope_pids"
 	SensorMapSockets                 = "sockets"
 	SensorMapWrittenFiles            = "written_files"
@@ -335,6 +335,7 @@ const (
 	SensorProgRawSchedProcessFork    = "raw_sched_process_fork"
 	SensorProgRawSysExit             = "raw_sys_exit"
 	SensorVarArgumentShift           = "argument_shift"
+	SensorVarCopies                  = "copies"
 	SensorVarExcludedDirectories     = "excluded_directories"
 	SensorVarExcludedExecutables     = "excluded_executables"
 	SensorVarFileBurst               = "file_burst"
@@ -461,7 +462,6 @@ type SensorProgramSpecs struct {
 type SensorMapSpecs struct {
 	BulkRing       *ebpf.MapSpec `ebpf:"bulk_ring"`
 	ExecSlots      *ebpf.MapSpec `ebpf:"exec_slots"`
-	Exits          *ebpf.MapSpec `ebpf:"exits"`
 	FileBuckets    *ebpf.MapSpec `ebpf:"file_buckets"`
 	FileExclusions *ebpf.MapSpec `ebpf:"file_exclusions"`
 	FileSlots      *ebpf.MapSpec `ebpf:"file_slots"`
@@ -469,6 +469,7 @@ type SensorMapSpecs struct {
 	KindCounters   *ebpf.MapSpec `ebpf:"kind_counters"`
 	LsmProbeRuns   *ebpf.MapSpec `ebpf:"lsm_probe_runs"`
 	PriorityRing   *ebpf.MapSpec `ebpf:"priority_ring"`
+	Reported       *ebpf.MapSpec `ebpf:"reported"`
 	ScopePids      *ebpf.MapSpec `ebpf:"scope_pids"`
 	Sockets        *ebpf.MapSpec `ebpf:"sockets"`
 	WrittenFiles   *ebpf.MapSpec `ebpf:"written_files"`
@@ -479,6 +480,7 @@ type SensorMapSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type SensorVariableSpecs struct {
 	ArgumentShift       *ebpf.VariableSpec `ebpf:"argument_shift"`
+	Copies              *ebpf.VariableSpec `ebpf:"copies"`
 	ExcludedDirectories *ebpf.VariableSpec `ebpf:"excluded_directories"`
 	ExcludedExecutables *ebpf.VariableSpec `ebpf:"excluded_executables"`
 	FileBurst           *ebpf.VariableSpec `ebpf:"file_burst"`
@@ -512,7 +514,6 @@ func (o *SensorObjects) Close() error {
 type SensorMaps struct {
 	BulkRing       *ebpf.Map `ebpf:"bulk_ring"`
 	ExecSlots      *ebpf.Map `ebpf:"exec_slots"`
-	Exits          *ebpf.Map `ebpf:"exits"`
 	FileBuckets    *ebpf.Map `ebpf:"file_buckets"`
 	FileExclusions *ebpf.Map `ebpf:"file_exclusions"`
 	FileSlots      *ebpf.Map `ebpf:"file_slots"`
@@ -520,6 +521,7 @@ type SensorMaps struct {
 	KindCounters   *ebpf.Map `ebpf:"kind_counters"`
 	LsmProbeRuns   *ebpf.Map `ebpf:"lsm_probe_runs"`
 	PriorityRing   *ebpf.Map `ebpf:"priority_ring"`
+	Reported       *ebpf.Map `ebpf:"reported"`
 	ScopePids      *ebpf.Map `ebpf:"scope_pids"`
 	Sockets        *ebpf.Map `ebpf:"sockets"`
 	WrittenFiles   *ebpf.Map `ebpf:"written_files"`
@@ -529,7 +531,6 @@ func (m *SensorMaps) Close() error {
 	return _SensorClose(
 		m.BulkRing,
 		m.ExecSlots,
-		m.Exits,
 		m.FileBuckets,
 		m.FileExclusions,
 		m.FileSlots,
@@ -537,6 +538,7 @@ func (m *SensorMaps) Close() error {
 		m.KindCounters,
 		m.LsmProbeRuns,
 		m.PriorityRing,
+		m.Reported,
 		m.ScopePids,
 		m.Sockets,
 		m.WrittenFiles,
@@ -548,6 +550,7 @@ func (m *SensorMaps) Close() error {
 // It can be passed to LoadSensorObjects or ebpf.CollectionSpec.LoadAndAssign.
 type SensorVariables struct {
 	ArgumentShift       *ebpf.Variable `ebpf:"argument_shift"`
+	Copies              *ebpf.Variable `ebpf:"copies"`
 	ExcludedDirectories *ebpf.Variable `ebpf:"excluded_directories"`
 	ExcludedExecutables *ebpf.Variable `ebpf:"excluded_executables"`
 	FileBurst           *ebpf.Variable `ebpf:"file_burst"`

@@ -24,6 +24,8 @@ type hook struct {
 	arguments []string
 	// syscalls are the kinds that system calls tell where the whole chain is refused.
 	syscalls []event.Kind
+	// copies is how many of a tracepoint's program are attached, if more than one.
+	copies int
 }
 
 // candidate is functions of bpf/sensor.bpf.c that do a hook's work together. A
@@ -32,14 +34,14 @@ type candidate []string
 
 // hooks returns every hook in the order of attaching. Fork and exit come first:
 // they keep the process tree of the scope, which the others ask.
-func hooks(files bool) []hook {
+func hooks(files bool, copies int) []hook {
 	list := []hook{
-		{kinds: kinds(event.Fork), required: true, chain: tracepoint("sched_process_fork")},
-		{kinds: kinds(event.Exit), required: true, chain: tracepoint("sched_process_exit")},
-		{kinds: kinds(event.Exec), required: true, chain: tracepoint("sched_process_exec")},
+		{kinds: kinds(event.Fork), required: true, chain: tracepoint("sched_process_fork"), copies: copies},
+		{kinds: kinds(event.Exit), required: true, chain: tracepoint("sched_process_exit"), copies: copies},
+		{kinds: kinds(event.Exec), required: true, chain: tracepoint("sched_process_exec"), copies: copies},
 		{
 			kinds: kinds(event.TCPConnect, event.TCPConnectFailed, event.TCPAccept, event.TCPListen, event.TCPClose),
-			chain: tracepoint("inet_sock_set_state"),
+			chain: tracepoint("inet_sock_set_state"), copies: copies,
 		},
 		{kinds: kinds(event.Task), chain: []candidate{{"on_task"}}},
 	}
@@ -118,7 +120,8 @@ type attachment struct {
 	hook
 	section  string // of the programs that run, empty when none does
 	programs []*ebpf.Program
-	links    []link.Link
+	spares   []*ebpf.Program // further copies of the only program
+	links    []link.Link     // of programs, then of spares
 	errs     []error
 }
 
@@ -136,9 +139,48 @@ func (h hook) attach(load loader) attachment {
 			a.errs = append(a.errs, errors.Join(err, a.detach()))
 			continue
 		}
+		for n := 2; n <= h.copies; n++ {
+			if err := a.spare(c[0], load); err != nil {
+				a.errs = append(a.errs, fmt.Errorf("copy %d: %w", n, err))
+			}
+		}
 		break
 	}
 	return a
+}
+
+// spare attaches one more copy of a program.
+func (a *attachment) spare(name string, load loader) error {
+	program, spec, err := load(a.hook, name)
+	if err != nil {
+		return fmt.Errorf("load %s: %w", name, err)
+	}
+	l, err := attachProgram(program, spec)
+	if err != nil {
+		return errors.Join(fmt.Errorf("attach %s to %s: %w", name, spec.SectionName, err), program.Close())
+	}
+	a.spares, a.links = append(a.spares, program), append(a.links, l)
+	return nil
+}
+
+// missed is how many runs the kernel left out, of all copies at least: what one of them
+// was left out for, another one has reported.
+func (a *attachment) missed() (uint64, error) {
+	var sum, least uint64
+	for i, p := range append(slices.Clip(a.programs), a.spares...) {
+		stats, err := p.Stats()
+		if err != nil {
+			return sum, fmt.Errorf("read statistics of %s: %w", a.section, err)
+		}
+		switch n := stats.RecursionMisses; {
+		case i < len(a.programs):
+			sum += n
+			least = sum
+		default:
+			least = min(least, n)
+		}
+	}
+	return least, nil
 }
 
 // try attaches all programs of a candidate. After an error some of them may be.
@@ -170,10 +212,10 @@ func (a *attachment) detach() error {
 	for _, l := range a.links {
 		errs = append(errs, l.Close())
 	}
-	for _, p := range a.programs {
+	for _, p := range append(slices.Clip(a.programs), a.spares...) {
 		errs = append(errs, p.Close())
 	}
-	a.links, a.programs = nil, nil
+	a.links, a.programs, a.spares = nil, nil, nil
 	return errors.Join(errs...)
 }
 

@@ -37,6 +37,7 @@ type kernelOptions struct {
 	PriorityBytes int // a power of two and a multiple of the page size
 	BulkBytes     int
 	Files         FileOptions
+	Copies        int // of programs on tracepoints; 0 means as many as the running kernel needs
 }
 
 // kernel is the sensor's part that lives in the kernel: maps, programs, links.
@@ -65,11 +66,14 @@ func loadKernel(o kernelOptions) (*kernel, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read kernel programs: %w", err)
 	}
+	if o.Copies == 0 {
+		o.Copies = copiesFor(release())
+	}
 	if err := configure(spec, o); err != nil {
 		return nil, err
 	}
 	k := &kernel{scope: o.Scope, spec: spec, maps: make(map[string]*ebpf.Map)}
-	for _, h := range hooks(o.Files.On) {
+	for _, h := range hooks(o.Files.On, o.Copies) {
 		k.attached = append(k.attached, attachment{hook: h})
 	}
 	for name, m := range spec.Maps {
@@ -105,9 +109,15 @@ func configure(spec *ebpf.CollectionSpec, o kernelOptions) error {
 	}
 	slots = min(slots, maxSlots)
 	spec.Maps["exec_slots"].MaxEntries = slots + 1
+	if o.Copies > 1 {
+		// Each event has an entry, which its other copies have to find. A CPU may hold
+		// back as many as a hundred free ones.
+		spec.Maps["reported"].MaxEntries = 8192 + slots*256
+	}
 	constants := configureFiles(spec, o.Files, slots)
 	constants["scope_mode"], constants["scope_cgroup_id"], constants["slot_count"] = uint32(o.Scope.Mode), o.Scope.CgroupID, slots
 	constants["lsm_probe_pid"] = uint32(os.Getpid())
+	constants["copies"] = uint32(o.Copies)
 	for name, value := range constants {
 		if err := spec.Variables[name].Set(value); err != nil {
 			return fmt.Errorf("set %s: %w", name, err)
@@ -265,21 +275,37 @@ func (k *kernel) counters() (sums [event.Kinds]KindCounter, err error) {
 	return sums, nil
 }
 
-// missed is how often the kernel did not run an attached program because the same
-// program was interrupted on that CPU: events that no counter of ours saw. Zero
-// before kernel 5.12, which does not tell.
+// missed is how often at most the kernel left an event out, because all programs that
+// see it were interrupted on that CPU; no counter of ours saw it. Zero before kernel
+// 5.12, which does not tell.
 func (k *kernel) missed() (uint64, error) {
 	var sum uint64
-	for _, a := range k.attached {
-		for _, program := range a.programs {
-			stats, err := program.Stats()
-			if err != nil {
-				return sum, fmt.Errorf("read statistics of %s: %w", a.section, err)
-			}
-			sum += stats.RecursionMisses
+	for i := range k.attached {
+		n, err := k.attached[i].missed()
+		if err != nil {
+			return sum, err
 		}
+		sum += n
 	}
 	return sum, nil
+}
+
+// copiesFor is how many copies of a tracepoint's program a kernel release needs. Since
+// 7.0 tasks are preempted inside of tracepoints, and even the spare copy of one task
+// while it does its only work in a thousand runs.
+func copiesFor(release string) int {
+	major, _, _ := strings.Cut(release, ".")
+	if n, err := strconv.Atoi(major); err == nil && n >= 7 {
+		return 3
+	}
+	return 1
+}
+
+// release is what uname -r says.
+func release() string {
+	var u unix.Utsname
+	_ = unix.Uname(&u) // its only error is a bad address
+	return unix.ByteSliceToString(u.Release[:])
 }
 
 // snapshot calls visit with a record for each process in scope that exists now: a

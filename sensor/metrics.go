@@ -28,7 +28,7 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 	m := &metrics{
 		decodeErrors: f.NewCounter(prometheus.CounterOpts{Name: "sensor_decode_errors_total", Help: "Kernel records that could not be decoded; each is an event lost. If it grows, report it: kernel object and binary disagree."}),
 		rejected:     f.NewCounter(prometheus.CounterOpts{Name: "sensor_rejected_events_total", Help: "Events that the buffer refused because of their size; each is lost. If it grows, report it with the log line \"record rejected\"."}),
-		missed:       f.NewCounter(prometheus.CounterOpts{Name: "sensor_missed_runs_total", Help: "Program runs that the kernel left out because the same program was interrupted on that CPU; each may be an event lost. If it grows, the host is busy in a way that the programs do not survive: report the kernel release and the load."}),
+		missed:       f.NewCounter(prometheus.CounterOpts{Name: "sensor_missed_runs_total", Help: "Events that the kernel may have left out because every program that sees them was interrupted on that CPU: an upper bound. If it grows, the host is busy in a way that the programs do not survive: report the kernel release and the load."}),
 		latency: f.NewHistogram(prometheus.HistogramOpts{
 			Name:    "sensor_read_latency_seconds",
 			Help:    "Stage kernel to worker: time from the kernel's time of an event until it was decoded. If it grows, the worker is short of CPU or waits for the disk: see buffer_append_latency_seconds.",

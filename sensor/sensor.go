@@ -463,7 +463,7 @@ func (s *Sensor) reportMissed(ctx context.Context, i event.SelfInfo) {
 	i.Count, s.missed = missed-s.missed, missed
 	s.metrics.missed.Add(float64(i.Count))
 	s.lost.Add(i.Count)
-	i.Code, i.Message = "RECURSION", fmt.Sprintf("the kernel left out %d runs of programs that were interrupted on their CPU", i.Count)
+	i.Code, i.Message = "RECURSION", fmt.Sprintf("the kernel left out up to %d events, since the programs that see them were interrupted on their CPU", i.Count)
 	logging.From(ctx).Warn("program runs left out by the kernel", zap.Uint64(logging.KeyCount, i.Count))
 	s.writeSelf(ctx, &i, nil)
 }

@@ -1,0 +1,140 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package sensor
+
+import (
+	"slices"
+	"sync"
+	"testing"
+
+	"github.com/aurorasoc/edr-sensor/sensor/event"
+)
+
+// crowd lets processes of many threads begin and end at the same time until done says
+// that it is enough, which it has to before long, and returns the processes.
+func crowd(t *testing.T, root *actor, done func(round int) bool) (pids []int) {
+	t.Helper()
+	var workers []*actor
+	for range 4 {
+		workers = append(workers, root.spawn())
+	}
+	var mu sync.Mutex
+	for round := 1; ; round++ {
+		var wg sync.WaitGroup
+		for _, w := range workers {
+			wg.Go(func() {
+				for range 5 {
+					ran := w.do(request{Op: "run", Path: "/proc/self/exe", Env: []string{threadEnv + "=30"}})
+					talk := w.do(request{Op: "converse", Network: "tcp4", Up: 1, Count: 5})
+					mu.Lock()
+					pids = append(pids, ran.PID)
+					mu.Unlock()
+					if ran.Err != "" || talk.Err != "" {
+						t.Error(ran.Err, talk.Err)
+					}
+				}
+			})
+		}
+		wg.Wait()
+		if done(round) || t.Failed() {
+			return pids
+		}
+	}
+}
+
+// leftOut is how many runs of each copy the kernel left out.
+func leftOut(t *testing.T, k *kernel) (n [3]uint64) {
+	t.Helper()
+	for _, a := range k.attached {
+		for i, p := range append(slices.Clip(a.programs), a.spares...) {
+			s, err := p.Stats()
+			if err != nil {
+				t.Fatal(err)
+			}
+			n[i] += s.RecursionMisses
+		}
+	}
+	return n
+}
+
+const mostRounds = 15
+
+// What the kernel leaves one copy of a program out for, another copy reports, and none
+// reports what another one has.
+func TestRootCopies(t *testing.T) {
+	a := startActor(t)
+	k := openKernel(t, kernelOptions{Scope: Scope{Mode: ScopeTree, PID: uint32(a.pid)}, Copies: 3})
+	priority, bulk := newTap(t, k.priority), newTap(t, k.bulk)
+	preempts := copiesFor(release()) > 1
+	pids := crowd(t, a, func(round int) bool {
+		return !preempts || leftOut(t, k)[0] >= 5 || round == mostRounds
+	})
+	marker := a.must(request{Op: "run", Path: "/bin/true"}).PID
+	records := priority.until("exit", exited(marker))
+	forked := map[int]int{}
+	for _, r := range records {
+		if r.fork != nil {
+			forked[int(r.fork.ChildPid)]++
+		}
+	}
+	for _, pid := range append(pids, marker) {
+		one(t, records, event.Exec, pid)
+		one(t, records, event.Exit, pid)
+		if forked[pid] != 1 {
+			t.Errorf("%d forks of process %d", forked[pid], pid)
+		}
+	}
+	seen := map[event.Kind]int{}
+	for _, r := range bulk.rest() {
+		seen[kindOf(r.SensorEventHeader)]++
+	}
+	talks := len(pids) * 5
+	for kind, want := range map[event.Kind]int{event.TCPListen: talks, event.TCPConnect: talks, event.TCPAccept: talks, event.TCPClose: 2 * talks} {
+		if seen[kind] != want {
+			t.Errorf("%d records of %s, want %d", seen[kind], kind, want)
+		}
+	}
+	missed, err := k.missed()
+	n := leftOut(t, k)
+	t.Logf("%d processes, %d connections: left out %d runs of each copy, %d of all", len(pids), talks, n, missed)
+	if err != nil || missed != 0 {
+		t.Errorf("%d events may have been left out, %v", missed, err)
+	}
+	if preempts && n[0] == 0 {
+		t.Error("nothing was left out: this shows nothing")
+	}
+}
+
+// A single copy has to be left out by the same work, and what it does not see counted.
+func TestRootCopiesNegativeControl(t *testing.T) {
+	a := startActor(t)
+	if copiesFor(release()) == 1 {
+		t.Skipf("Linux %s does not preempt tracepoints", release())
+	}
+	k := openKernel(t, kernelOptions{Scope: Scope{Mode: ScopeTree, PID: uint32(a.pid)}, Copies: 1})
+	priority := newTap(t, k.priority)
+	pids := crowd(t, a, func(round int) bool { return leftOut(t, k)[0] > 0 || round == mostRounds })
+	marker := a.must(request{Op: "run", Path: "/bin/true"}).PID
+	records := priority.until("exit", exited(marker))
+	unseen := uint64(0)
+	for _, pid := range pids {
+		if !slices.ContainsFunc(records, exited(pid)) {
+			unseen++
+		}
+	}
+	missed, err := k.missed()
+	t.Logf("%d processes: %d runs left out, %d exits unseen", len(pids), missed, unseen)
+	if err != nil || missed == 0 || unseen > missed {
+		t.Errorf("%d runs left out, %d exits unseen, %v", missed, unseen, err)
+	}
+}
+
+func TestCopiesFor(t *testing.T) {
+	for release, want := range map[string]int{
+		"5.10.0-32-cloud-amd64": 1, "6.18.44": 1, "7.0.0": 3, "7.2.13+deb-amd64": 3, "10.1": 3, "": 1, "x": 1,
+	} {
+		if got := copiesFor(release); got != want {
+			t.Errorf("%q: %d copies, want %d", release, got, want)
+		}
+	}
+}

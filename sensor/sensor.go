@@ -100,6 +100,7 @@ type Sensor struct {
 	committed atomic.Uint64 // serial of the newest durable mark
 	beat      atomic.Int64  // wall ns of the last turn of the loop
 	lost      atomic.Uint64 // kernel losses reported so far
+	discarded atomic.Uint64 // events that could not become records so far
 
 	mu       sync.Mutex // notices come from other goroutines, rarely
 	notices  []event.SelfInfo
@@ -203,6 +204,16 @@ func (s *Sensor) Beat() time.Time {
 
 // Lost is the number of events the kernel had no room for, since Run.
 func (s *Sensor) Lost() uint64 { return s.lost.Load() }
+
+// Discarded is the number of events that could not become records, since Run:
+// undecodable, too large, or too many about the sensor itself at once.
+func (s *Sensor) Discarded() uint64 { return s.discarded.Load() }
+
+// discard counts events that cannot become records; the next tick reports them.
+func (s *Sensor) discard(reason string, n uint64) {
+	s.unwritten[reason] += n
+	s.discarded.Add(n)
+}
 
 // Release frees the ring space that a durable mark covers. The sink's owner
 // calls it after each commit, from any one goroutine.
@@ -348,7 +359,7 @@ func (s *Sensor) read(ctx context.Context, r *ring, limit uint64, n, most int) (
 		ev := &s.events[n]
 		if err := s.dec.decode(rec, ev); err != nil {
 			s.metrics.decodeErrors.Inc()
-			s.unwritten["UNDECODABLE"]++
+			s.discard("UNDECODABLE", 1)
 			logging.From(ctx).Error("decode record", zap.Error(err))
 			continue
 		}
@@ -372,7 +383,7 @@ func (s *Sensor) write(ctx context.Context, now int64, ev *event.Event, urgent b
 	}
 	if err != nil {
 		s.metrics.rejected.Inc()
-		s.unwritten["TOO_LARGE"]++
+		s.discard("TOO_LARGE", 1)
 		logging.From(ctx).Error("record rejected", zap.Stringer(logging.KeyEvent, ev.Kind), zap.Int(logging.KeyBytes, len(rec)), zap.Error(err))
 		return
 	}
@@ -416,7 +427,7 @@ func (s *Sensor) writeNotices(ctx context.Context) {
 		s.writeSelf(ctx, &notices[i], nil)
 	}
 	if overflow > 0 {
-		s.unwritten["NOTICES"] += overflow
+		s.discard("NOTICES", overflow)
 	}
 }
 

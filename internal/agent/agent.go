@@ -142,7 +142,8 @@ func (a *Agent) build(ctx context.Context, version string) error {
 		return err
 	}
 	a.defers("buffer", a.queue.Close)
-	a.mode = newModeMachine(a.registry, a.queue.Stats().Truncated, time.Now())
+	stats := a.queue.Stats()
+	a.mode = newModeMachine(a.registry, facts{truncated: stats.Truncated, corrupt: stats.Corrupt}, time.Now())
 
 	encoder := ocsf.New(host, a.identity)
 	encoder.Bind(a.queue.Epoch())

@@ -15,9 +15,6 @@ import (
 	"regexp"
 	"strings"
 	"testing"
-	"time"
-
-	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/aurorasoc/edr-sensor/internal/config"
 )
@@ -164,18 +161,6 @@ func TestTapTellsWhatItDropped(t *testing.T) {
 		t.Errorf("%q, want %q", got, want)
 	}
 	close(a.ending)
-}
-
-func TestReadyWhileBuffering(t *testing.T) {
-	for mode, want := range map[Mode]int{Starting: 503, Online: 200, Buffering: 200, Degraded: 503, Truncating: 503, Stopping: 503} {
-		a := &Agent{mode: newModeMachine(prometheus.NewPedanticRegistry(), 0, time.Now())}
-		a.mode.set(modeState{Mode: mode, Reason: "because"})
-		w := httptest.NewRecorder()
-		a.readyz(w, httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/readyz", nil))
-		if w.Code != want || !strings.Contains(w.Body.String(), "because") {
-			t.Errorf("%s: %d %s, want %d and the reason", mode, w.Code, w.Body, want)
-		}
-	}
 }
 
 func TestNewUndoesWhatItBuilt(t *testing.T) {

@@ -14,6 +14,8 @@ import (
 func (a *Agent) handler() http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.HandlerFor(a.registry, promhttp.HandlerOpts{Registry: a.registry, MaxRequestsInFlight: 4}))
+	// Alive: systemd's watchdog, which is fed only while the stages move, is what
+	// restarts a sensor that hangs.
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
 		fmt.Fprintln(w, "ok")
 	})
@@ -27,14 +29,19 @@ func newServer(h http.Handler) *http.Server {
 	return &http.Server{Handler: h, ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second, IdleTimeout: time.Minute, MaxHeaderBytes: 16 << 10}
 }
 
-// readyz answers 200 while events are seen and kept, delivered or not.
+// readyz answers 200 while events are seen and kept, delivered or not. A line
+// each says what is not as it should be, and by which metric to see it.
 func (a *Agent) readyz(w http.ResponseWriter, _ *http.Request) {
 	state := a.mode.current.Load()
-	switch state.Mode {
-	case Online, Buffering:
-		fmt.Fprintf(w, "ready: %s: %s\n", state.Mode, state.Reason)
-	default:
-		http.Error(w, fmt.Sprintf("not ready: %s: %s", state.Mode, state.Reason), http.StatusServiceUnavailable)
+	w.Header().Set("Content-Type", "text/plain; charset=utf-8")
+	word := "ready"
+	if !state.ready() {
+		word = "not ready"
+		w.WriteHeader(http.StatusServiceUnavailable)
+	}
+	fmt.Fprintf(w, "%s: %s\n", word, state.Mode)
+	for _, p := range state.Problems {
+		fmt.Fprintln(w, p)
 	}
 }
 

@@ -3,6 +3,9 @@
 package agent
 
 import (
+	"net/http"
+	"net/http/httptest"
+	"strings"
 	"testing"
 	"time"
 
@@ -15,25 +18,30 @@ import (
 )
 
 func TestModeIsTheWorstThatHolds(t *testing.T) {
-	ok := facts{started: true, delivering: true, truncated: 7}
+	ok := facts{started: true, delivering: true, truncated: 7, corrupt: 3, transportReason: "away"}
 	with := func(change func(*facts)) facts { f := ok; change(&f); return f }
 	for _, tt := range []struct {
 		name string
 		f    facts
 		want Mode
+		why  string // in /readyz, with a metric; "" when all is well
+		code int
 	}{
-		{"all well; truncations of an earlier run do not count", ok, Online},
-		{"not attached", with(func(f *facts) { f.started = false }), Starting},
-		{"redis away", with(func(f *facts) { f.delivering = false }), Buffering},
-		{"hook missing and redis away", with(func(f *facts) { f.missing = []string{"net.close"}; f.delivering = false }), Degraded},
-		{"kernel loss", with(func(f *facts) { f.kernelLost = 1 }), Degraded},
-		{"disk error", with(func(f *facts) { f.bufferError = "no space left on device" }), Degraded},
-		{"stuck", with(func(f *facts) { f.stuck = "worker" }), Degraded},
-		{"truncating beats degraded", with(func(f *facts) { f.truncated = 8; f.kernelLost = 1 }), Truncating},
-		{"stopping beats all", with(func(f *facts) { f.truncated = 8; f.stopping = true }), Stopping},
+		{"all well; losses of an earlier run do not count", ok, Online, "", 200},
+		{"not attached", with(func(f *facts) { f.started = false }), Starting, "being attached", 503},
+		{"redis away", with(func(f *facts) { f.delivering = false }), Buffering, "away (transport_connected)", 200},
+		{"hook missing and redis away", with(func(f *facts) { f.missing = []string{"net.close"}; f.delivering = false }), Degraded, "no hook for [net.close] (sensor_hook_attached)\naway (transport_connected)", 200},
+		{"kernel loss", with(func(f *facts) { f.kernelLost = 1 }), Degraded, "(sensor_lost_events_total, sensor_missed_runs_total)", 503},
+		{"disk error", with(func(f *facts) { f.bufferError = "no space left on device" }), Degraded, "no space left on device (buffer_errors_total)", 503},
+		{"stuck", with(func(f *facts) { f.stuck = "worker" }), Degraded, "stage worker does not move (agent_stuck)", 503},
+		{"discarded", with(func(f *facts) { f.discarded = 2 }), Degraded, "2 events in all could not become records (sensor_decode_errors_total, sensor_rejected_events_total)", 503},
+		{"damaged on disk", with(func(f *facts) { f.corrupt = 9 }), Degraded, "damaged on disk (buffer_corrupt_records_total)", 503},
+		{"damaged in an earlier run", with(func(f *facts) { f.corrupt = 3 }), Online, "", 200},
+		{"truncating beats degraded", with(func(f *facts) { f.truncated = 8; f.kernelLost = 1 }), Truncating, "8 in all (buffer_truncations_total)\nthe kernel", 503},
+		{"stopping beats all", with(func(f *facts) { f.truncated = 8; f.stopping = true }), Stopping, "asked to stop\nthe buffer is full", 503},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			m := newModeMachine(prometheus.NewPedanticRegistry(), 7, time.Unix(0, 0))
+			m := newModeMachine(prometheus.NewPedanticRegistry(), facts{truncated: 7, corrupt: 3}, time.Unix(0, 0))
 			m.step(tt.f, time.Unix(1, 0))
 			if got := m.current.Load().Mode; got != tt.want {
 				t.Errorf("mode %s, want %s", got, tt.want)
@@ -43,12 +51,68 @@ func TestModeIsTheWorstThatHolds(t *testing.T) {
 					t.Errorf("agent_mode{mode=%q} is %v, want %v", mode, testutil.ToFloat64(g), want)
 				}
 			}
+			code, body := readyz(t, m)
+			if code != tt.code || !strings.Contains(body, tt.why) || tt.why == "" && strings.Count(body, "\n") != 1 {
+				t.Errorf("/readyz: %d %q, want %d and %q", code, body, tt.code, tt.why)
+			}
+			if want := map[int]float64{200: 1}[code]; testutil.ToFloat64(m.ready) != want {
+				t.Errorf("agent_ready is %v, /readyz %d", testutil.ToFloat64(m.ready), code)
+			}
+			if want := map[string]float64{"worker": 1}[tt.f.stuck]; testutil.ToFloat64(m.stuck) != want {
+				t.Errorf("agent_stuck is %v", testutil.ToFloat64(m.stuck))
+			}
 		})
 	}
 }
 
+// readyz asks as Prometheus' blackbox or a person does.
+func readyz(t *testing.T, m *modeMachine) (int, string) {
+	t.Helper()
+	w := httptest.NewRecorder()
+	(&Agent{mode: m}).readyz(w, httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/readyz", nil))
+	return w.Code, w.Body.String()
+}
+
+// TestReadyRecovers follows a sensor through a bad hour: /readyz fails only while
+// evidence is lost or something is stuck, and comes back by itself.
+func TestReadyRecovers(t *testing.T) {
+	m := newModeMachine(prometheus.NewPedanticRegistry(), facts{}, time.Unix(0, 0))
+	if code, body := readyz(t, m); code != 503 {
+		t.Errorf("before the first step: %d %s", code, body)
+	}
+	absent := []string{"file.move_mount"}
+	f := facts{delivering: true, missing: absent}
+	for _, step := range []struct {
+		name   string
+		at     int64
+		change func()
+		mode   Mode
+		code   int
+	}{
+		{"starting", 1, func() {}, Starting, 503},
+		{"started on a kernel without one hook", 2, func() { f.started = true }, Degraded, 200},
+		{"redis away as well", 3, func() { f.delivering = false }, Degraded, 200},
+		{"a hook is gone", 4, func() { f.missing = []string{"net.connect", "file.move_mount"} }, Degraded, 503},
+		{"it is back", 5, func() { f.missing = absent }, Degraded, 200},
+		{"the buffer overflows", 6, func() { f.truncated = 1 }, Truncating, 503},
+		{"and on", 12, func() { f.truncated = 2 }, Truncating, 503},
+		{"no more, but just now", 21, func() {}, Truncating, 503},
+		{"no more", 22, func() {}, Degraded, 200},
+		{"the worker hangs", 23, func() { f.stuck = "worker" }, Degraded, 503},
+		{"and goes on", 24, func() { f.stuck = "" }, Degraded, 200},
+		{"all is well", 25, func() { f.delivering, f.missing = true, nil }, Online, 200},
+	} {
+		step.change()
+		m.step(f, time.Unix(step.at, 0))
+		code, body := readyz(t, m)
+		if mode := m.current.Load().Mode; code != step.code || mode != step.mode {
+			t.Errorf("%s: %s, %d %s; want %s, %d", step.name, mode, code, body, step.mode, step.code)
+		}
+	}
+}
+
 func TestModeKeepsALossForAWhile(t *testing.T) {
-	m := newModeMachine(prometheus.NewPedanticRegistry(), 0, time.Unix(0, 0))
+	m := newModeMachine(prometheus.NewPedanticRegistry(), facts{}, time.Unix(0, 0))
 	f := facts{started: true, delivering: true, truncated: 1}
 	for _, step := range []struct {
 		at      int64

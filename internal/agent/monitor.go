@@ -57,7 +57,7 @@ func (a *Agent) facts(now time.Time) facts {
 	stats := a.queue.Stats()
 	f := facts{
 		started: a.started.Load(), stopping: a.stopping.Load(),
-		truncated: stats.Truncated, kernelLost: a.sensor.Lost(),
+		truncated: stats.Truncated, corrupt: stats.Corrupt, kernelLost: a.sensor.Lost(), discarded: a.sensor.Discarded(),
 		transportReason: "no Redis is configured (transport.address): events stay in the buffer",
 	}
 	if stats.Err != nil {

@@ -18,6 +18,8 @@ type Status struct {
 	Mode      Mode              `json:"mode"`
 	Reason    string            `json:"reason"`
 	Since     time.Time         `json:"since"`
+	Ready     bool              `json:"ready"`    // as /readyz
+	Problems  []Problem         `json:"problems"` // worst first; the first one made the mode
 	Scope     string            `json:"scope"`
 	Context   map[string]string `json:"context,omitempty"` // the case the whole run belongs to
 	Coverage  []Covered         `json:"coverage"`
@@ -83,7 +85,7 @@ type TransportStatus struct {
 func (a *Agent) status() Status {
 	mode := a.mode.current.Load()
 	s := Status{
-		Version: a.identity.Version, AgentID: a.identity.ID, Mode: mode.Mode, Reason: mode.Reason, Since: mode.Since,
+		Version: a.identity.Version, AgentID: a.identity.ID, Mode: mode.Mode, Reason: mode.Reason, Since: mode.Since, Ready: mode.ready(), Problems: mode.Problems,
 		Scope:   a.cfg.Sensor.Scope.String(),
 		Context: map[string]string{}, Coverage: []Covered{},
 		Buffer:    bufferStatus(a.queue.Stats()),

@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -204,6 +205,15 @@ func (h *host) get(path string) (int, string) {
 		h.t.Fatal(err)
 	}
 	return r.StatusCode, string(b)
+}
+
+// readyz waits until /readyz answers with this code and all of these texts.
+func (h *host) readyz(code int, texts ...string) {
+	h.t.Helper()
+	eventually(h.t, 30*time.Second, fmt.Sprintf("/readyz answers %d %q", code, texts), func() bool {
+		got, body := h.get("/readyz")
+		return got == code && !slices.ContainsFunc(texts, func(s string) bool { return !strings.Contains(body, s) })
+	})
 }
 
 // lines collects a process's output.

@@ -35,6 +35,7 @@ func TestTruncation(t *testing.T) {
 			w.do(order{Op: "exec", From: 1, N: 50})
 			h.delivered(30 * time.Second)
 			server.Kill9()
+			h.readyz(200, "ready: buffering", "(transport_connected)")
 
 			file := filepath.Join(dir, "q.db")
 			fill := func() {
@@ -45,6 +46,7 @@ func TestTruncation(t *testing.T) {
 			}
 			fill()
 			eventually(t, 30*time.Second, "records are truncated", func() bool { return h.mustStatus().Buffer.Truncated > 0 })
+			h.readyz(503, "not ready: truncating", "(buffer_truncations_total)", "(transport_connected)")
 			if killed {
 				done := make(chan struct{})
 				go func() {
@@ -63,6 +65,7 @@ func TestTruncation(t *testing.T) {
 			// The newest loss record may name the last truncations a moment later.
 			eventually(t, 30*time.Second, "no loss is unnamed", func() bool { return h.mustStatus().Buffer.Losses == 0 })
 			s := h.delivered(60 * time.Second)
+			h.readyz(200, "ready: online")
 			h.stop()
 
 			recs := readStreams(t, server.Client())

@@ -239,15 +239,23 @@ func attachProgram(program *ebpf.Program, spec *ebpf.ProgramSpec) (link.Link, er
 func (k *kernel) coverage() []Coverage {
 	var list []Coverage
 	for _, a := range k.attached {
-		errs := make([]string, len(a.errs))
-		for i, err := range a.errs {
-			errs[i] = err.Error()
-		}
+		errs := sentences(a.errs)
 		for _, kind := range a.kinds {
 			list = append(list, Coverage{Event: kind.String(), Kind: kind, Required: a.required, Hook: a.section, Errs: errs})
 		}
 	}
 	return list
+}
+
+// sentences is what errors say, a line each, once. The advice that the library adds to
+// every refusal is about kernels before 5.11, and misleading since.
+func sentences(errs []error) []string {
+	list := make([]string, len(errs))
+	tidy := strings.NewReplacer("\n", ": ", " (MEMLOCK may be too low, consider rlimit.RemoveMemlock)", "")
+	for i, err := range errs {
+		list[i] = tidy.Replace(err.Error())
+	}
+	return slices.Compact(list)
 }
 
 // find returns the attachment for a kind of event, nil when there is none.

@@ -136,11 +136,8 @@ func newMap(spec *ebpf.MapSpec) (*ebpf.Map, error) {
 			m, err = ebpf.NewMap(spec)
 		}
 	}
-	switch {
-	case errors.Is(err, unix.EPERM):
-		return nil, fmt.Errorf("%w: run as root, or with CAP_BPF and CAP_PERFMON (before kernel 5.11 also CAP_SYS_RESOURCE)", err)
-	case errors.Is(err, unix.ENOMEM):
-		return nil, fmt.Errorf("%w: choose smaller rings, or give the service's control group more memory", err)
+	if errors.Is(err, unix.EPERM) || errors.Is(err, unix.EACCES) || errors.Is(err, unix.ENOMEM) {
+		return nil, NewPreflight().mapRefused(fmt.Sprintf("map %s of %d entries", spec.Name, spec.MaxEntries), err)
 	}
 	return m, err
 }
@@ -154,19 +151,22 @@ func (k *kernel) attach() error {
 		return k.load(h, name, cache)
 	}
 	k.lsm = sync.OnceValue(func() error { return k.probeLSM(load) })
-	var errs []error
+	var refused []string
 	for i, a := range k.attached {
 		before := a.errs
 		a = a.attach(load)
 		a.errs = append(before, a.errs...)
 		k.attached[i] = a
 		if a.required && a.section == "" {
-			errs = append(errs, fmt.Errorf("%s: no hook: %w", a.kinds[0], errors.Join(a.errs...)))
+			refused = append(refused, fmt.Sprintf("%s: no hook: %s", a.kinds[0], strings.Join(sentences(a.errs), "; ")))
 		}
 	}
 	k.attachSyscalls(load)
-	if err := errors.Join(errs...); err != nil {
-		return fmt.Errorf("%w (a kernel since 5.10 with CONFIG_DEBUG_INFO_BTF is needed; see edr-sensor doctor)", err)
+	if len(refused) > 0 {
+		return &Refusal{
+			CheckHooks, "the kernel refuses the programs that the sensor cannot do without: " + strings.Join(refused, "; "),
+			"boot 5.10 or newer with CONFIG_DEBUG_INFO_BTF and CONFIG_BPF_EVENTS, or allow them in the policy that refuses them",
+		}
 	}
 	if k.scope.Mode == ScopeTree {
 		if err := seedTree(k.maps["scope_pids"], k.scope.PID, scanProc); err != nil {

@@ -23,7 +23,7 @@ const (
 	exitFailure     = 1
 	exitUsage       = 2
 	exitUnavailable = 69 // Redis cannot be reached
-	exitPrivilege   = 77
+	exitPrivilege   = 77 // or a host that refuses the sensor
 	exitConfig      = 78
 )
 
@@ -86,7 +86,7 @@ buffer on disk and delivered to Redis Streams exactly once; what is lost is
 counted and named.
 
 Exit codes: 0 good, 1 failed, 2 wrong usage, 69 Redis cannot be reached,
-77 missing privilege, 78 wrong configuration.`,
+77 the host refuses the sensor, or a privilege is missing, 78 wrong configuration.`,
 		Args:              a.unknownCommand,
 		RunE:              func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 		SilenceErrors:     true,

@@ -44,8 +44,7 @@ type finding struct {
 // doctor examines a host. What it asks the kernel and Redis stands in functions,
 // so that its judgement can be tested without either.
 type doctor struct {
-	root     fs.FS // of the host
-	release  func() (string, error)
+	host     sensor.Preflight
 	hooks    func() ([]sensor.Coverage, error)
 	redis    func(context.Context, config.Transport) []finding
 	answers  func(context.Context, string) error // of a sensor on a control socket
@@ -67,7 +66,7 @@ Exit codes: 0 without a FAIL, 1 with one, 2 wrong usage.`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			d := &doctor{
-				root: os.DirFS("/"), release: kernelRelease, hooks: sensor.Probe, redis: examineRedis, answers: sensorAnswers,
+				host: sensor.NewPreflight(), hooks: sensor.Probe, redis: examineRedis, answers: sensorAnswers,
 				explain: func() (config.Config, error) { return config.Load(a.configFile(), a.environ) }, file: a.configFile(),
 			}
 			d.examine(cmd.Context())
@@ -109,9 +108,8 @@ func (d *doctor) count(v verdict) int {
 }
 
 func (d *doctor) examine(ctx context.Context) {
-	d.kernel()
-	d.privileges()
-	d.coverage()
+	d.refusals()
+	d.settings(d.coverage())
 	c, err := d.explain()
 	if n := len(config.Problems(err)); n > 0 {
 		d.add("config.valid", fail, fmt.Sprintf("%s; the first: %s", plural(n, "problem"), config.Problems(err)[0]), "edr-sensor check lists them all")
@@ -127,39 +125,91 @@ func (d *doctor) examine(ctx context.Context) {
 	}
 }
 
-func (d *doctor) kernel() {
-	release, err := d.release()
-	major, minor, ok := parseRelease(release)
-	switch {
-	case err != nil || !ok:
-		d.add("kernel.release", warn, fmt.Sprintf("cannot be read: %q %v", release, err), "")
-	case major < 5 || major == 5 && minor < 8:
-		d.add("kernel.release", fail, release, "use 5.10 or newer; before 5.8 there is no ring buffer")
-	case major == 5 && minor < 10:
-		d.add("kernel.release", warn, release, "use 5.10 or newer; older ones are not tested")
+// refusals says what keeps a sensor from running here, and what a missing capability
+// costs.
+func (d *doctor) refusals() {
+	refused := map[string]*sensor.Refusal{}
+	for _, r := range d.host.Refusals() {
+		refused[r.Check] = r
+	}
+	judge := func(id, found string) {
+		if r := refused[id]; r != nil {
+			d.add(id, fail, r.Cause, r.Remedy)
+		} else {
+			d.add(id, pass, orDash(found), "")
+		}
+	}
+	judge(sensor.CheckRelease, d.host.Release)
+	judge(sensor.CheckBTF, "readable")
+	judge(sensor.CheckLockdown, d.host.Lockdown())
+	var costs, names []string
+	for _, lack := range d.host.Lacking() {
+		costs, names = append(costs, "without "+lack.Capability+": "+lack.Cost), append(names, lack.Capability)
+	}
+	if len(costs) > 0 && refused[sensor.CheckCapabilities] == nil {
+		d.add(sensor.CheckCapabilities, warn, strings.Join(costs, "; "), "AmbientCapabilities="+strings.Join(names, " ")+" in the systemd unit")
+	} else {
+		judge(sensor.CheckCapabilities, "sufficient")
+	}
+	if refused[sensor.CheckMemlock] != nil {
+		judge(sensor.CheckMemlock, "")
+	} else if refused[sensor.CheckCapabilities] == nil { // else not tried
+		judge(sensor.CheckBPF, "allowed")
+	}
+}
+
+func (d *doctor) exists(path string) bool {
+	_, err := fs.Stat(d.host.Root, path)
+	return err == nil
+}
+
+func (d *doctor) read(path string) string {
+	b, err := fs.ReadFile(d.host.Root, path)
+	if err != nil {
+		return ""
+	}
+	return strings.TrimSpace(string(b))
+}
+
+// settings says what the kernel's settings cost, given the hooks that it allows.
+func (d *doctor) settings(coverage []sensor.Coverage) {
+	by := func(what string) bool {
+		return slices.ContainsFunc(coverage, func(c sensor.Coverage) bool { return strings.Contains(c.Hook, what) })
+	}
+	degraded := by(syscallHook)
+	modules := d.host.SecurityModules()
+	switch list := strings.Join(modules, ","); {
+	case modules == nil:
+		d.add("kernel.lsm", pass, "not visible (securityfs is not mounted); whether bpf is among them was tried", "")
+	case slices.Contains(modules, "bpf"):
+		d.add("kernel.lsm", pass, list, "")
+	case degraded || by("kprobe/"):
+		d.add("kernel.lsm", warn, list+": bpf is not among them, and not every event has fentry in its place", "boot with lsm="+list+",bpf")
+	case by("fentry/"):
+		d.add("kernel.lsm", pass, list+" (bpf is not among them; fentry sees the same here)", "")
 	default:
-		d.add("kernel.release", pass, release, "")
-	}
-
-	if d.exists(btfPath) {
-		d.add("kernel.btf", pass, "/"+btfPath, "")
-	} else {
-		d.add("kernel.btf", fail, "/"+btfPath+" is missing", "use a kernel built with CONFIG_DEBUG_INFO_BTF")
-	}
-
-	lsm := d.read("sys/kernel/security/lsm")
-	if lsm == "" {
-		lsm = "not visible (securityfs is not mounted)"
-	}
-	d.add("kernel.lsm", pass, lsm, "")
-	if mode := lockdown(d.read("sys/kernel/security/lockdown")); mode == "confidentiality" {
-		d.add("kernel.lockdown", fail, mode, "lockdown=confidentiality forbids programs to read kernel memory: use integrity, or none")
-	} else {
-		d.add("kernel.lockdown", pass, orDash(mode), "")
+		d.add("kernel.lsm", pass, list+" (bpf is not among them)", "")
 	}
 
 	paranoid := d.read("proc/sys/kernel/perf_event_paranoid")
-	d.add("kernel.perf_event_paranoid", pass, orDash(paranoid)+" (no hook of the sensor depends on it)", "")
+	switch level, _ := strconv.Atoi(paranoid); { // 3 is Debian's and Ubuntu's own
+	case level >= 3 && (degraded || by("kprobe/")):
+		d.add("kernel.perf_event_paranoid", warn, paranoid+" refuses kprobes to a sensor without CAP_SYS_ADMIN, and file events have no better hook here", "sysctl kernel.perf_event_paranoid=2")
+	case level >= 3:
+		d.add("kernel.perf_event_paranoid", pass, paranoid+" (refuses kprobes without CAP_SYS_ADMIN; no event needs one here)", "")
+	default:
+		d.add("kernel.perf_event_paranoid", pass, orDash(paranoid), "")
+	}
+
+	switch disabled := d.read("proc/sys/kernel/io_uring_disabled"); {
+	case degraded && disabled != "2":
+		d.add("kernel.io_uring", warn, "allowed, and file events from system calls do not show what is done through it", "sysctl kernel.io_uring_disabled=2 (since Linux 6.6), or allow better hooks")
+	case disabled == "":
+		d.add("kernel.io_uring", pass, "-", "")
+	default:
+		d.add("kernel.io_uring", pass, "io_uring_disabled is "+disabled, "")
+	}
+
 	switch {
 	case d.exists("sys/fs/cgroup/cgroup.controllers"):
 		d.add("kernel.cgroup", pass, "version 2", "")
@@ -170,58 +220,17 @@ func (d *doctor) kernel() {
 	}
 }
 
-func (d *doctor) exists(path string) bool {
-	_, err := fs.Stat(d.root, path)
-	return err == nil
-}
-
-func (d *doctor) read(path string) string {
-	b, err := fs.ReadFile(d.root, path)
-	if err != nil {
-		return ""
-	}
-	return strings.TrimSpace(string(b))
-}
-
-// lockdown reads "none [integrity] confidentiality".
-func lockdown(s string) string {
-	_, s, _ = strings.Cut(s, "[")
-	s, _, _ = strings.Cut(s, "]")
-	return s
-}
-
-func (d *doctor) privileges() {
-	effective, err := effectiveCaps(d.root)
-	if err != nil {
-		d.add("privileges.capabilities", fail, err.Error(), "")
-		return
-	}
-	if missing := missingCaps(effective); len(missing) > 0 {
-		d.add("privileges.capabilities", fail, "missing "+joinAnd(missing), "run as root, or as the service's user with AmbientCapabilities as in the unit file")
-		return
-	}
-	var weak []string
-	for _, c := range []capability{{"CAP_SYS_PTRACE", unix.CAP_SYS_PTRACE}, {"CAP_DAC_READ_SEARCH", unix.CAP_DAC_READ_SEARCH}} {
-		if effective&(1<<c.bit) == 0 {
-			weak = append(weak, c.name)
-		}
-	}
-	if len(weak) > 0 {
-		d.add("privileges.capabilities", warn, "missing "+joinAnd(weak), "without them, executables of other users may not be hashed and arguments of running processes not be read")
-		return
-	}
-	d.add("privileges.capabilities", pass, "sufficient", "")
-}
-
-// coverage attaches every hook for a moment.
-func (d *doctor) coverage() {
+// coverage attaches every hook for a moment; what it returns is nil if it did not.
+func (d *doctor) coverage() []sensor.Coverage {
 	if d.count(fail) > 0 {
-		d.add("hooks", warn, "not tried", "mend what failed above first")
-		return
+		d.add(sensor.CheckHooks, warn, "not tried", "mend what failed above first")
+		return nil
 	}
 	coverage, err := d.hooks()
-	if err != nil {
-		d.add("hooks", fail, err.Error(), "")
+	if refusal := (*sensor.Refusal)(nil); errors.As(err, &refusal) {
+		d.add(refusal.Check, fail, refusal.Cause, refusal.Remedy)
+	} else if err != nil {
+		d.add(sensor.CheckHooks, fail, err.Error(), "")
 	}
 	for _, c := range coverage {
 		id, why := "hooks."+c.Event, ""
@@ -241,6 +250,7 @@ func (d *doctor) coverage() {
 			d.add(id, warn, "no hook: "+why, "the sensor runs without these events")
 		}
 	}
+	return coverage
 }
 
 func (d *doctor) configuration(c config.Config) {
@@ -428,56 +438,6 @@ func sensorAnswers(ctx context.Context, socket string) error {
 		return err
 	}
 	return body.Close()
-}
-
-// capability is one that the sensor uses.
-type capability struct {
-	name string
-	bit  uint
-}
-
-// effectiveCaps reads the capability set of this process.
-func effectiveCaps(root fs.FS) (uint64, error) {
-	b, err := fs.ReadFile(root, "proc/self/status")
-	if err != nil {
-		return 0, err
-	}
-	for line := range strings.Lines(string(b)) {
-		if hex, ok := strings.CutPrefix(line, "CapEff:"); ok {
-			return strconv.ParseUint(strings.TrimSpace(hex), 16, 64)
-		}
-	}
-	return 0, errors.New("/proc/self/status has no CapEff")
-}
-
-// missingCaps lists what loading programs needs; CAP_SYS_ADMIN contains both.
-func missingCaps(effective uint64) []string {
-	if effective&(1<<unix.CAP_SYS_ADMIN) != 0 {
-		return nil
-	}
-	var missing []string
-	for _, c := range []capability{{"CAP_BPF", unix.CAP_BPF}, {"CAP_PERFMON", unix.CAP_PERFMON}} {
-		if effective&(1<<c.bit) == 0 {
-			missing = append(missing, c.name)
-		}
-	}
-	return missing
-}
-
-func joinAnd(words []string) string {
-	if len(words) < 2 {
-		return strings.Join(words, "")
-	}
-	last := len(words) - 1
-	return strings.Join(slices.Clone(words[:last]), ", ") + " and " + words[last]
-}
-
-func kernelRelease() (string, error) {
-	var u unix.Utsname
-	if err := unix.Uname(&u); err != nil {
-		return "", err
-	}
-	return unix.ByteSliceToString(u.Release[:]), nil
 }
 
 // parseRelease reads the first two numbers of a version.

@@ -7,7 +7,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -15,6 +14,7 @@ import (
 	"testing/fstest"
 
 	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
 
 	"github.com/aurorasoc/edr-sensor/internal/config"
 	"github.com/aurorasoc/edr-sensor/sensor"
@@ -24,10 +24,11 @@ import (
 // goodHost is a host on which every check passes.
 func goodHost() fstest.MapFS {
 	return fstest.MapFS{
-		btfPath:                                 {},
+		"sys/kernel/btf/vmlinux":                {},
 		"sys/kernel/security/lsm":               {Data: []byte("lockdown,capability,bpf\n")},
 		"sys/kernel/security/lockdown":          {Data: []byte("none [integrity] confidentiality\n")},
-		"proc/sys/kernel/perf_event_paranoid":   {Data: []byte("3\n")},
+		"proc/sys/kernel/perf_event_paranoid":   {Data: []byte("2\n")},
+		"proc/sys/kernel/io_uring_disabled":     {Data: []byte("0\n")},
 		"sys/fs/cgroup/cgroup.controllers":      {},
 		"proc/self/status":                      {Data: []byte("Name:\tx\nCapEff:\t000001ffffffffff\n")},
 		"proc/self/unrelated/but/here/for/size": {},
@@ -41,8 +42,10 @@ func examined(t *testing.T, change func(*doctor, fstest.MapFS, *config.Config)) 
 	c.Buffer.Dir = filepath.Join(t.TempDir(), "state", "buffer")
 	c.Buffer.Cap = 16 * config.MiB
 	d := &doctor{
-		root:    host,
-		release: func() (string, error) { return "6.1.0-28-amd64", nil },
+		host: sensor.Preflight{
+			Root: host, Release: "6.1.0-28-amd64",
+			Enter: func() error { return unix.EFAULT }, Create: func() error { return nil },
+		},
 		hooks: func() ([]sensor.Coverage, error) {
 			return []sensor.Coverage{{Event: "process.exec", Required: true, Hook: "tp_btf/sched_process_exec"}, {Event: "net.close", Hook: "raw_tp/inet_sock_set_state", Errs: []string{"load x: EPERM"}}}, nil
 		},
@@ -80,12 +83,22 @@ func TestDoctorOfAGoodHost(t *testing.T) {
 	}
 	// Scripts and documents refer to these.
 	want := []string{
-		"config.files", "config.permissions", "config.valid", "hooks.net.close", "hooks.process.exec", "kernel.btf", "kernel.cgroup", "kernel.lockdown",
-		"kernel.lsm", "kernel.perf_event_paranoid", "kernel.release", "privileges.capabilities", "redis.reachable", "sensor.running", "state.space", "state.writable",
+		"config.files", "config.permissions", "config.valid", "hooks.net.close", "hooks.process.exec", "kernel.bpf", "kernel.btf", "kernel.cgroup", "kernel.io_uring",
+		"kernel.lockdown", "kernel.lsm", "kernel.perf_event_paranoid", "kernel.release", "privileges.capabilities", "redis.reachable", "sensor.running", "state.space", "state.writable",
 	}
 	if d := cmp.Diff(want, ids); d != "" {
 		t.Errorf("checks (-want +got):\n%s", d)
 	}
+}
+
+// set makes a file of the host say something else.
+func set(path, content string) func(*doctor, fstest.MapFS, *config.Config) {
+	return func(_ *doctor, h fstest.MapFS, _ *config.Config) { h[path] = &fstest.MapFile{Data: []byte(content)} }
+}
+
+// hooked has creations of files be seen by a hook.
+func hooked(hook string) func() ([]sensor.Coverage, error) {
+	return func() ([]sensor.Coverage, error) { return []sensor.Coverage{{Event: "file.create", Hook: hook}}, nil }
 }
 
 func TestDoctorFindings(t *testing.T) {
@@ -96,29 +109,51 @@ func TestDoctorFindings(t *testing.T) {
 		verdict verdict
 		text    string // part of what was found or of the remedy
 	}{
-		{"old kernel", func(d *doctor, _ fstest.MapFS, _ *config.Config) {
-			d.release = func() (string, error) { return "5.4.0", nil }
-		}, "kernel.release", fail, "5.10 or newer"},
-		{"untested kernel", func(d *doctor, _ fstest.MapFS, _ *config.Config) {
-			d.release = func() (string, error) { return "5.8.1", nil }
-		}, "kernel.release", warn, "5.8.1"},
-		{"odd kernel", func(d *doctor, _ fstest.MapFS, _ *config.Config) {
-			d.release = func() (string, error) { return "", errors.New("uname: no") }
-		}, "kernel.release", warn, "uname: no"},
-		{"no BTF", func(_ *doctor, h fstest.MapFS, _ *config.Config) { delete(h, btfPath) }, "kernel.btf", fail, "CONFIG_DEBUG_INFO_BTF"},
-		{"locked down", func(_ *doctor, h fstest.MapFS, _ *config.Config) {
-			h["sys/kernel/security/lockdown"] = &fstest.MapFile{Data: []byte("none integrity [confidentiality]")}
-		}, "kernel.lockdown", fail, "use integrity"},
+		{"old kernel", func(d *doctor, _ fstest.MapFS, _ *config.Config) { d.host.Release = "5.9.1" }, "kernel.release", fail, "5.10 or newer"},
+		{"no BTF", func(_ *doctor, h fstest.MapFS, _ *config.Config) { delete(h, "sys/kernel/btf/vmlinux") }, "kernel.btf", fail, "CONFIG_DEBUG_INFO_BTF"},
+		{"locked down", set("sys/kernel/security/lockdown", "none integrity [confidentiality]"), "kernel.lockdown", fail, "lockdown=integrity"},
+		{"bpf refused", func(d *doctor, _ fstest.MapFS, _ *config.Config) {
+			d.host.Create = func() error { return unix.EPERM }
+		}, "kernel.bpf", fail, "lockdown,capability,bpf"},
+		{"memory refused", func(d *doctor, h fstest.MapFS, _ *config.Config) {
+			d.host.Release, d.host.Create = "5.10.0", func() error { return unix.EPERM }
+			h["proc/self/limits"] = &fstest.MapFile{Data: []byte("Max locked memory 65536 65536 bytes\n")}
+		}, "kernel.memlock", fail, "65536 bytes"},
+		{"memory of the rings refused", func(d *doctor, _ fstest.MapFS, _ *config.Config) {
+			d.hooks = func() ([]sensor.Coverage, error) {
+				return nil, fmt.Errorf("create: %w", &sensor.Refusal{Check: sensor.CheckMemlock, Cause: "too large", Remedy: "LimitMEMLOCK"})
+			}
+		}, "kernel.memlock", fail, "LimitMEMLOCK"},
 		{"cgroup v1", func(_ *doctor, h fstest.MapFS, _ *config.Config) { delete(h, "sys/fs/cgroup/cgroup.controllers") }, "kernel.cgroup", warn, "version 2"},
-		{"no privileges", func(_ *doctor, h fstest.MapFS, _ *config.Config) {
-			h["proc/self/status"] = &fstest.MapFile{Data: []byte("CapEff:\t0000000000000000\n")}
-		}, "privileges.capabilities", fail, "missing CAP_BPF and CAP_PERFMON"},
-		{"hooks not tried without", func(_ *doctor, h fstest.MapFS, _ *config.Config) {
-			h["proc/self/status"] = &fstest.MapFile{Data: []byte("CapEff:\t0000000000000000\n")}
-		}, "hooks", warn, "not tried"},
-		{"few privileges", func(_ *doctor, h fstest.MapFS, _ *config.Config) {
-			h["proc/self/status"] = &fstest.MapFile{Data: []byte(fmt.Sprintf("CapEff:\t%016x\n", 1<<38|1<<39))}
-		}, "privileges.capabilities", warn, "CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH"},
+		{"no privileges", set("proc/self/status", "CapEff:\t0000000000000000\n"), "privileges.capabilities", fail, "lacks CAP_BPF and CAP_PERFMON"},
+		{"hooks not tried without", set("proc/self/status", "CapEff:\t0000000000000000\n"), "hooks", warn, "not tried"},
+		{
+			"few privileges", set("proc/self/status", fmt.Sprintf("CapEff:\t%016x\n", 1<<38|1<<39)), "privileges.capabilities", warn,
+			"AmbientCapabilities=CAP_SYS_PTRACE CAP_DAC_READ_SEARCH",
+		},
+		{"LSM not active, fentry in its place", func(d *doctor, h fstest.MapFS, _ *config.Config) {
+			set("sys/kernel/security/lsm", "lockdown,yama\n")(d, h, nil)
+			d.hooks = hooked("fentry/security_path_mknod")
+		}, "kernel.lsm", pass, "fentry sees the same"},
+		{"LSM not active, kprobes in its place", func(d *doctor, h fstest.MapFS, _ *config.Config) {
+			set("sys/kernel/security/lsm", "lockdown,yama\n")(d, h, nil)
+			d.hooks = hooked("kprobe/security_path_mknod")
+		}, "kernel.lsm", warn, "boot with lsm=lockdown,yama,bpf"},
+		{"LSM not active, nothing tried", func(d *doctor, h fstest.MapFS, _ *config.Config) {
+			set("sys/kernel/security/lsm", "lockdown,yama\n")(d, h, nil)
+			d.hooks = hooked("")
+		}, "kernel.lsm", pass, "bpf is not among them"},
+		{"LSM not visible", func(_ *doctor, h fstest.MapFS, _ *config.Config) { delete(h, "sys/kernel/security/lsm") }, "kernel.lsm", pass, "securityfs is not mounted"},
+		{"paranoid, and nothing needs kprobes", set("proc/sys/kernel/perf_event_paranoid", "3"), "kernel.perf_event_paranoid", pass, "no event needs one"},
+		{"paranoid, and kprobes are the best", func(d *doctor, h fstest.MapFS, _ *config.Config) {
+			set("proc/sys/kernel/perf_event_paranoid", "4\n")(d, h, nil)
+			d.hooks = hooked("raw_tp/sys_exit")
+		}, "kernel.perf_event_paranoid", warn, "sysctl kernel.perf_event_paranoid=2"},
+		{"io_uring unseen", func(d *doctor, _ fstest.MapFS, _ *config.Config) { d.hooks = hooked("raw_tp/sys_exit") }, "kernel.io_uring", warn, "io_uring_disabled=2"},
+		{"io_uring off", func(d *doctor, h fstest.MapFS, _ *config.Config) {
+			set("proc/sys/kernel/io_uring_disabled", "2\n")(d, h, nil)
+			d.hooks = hooked("raw_tp/sys_exit")
+		}, "kernel.io_uring", pass, "is 2"},
 		{"files by system calls", func(d *doctor, _ fstest.MapFS, _ *config.Config) {
 			d.hooks = func() ([]sensor.Coverage, error) {
 				return []sensor.Coverage{{Event: "file.create", Hook: "raw_tp/sys_exit", Errs: []string{"load lsm_path_mknod: EPERM"}}}, nil
@@ -235,26 +270,5 @@ func TestDoctorCommand(t *testing.T) {
 	code, out, _ = run(t, "doctor", "--config", path)
 	if code != exitFailure || !strings.Contains(out, "FAIL  redis.reachable") || !strings.Contains(out, " failed\n") {
 		t.Errorf("exit code %d:\n%s", code, out)
-	}
-}
-
-func TestPrivileged(t *testing.T) {
-	host := goodHost()
-	if err := privileged(host); err != nil {
-		t.Error(err)
-	}
-	for name, change := range map[string]func(fs.FS){
-		"this kernel does not describe its types": func(fs.FS) { delete(host, btfPath) },
-		"lacks CAP_PERFMON": func(fs.FS) {
-			host["proc/self/status"] = &fstest.MapFile{Data: []byte(fmt.Sprintf("CapEff:\t%x\n", 1<<39))}
-		},
-	} {
-		host = goodHost()
-		change(host)
-		err := privileged(host)
-		var e *exit
-		if !errors.As(err, &e) || e.code != exitPrivilege || !strings.Contains(err.Error(), name) || strings.Contains(err.Error(), "\n") {
-			t.Errorf("%v, want exit code 77 and %q", err, name)
-		}
 	}
 }

@@ -5,16 +5,13 @@ package main
 import (
 	"context"
 	"errors"
-	"fmt"
-	"io/fs"
-	"os"
 
 	"github.com/spf13/cobra"
-	"golang.org/x/sys/unix"
 
 	"github.com/aurorasoc/edr-sensor/internal/agent"
 	"github.com/aurorasoc/edr-sensor/internal/config"
 	"github.com/aurorasoc/edr-sensor/internal/logging"
+	"github.com/aurorasoc/edr-sensor/sensor"
 )
 
 func (a *app) runCommand() *cobra.Command {
@@ -42,12 +39,9 @@ SIGINT or SIGTERM and at once at the second.`,
 			if err != nil {
 				return usage(cmd, "--log-level: %w", err)
 			}
-			if err := privileged(os.DirFS("/")); err != nil {
-				return err
-			}
 			ctx := logging.Into(cmd.Context(), logger)
 			if err := agent.Run(ctx, c, thisBuild().Version); err != nil && !errors.Is(err, context.Canceled) {
-				return &exit{exitCode(err), err, "edr-sensor doctor" + a.configFlag()}
+				return &exit{code: exitCode(err)} // the log says why
 			}
 			return nil
 		},
@@ -59,27 +53,10 @@ SIGINT or SIGTERM and at once at the second.`,
 	return cmd
 }
 
-// btfPath is where the kernel describes its types to programs.
-const btfPath = "sys/kernel/btf/vmlinux"
-
-// privileged says in one sentence what is missing to load programs at all.
-func privileged(root fs.FS) error {
-	effective, err := effectiveCaps(root)
-	if err != nil {
-		return fmt.Errorf("read own capabilities: %w", err)
-	}
-	if missing := missingCaps(effective); len(missing) > 0 {
-		return &exit{exitPrivilege, fmt.Errorf("loading programs into the kernel needs root, or the capabilities CAP_BPF and CAP_PERFMON, and this process lacks %s", joinAnd(missing)), "sudo edr-sensor run"}
-	}
-	if _, err := fs.Stat(root, btfPath); err != nil {
-		return &exit{exitPrivilege, fmt.Errorf("this kernel does not describe its types (/%s is missing), so no program can be fitted to it: use one built with CONFIG_DEBUG_INFO_BTF, 5.10 or newer", btfPath), "edr-sensor doctor"}
-	}
-	return nil
-}
-
-// exitCode maps the error of a run.
+// exitCode maps the error of a run. A refusal is about the host or the privileges of
+// the process: starting again does not help.
 func exitCode(err error) int {
-	if errors.Is(err, unix.EPERM) {
+	if refusal := (*sensor.Refusal)(nil); errors.As(err, &refusal) {
 		return exitPrivilege
 	}
 	return exitFailure

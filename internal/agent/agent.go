@@ -71,10 +71,11 @@ type cleanup struct {
 }
 
 // Run builds the sensor, runs it until ctx ends, and stops it in order. Errors
-// name the stage, what it worked on and the remedy.
+// name the stage, what it worked on and the remedy; the log has said them already.
 func Run(ctx context.Context, cfg config.Config, version string) error {
 	a, err := New(ctx, cfg, version)
 	if err != nil {
+		logNotStarted(ctx, err)
 		return err
 	}
 	return a.Run(ctx)
@@ -109,6 +110,9 @@ func (a *Agent) undo(ctx context.Context) error {
 }
 
 func (a *Agent) build(ctx context.Context, version string) error {
+	if refusals := sensor.NewPreflight().Refusals(); len(refusals) > 0 {
+		return refusals[0] // before anything is made
+	}
 	if err := os.MkdirAll(a.cfg.Agent.StateDir, 0o700); err != nil {
 		return fmt.Errorf("state directory: %w: set agent.state_dir to a directory that can be made", err)
 	}

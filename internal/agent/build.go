@@ -146,6 +146,15 @@ func ClientTLS(c config.TLS) (*tls.Config, error) {
 	return t, nil
 }
 
+// logNotStarted says why the sensor does not run, in one line.
+func logNotStarted(ctx context.Context, err error) {
+	log := logging.From(ctx)
+	if r := (*sensor.Refusal)(nil); errors.As(err, &r) {
+		log = log.With(zap.String(logging.KeyCode, r.Check))
+	}
+	log.Error("not started", zap.Error(err))
+}
+
 // logEnd says what the run amounted to, in the one line that people look for.
 func (a *Agent) logEnd(ctx context.Context, sum summary, err error) {
 	fields := []zap.Field{zap.Uint64("seen", sum.seen), zap.Uint64("sent", sum.sent), zap.Uint64("lost", sum.lost), zap.Uint64("kept", sum.kept)}

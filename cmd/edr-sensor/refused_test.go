@@ -1,0 +1,189 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/aurorasoc/edr-sensor/sensor"
+)
+
+const (
+	// handicapEnv has the test binary take something from itself and then become
+	// edr-sensor.
+	handicapEnv = "EDR_HANDICAP"
+	// binaryEnv is a built edr-sensor; without it the test binary is one.
+	binaryEnv = "EDR_BINARY"
+)
+
+// handicap does what handicapEnv says on the thread that becomes the program.
+func handicap(what string) error {
+	runtime.LockOSThread()
+	var err error
+	switch what {
+	case "seccomp EPERM":
+		err = filterBPF(unix.EPERM)
+	case "seccomp ENOSYS":
+		err = filterBPF(unix.ENOSYS)
+	case "old release": // the kernel says 2.6 to who asks for it
+		const uname26 = 0x0020000
+		_, _, errno := unix.RawSyscall(unix.SYS_PERSONALITY, uname26, 0, 0)
+		if int(errno) != 0 {
+			err = errno
+		}
+	case "no BTF":
+		err = hide("/sys/kernel/btf", "")
+	case "lockdown":
+		if sensor.NewPreflight().Lockdown() != "confidentiality" { // else it is true
+			err = hide("/sys/kernel", "security/lockdown")
+		}
+	case "locked memory":
+		limit := unix.Rlimit{Cur: 64 << 10, Max: 64 << 10}
+		err = errors.Join(unix.Setrlimit(unix.RLIMIT_MEMLOCK, &limit), unix.Prctl(unix.PR_CAPBSET_DROP, unix.CAP_SYS_RESOURCE, 0, 0, 0))
+	}
+	if err != nil {
+		return fmt.Errorf("%s: %w", what, err)
+	}
+	path := os.Getenv(binaryEnv)
+	if path == "" {
+		path = "/proc/self/exe"
+	}
+	return unix.Exec(path, append([]string{"edr-sensor"}, os.Args[1:]...), os.Environ())
+}
+
+// filterBPF has the bpf system call end with an error.
+func filterBPF(errno unix.Errno) error {
+	filter := []unix.SockFilter{
+		{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS, K: 0}, // the number of the call
+		{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: unix.SYS_BPF, Jf: 1},
+		{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ERRNO | uint32(errno)},
+		{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ALLOW},
+	}
+	program := unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]}
+	return unix.Prctl(unix.PR_SET_SECCOMP, unix.SECCOMP_MODE_FILTER, uintptr(unsafe.Pointer(&program)), 0, 0)
+}
+
+// hide puts an empty directory over another one, in a mount namespace of its own. With
+// a name it has the file of a locked down kernel, and its BTF.
+func hide(dir, name string) error {
+	if err := errors.Join(unix.Unshare(unix.CLONE_NEWNS), unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, "")); err != nil {
+		return err
+	}
+	if err := unix.Mount("none", dir, "tmpfs", 0, ""); err != nil || name == "" {
+		return err
+	}
+	for path, content := range map[string]string{name: "none integrity [confidentiality]\n", "btf/vmlinux": ""} {
+		path = filepath.Join(dir, path)
+		if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, []byte(content), 0o644)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// TestRefused runs the sensor where it cannot run. It must end with code 77 and one line
+// that says what is the matter, before it made anything, and doctor must say the same.
+func TestRefused(t *testing.T) {
+	if os.Geteuid() != 0 {
+		if os.Getenv("EDR_REQUIRE_ALL") == "1" {
+			t.Fatal("EDR_REQUIRE_ALL: needs root, to take away from")
+		}
+		t.Skip("needs root, to take away from")
+	}
+	nobody := &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
+	rootless := &syscall.SysProcAttr{
+		Cloneflags:  syscall.CLONE_NEWUSER,
+		UidMappings: []syscall.SysProcIDMap{{Size: 1}}, GidMappings: []syscall.SysProcIDMap{{Size: 1}}, // root only
+	}
+	for _, tt := range []struct {
+		name  string // a handicap
+		attr  *syscall.SysProcAttr
+		check string
+		says  string
+	}{
+		{"seccomp EPERM", nil, sensor.CheckBPF, "a seccomp filter refuses the bpf system call (operation not permitted): allow it"},
+		{"seccomp ENOSYS", nil, sensor.CheckBPF, "a seccomp filter refuses the bpf system call (function not implemented): allow it"},
+		{"nobody", nobody, sensor.CheckCapabilities, "lacks CAP_BPF and CAP_PERFMON: run it as root"},
+		{"user namespace", rootless, sensor.CheckCapabilities, "in its own user namespace only"},
+		{"old release", nil, sensor.CheckRelease, "is older than the sensor's programs can run on: boot 5.10 or newer"},
+		{"no BTF", nil, sensor.CheckBTF, "/sys/kernel/btf/vmlinux is missing"},
+		{"lockdown", nil, sensor.CheckLockdown, "lockdown=confidentiality forbids programs to read kernel memory: boot with lockdown=integrity"},
+		{"locked memory", nil, sensor.CheckMemlock, "65536 bytes that this process may lock, which count before Linux 5.11: set LimitMEMLOCK=infinity"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			if release := sensor.NewPreflight().Release; tt.check == sensor.CheckMemlock && !strings.HasPrefix(release, "5.10.") {
+				t.Skipf("Linux %s does not count maps as locked memory", release)
+			}
+			dir, err := os.MkdirTemp("/tmp", "edr-refused-")
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { os.RemoveAll(dir) })
+			state := filepath.Join(dir, "state")
+			path := filepath.Join(dir, "edr-sensor.yaml")
+			// Should nothing refuse it, it watches this test and no more.
+			content := fmt.Sprintf("agent: {state_dir: %s}\ncontrol: {socket: %s/control.sock}\nhttp: {listen: \"\"}\nlog: {format: json}\nsensor: {scope: \"tree:%d\"}\n", state, dir, os.Getpid())
+			if err := errors.Join(os.Chmod(dir, 0o777), os.WriteFile(path, []byte(content), 0o644)); err != nil {
+				t.Fatal(err)
+			}
+
+			code, out, errs := handicapped(t, tt.name, tt.attr, "run", "--config", path)
+			if code != exitPrivilege || out != "" || strings.Count(errs, "\n") != 1 {
+				t.Errorf("exit code %d, want %d and one line:\n%s%s", code, exitPrivilege, out, errs)
+			}
+			var line struct{ Level, Msg, Code, Error string }
+			if err := json.Unmarshal([]byte(errs), &line); err != nil || line.Level != "error" || line.Msg != "not started" || line.Code != tt.check || !strings.Contains(line.Error, tt.says) {
+				t.Errorf("%v: %+v, want %s: …%s…", err, line, tt.check, tt.says)
+			}
+			if _, err := os.Stat(state); tt.check != sensor.CheckMemlock && !errors.Is(err, os.ErrNotExist) {
+				t.Errorf("the state directory was made: %v", err)
+			}
+
+			code, out, errs = handicapped(t, tt.name, tt.attr, "doctor", "--json", "--config", path)
+			var answer struct{ Checks []finding }
+			if err := json.Unmarshal([]byte(out), &answer); err != nil || code != exitFailure || errs != "" {
+				t.Fatalf("doctor: exit code %d, %v: %s%s", code, err, out, errs)
+			}
+			found := ""
+			for _, f := range answer.Checks {
+				if f.Verdict == fail && f.ID == tt.check {
+					found += f.Found + ": " + f.Remedy
+				}
+			}
+			if !strings.Contains(found, tt.says) {
+				t.Errorf("doctor says %q, want %q; all:\n%s", found, tt.says, out)
+			}
+		})
+	}
+}
+
+// handicapped runs edr-sensor with a handicap.
+func handicapped(t *testing.T, what string, attr *syscall.SysProcAttr, args ...string) (code int, out, errs string) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, "/proc/self/exe", args...)
+	cmd.Env = append(os.Environ(), handicapEnv+"="+what)
+	cmd.SysProcAttr = attr
+	var stdout, stderr bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
+	if err := cmd.Run(); err != nil && cmd.ProcessState == nil {
+		t.Fatal(err)
+	}
+	return cmd.ProcessState.ExitCode(), stdout.String(), stderr.String()
+}

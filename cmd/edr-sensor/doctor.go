@@ -445,3 +445,11 @@ func parseRelease(s string) (major, minor int, ok bool) {
 	n, err := fmt.Sscanf(s, "%d.%d", &major, &minor)
 	return major, minor, err == nil && n == 2
 }
+
+func joinAnd(words []string) string {
+	if len(words) < 2 {
+		return strings.Join(words, "")
+	}
+	last := len(words) - 1
+	return strings.Join(slices.Clone(words[:last]), ", ") + " and " + words[last]
+}

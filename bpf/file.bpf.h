@@ -16,6 +16,8 @@
 struct file_slot {
 	__u64 users; /* 1: taken */
 	struct walk walk;
+	__u64 mount;             /* find_mount: that was looked at last */
+	__u64 points;            /* and what the best one so far got */
 	struct file_event event; /* the record begins here */
 	char data[FILE_STRINGS_MAX];
 };
@@ -204,7 +206,44 @@ static __noinline struct mount *next_mount(struct super_block *sb, struct mount 
 }
 
 #define MOUNTS_MAX 64       /* of one file system that are looked at */
+#define MOUNTS_STEP 4       /* at a time, see PATH_STEPS */
 #define ERRORS_BEGIN -4095L /* in place of a pointer: a mount of the kernel's own */
+
+/* find_mount_some looks at the next mounts: 0 when there are no more, or no better ones. */
+__noinline int find_mount_some(__u32 index)
+{
+	struct file_slot *slot = file_slot_at(index);
+	struct dentry *dentry, *root;
+	struct super_block *sb;
+	struct mount *mount;
+	__u64 ns, own, points;
+	int i;
+
+	if (!slot)
+		return 0;
+	dentry = (void *)slot->walk.dentry;
+	sb = BPF_CORE_READ(dentry, d_sb);
+	root = BPF_CORE_READ(sb, s_root);
+	own = (__u64)BPF_CORE_READ(current_task(), nsproxy, mnt_ns);
+	mount = (void *)slot->mount;
+	for (i = 0; i < MOUNTS_STEP; i++) {
+		mount = next_mount(sb, mount);
+		if (!mount)
+			return 0;
+		slot->mount = (__u64)mount;
+		ns = (__u64)BPF_CORE_READ(mount, mnt_ns);
+		if (!ns || ns >= (__u64)ERRORS_BEGIN)
+			continue;
+		points = (ns == own ? 2 : 0) + (BPF_CORE_READ(mount, mnt.mnt_root) == root);
+		if (points > slot->points) {
+			slot->points = points;
+			slot->walk.mount = (__u64)mount + bpf_core_field_offset(struct mount, mnt);
+		}
+		if (points == 3)
+			return 0;
+	}
+	return 1;
+}
 
 /*
  * find_mount looks for a mount through which slot->walk.dentry can be reached, for
@@ -215,18 +254,14 @@ __noinline int find_mount(__u32 index)
 {
 	struct file_slot *slot = file_slot_at(index);
 	struct task_struct *task = current_task();
-	struct super_block *sb;
-	struct mount *mount = NULL;
 	struct vfsmount *mnt;
 	struct dentry *dentry, *root;
-	__u64 ns, own;
-	int i, points, best = 0;
+	int i;
 
 	if (!slot)
 		return 0;
 	dentry = (void *)slot->walk.dentry;
-	sb = BPF_CORE_READ(dentry, d_sb);
-	root = BPF_CORE_READ(sb, s_root);
+	root = BPF_CORE_READ(dentry, d_sb, s_root);
 	mnt = BPF_CORE_READ(task, fs, root.mnt);
 	if (mnt && BPF_CORE_READ(mnt, mnt_root) == root) {
 		slot->walk.mount = (__u64)mnt;
@@ -237,21 +272,20 @@ __noinline int find_mount(__u32 index)
 		slot->walk.mount = (__u64)mnt;
 		return 0;
 	}
-	own = (__u64)BPF_CORE_READ(task, nsproxy, mnt_ns);
-	for (i = 0; i < MOUNTS_MAX && best < 3; i++) {
-		mount = next_mount(sb, mount);
-		if (!mount)
-			break;
-		ns = (__u64)BPF_CORE_READ(mount, mnt_ns);
-		if (!ns || ns >= (__u64)ERRORS_BEGIN)
-			continue;
-		points = (ns == own ? 2 : 0) + (BPF_CORE_READ(mount, mnt.mnt_root) == root);
-		if (points > best) {
-			best = points;
-			slot->walk.mount = (__u64)mount + bpf_core_field_offset(struct mount, mnt);
-		}
-	}
+	slot->mount = 0;
+	slot->points = 0;
+	for (i = 0; i < MOUNTS_MAX / MOUNTS_STEP && find_mount_some(index); i++)
+		;
 	return 0;
+}
+
+__noinline int file_path_some(__u32 index)
+{
+	struct file_slot *slot = file_slot_at(index);
+
+	if (!slot)
+		return WALK_CUT;
+	return walk_some(&slot->walk, slot->data, FILE_STRINGS_MAX, excluded_directories != 0);
 }
 
 /* file_path appends the path of slot->walk.dentry on slot->walk.mount, the first or
@@ -266,7 +300,7 @@ __noinline int file_path(__u32 index, __u32 second)
 		return 0;
 	if (!slot->walk.mount)
 		find_mount(index);
-	n = walk_names(&slot->walk, slot->data, FILE_STRINGS_MAX, excluded_directories != 0);
+	walk_all(&slot->walk, file_path_some(index), n);
 	/* A walk that does not end at the root of a mount ended too early. */
 	mnt = (void *)slot->walk.mount;
 	if (slot->walk.dentry != (__u64)BPF_CORE_READ(mnt, mnt_root))

@@ -18,10 +18,12 @@
  * verifier has to follow.
  */
 struct walk {
-	__u64 dentry;
-	__u64 mount; /* struct vfsmount */
-	__u32 used;  /* bytes of data */
+	__u64 dentry; /* or struct kernfs_node */
+	__u64 mount;  /* struct vfsmount */
+	__u32 used;   /* bytes of data */
+	__u32 start;  /* where the path begins in it */
 	__u32 truncated;
+	__u32 reserved;
 	__u64 excluded; /* the walk came by a directory that is not to be reported from */
 };
 

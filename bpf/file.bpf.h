@@ -88,6 +88,8 @@ static __always_inline bool admit(__u32 pid, __u32 *suppressed)
 		return true;
 	}
 	if (bucket->spent > now + file_burst) {
+		if (is_deep(pid))
+			return true;
 		__sync_fetch_and_add(&bucket->suppressed, 1);
 		return false;
 	}
@@ -285,7 +287,8 @@ __noinline int file_path_some(__u32 index)
 
 	if (!slot)
 		return WALK_CUT;
-	return walk_some(&slot->walk, slot->data, FILE_STRINGS_MAX, excluded_directories != 0);
+	return walk_some(&slot->walk, slot->data, FILE_STRINGS_MAX,
+			 excluded_directories != 0 && !is_deep(slot->event.header.pid));
 }
 
 /* file_path appends the path of slot->walk.dentry on slot->walk.mount, the first or
@@ -663,7 +666,7 @@ static __always_inline int handle_file_release(const __u64 *args)
 	if (size == written.size && info.mtime_ns == written.mtime_ns &&
 	    (mode & FMODE_READ || !BPF_CORE_READ(file, f_pos)))
 		return 0;
-	if (written.excluded) {
+	if (written.excluded && !is_deep(written.pid)) {
 		count_suppressed(EVENT_KIND_FILE_MODIFY);
 		return 0;
 	}

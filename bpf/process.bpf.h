@@ -435,6 +435,7 @@ static __always_inline int handle_fork(struct task_struct *parent, struct task_s
 	/* A child that cannot be remembered falls out of scope with all it does. */
 	if (scope_mode == SCOPE_TREE && bpf_map_update_elem(&scope_pids, &pid, &in_scope, BPF_ANY))
 		goto lost;
+	fork_deep(parent, pid);
 	event = bpf_ringbuf_reserve(&priority_ring, sizeof(*event), 0);
 	if (!event)
 		goto lost;
@@ -469,6 +470,8 @@ static __always_inline int handle_exit(struct task_struct *task)
 	count_attempt(EVENT_KIND_EXIT);
 	if (scope_mode == SCOPE_TREE)
 		bpf_map_delete_elem(&scope_pids, &tgid);
+	if (is_deep(tgid))
+		bpf_map_delete_elem(&deep_pids, &tgid);
 	event = bpf_ringbuf_reserve(&priority_ring, sizeof(*event), 0);
 	if (!event) {
 		count_lost(EVENT_KIND_EXIT);

@@ -79,6 +79,39 @@ static __always_inline bool task_in_scope(struct task_struct *task)
 	return in_scope_cgroup((__u64)task_kernfs(task));
 }
 
+/*
+ * The processes, by tgid, of which a case wants everything: neither limits nor
+ * exclusions hold for them. User space puts them in; fork adds the children of those
+ * marked DEEP_SUBTREE, exit removes. Asked only where something would be left out.
+ */
+enum deep {
+	DEEP_PROCESS = 1,
+	DEEP_SUBTREE = 2,
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 8192);
+	__type(key, __u32);
+	__type(value, __u8);
+} deep_pids SEC(".maps");
+
+static __always_inline bool is_deep(__u32 tgid)
+{
+	return bpf_map_lookup_elem(&deep_pids, &tgid) != NULL;
+}
+
+static __always_inline void fork_deep(struct task_struct *parent, __u32 child)
+{
+	__u32 tgid = BPF_CORE_READ(parent, tgid);
+	__u8 *found = bpf_map_lookup_elem(&deep_pids, &tgid), deep;
+
+	if (!found || *found != DEEP_SUBTREE)
+		return;
+	deep = DEEP_SUBTREE;
+	bpf_map_update_elem(&deep_pids, &child, &deep, BPF_ANY);
+}
+
 /* Whose events, and events below which directories, are not reported. By inode, so
  * that neither bind mounts nor chroots show them under another name. */
 enum exclusion {
@@ -116,7 +149,8 @@ static __always_inline bool is_excluded(struct inode *inode, enum exclusion what
 static __always_inline bool excluded_task(struct task_struct *task)
 {
 	return excluded_executables &&
-	       is_excluded(BPF_CORE_READ(task, mm, exe_file, f_inode), EXCLUDE_EXECUTABLE);
+	       is_excluded(BPF_CORE_READ(task, mm, exe_file, f_inode), EXCLUDE_EXECUTABLE) &&
+	       !is_deep(BPF_CORE_READ(task, tgid));
 }
 
 #endif

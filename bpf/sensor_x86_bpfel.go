@@ -257,6 +257,7 @@ const (
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
 	SensorMapBulkRing                = "bulk_ring"
+	SensorMapDeepPids                = "deep_pids"
 	SensorMapExecSlots               = "exec_slots"
 	SensorMapFileBuckets             = "file_buckets"
 	SensorMapFileExclusions          = "file_exclusions"
@@ -461,6 +462,7 @@ type SensorProgramSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type SensorMapSpecs struct {
 	BulkRing       *ebpf.MapSpec `ebpf:"bulk_ring"`
+	DeepPids       *ebpf.MapSpec `ebpf:"deep_pids"`
 	ExecSlots      *ebpf.MapSpec `ebpf:"exec_slots"`
 	FileBuckets    *ebpf.MapSpec `ebpf:"file_buckets"`
 	FileExclusions *ebpf.MapSpec `ebpf:"file_exclusions"`
@@ -513,6 +515,7 @@ func (o *SensorObjects) Close() error {
 // It can be passed to LoadSensorObjects or ebpf.CollectionSpec.LoadAndAssign.
 type SensorMaps struct {
 	BulkRing       *ebpf.Map `ebpf:"bulk_ring"`
+	DeepPids       *ebpf.Map `ebpf:"deep_pids"`
 	ExecSlots      *ebpf.Map `ebpf:"exec_slots"`
 	FileBuckets    *ebpf.Map `ebpf:"file_buckets"`
 	FileExclusions *ebpf.Map `ebpf:"file_exclusions"`
@@ -530,6 +533,7 @@ type SensorMaps struct {
 func (m *SensorMaps) Close() error {
 	return _SensorClose(
 		m.BulkRing,
+		m.DeepPids,
 		m.ExecSlots,
 		m.FileBuckets,
 		m.FileExclusions,

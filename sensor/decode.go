@@ -83,7 +83,7 @@ func (d *decoder) decode(rec []byte, ev *event.Event) error {
 	ev.TID = h.Tid
 	ev.Time, ev.Hook, ev.Self = 0, "", nil
 	ev.Subject, ev.Parent, ev.Creator, ev.Ancestors = nil, nil, nil, nil
-	ev.CaseID, ev.InvestigationID = "", ""
+	ev.Cases, ev.Deep = nil, false
 	switch kind {
 	case event.Exec, event.Task:
 		return d.exec(rec, ev)

@@ -209,7 +209,7 @@ func TestDecode(t *testing.T) {
 			// What an event held before must not show, as far as it is of its kind.
 			got := event.Event{
 				Time: 1, Hook: "x", Self: &event.SelfInfo{}, Subject: &event.Process{}, Parent: &event.Process{},
-				Creator: &event.Process{}, Ancestors: []*event.Process{{}}, CaseID: "c", InvestigationID: "i",
+				Creator: &event.Process{}, Ancestors: []*event.Process{{}}, Cases: []*event.Case{{ID: "c"}}, Deep: true,
 			}
 			got.Exec.OldPath = "/old"
 			if tt.want.File.MntNS != 0 {

@@ -20,6 +20,7 @@ type metrics struct {
 	ringUsed     [2]prometheus.Gauge
 	ringSize     [2]prometheus.Gauge
 	attached     *prometheus.GaugeVec
+	tagged       prometheus.Counter
 	latency      prometheus.Histogram
 }
 
@@ -34,6 +35,7 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 			Help:    "Stage kernel to worker: time from the kernel's time of an event until it was decoded. If it grows, the worker is short of CPU or waits for the disk: see buffer_append_latency_seconds.",
 			Buckets: []float64{.001, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 10, 60},
 		}),
+		tagged:   f.NewCounter(prometheus.CounterOpts{Name: "sensor_case_events_total", Help: "Events that carry the ids of an open case. If it stands still while a case is open, the case covers something else than was meant, or nothing that runs: see edr-sensor case list."}),
 		attached: f.NewGaugeVec(prometheus.GaugeOpts{Name: "sensor_hook_attached", Help: "1 when the event is seen by a hook of this kind, 0 when it is not seen. If it is 0, this host is blind for the event: edr-sensor doctor says why."}, []string{"event", "hook"}),
 	}
 	events := f.NewCounterVec(prometheus.CounterOpts{Name: "sensor_events_total", Help: "Events read, by kind. If it stops for process.exec, nothing runs or nothing is seen: see sensor_hook_attached and /readyz."}, []string{"kind"})

@@ -93,6 +93,7 @@ type Sensor struct {
 	after   [pollRecords]uint64 // the ring's position behind each event
 	self    event.Event
 	losses  []event.Loss
+	open    []*event.Case // as applied last
 	mark    mark
 	markBuf []byte
 	pending bool // records ended since the last Flush
@@ -101,6 +102,8 @@ type Sensor struct {
 	beat      atomic.Int64  // wall ns of the last turn of the loop
 	lost      atomic.Uint64 // kernel losses reported so far
 	discarded atomic.Uint64 // events that could not become records so far
+
+	cases atomic.Pointer[caseRequest] // for the worker, the newest only
 
 	mu       sync.Mutex // notices come from other goroutines, rarely
 	notices  []event.SelfInfo
@@ -246,6 +249,7 @@ func (s *Sensor) Run(ctx context.Context, stopWithin time.Duration) error {
 	s.unwritten = map[string]uint64{}
 	s.reportGap()
 	s.writeNotices(write)
+	s.applyCases()
 	if err := s.snapshot(write); err != nil {
 		// Parents of running processes are then unknown: less, not nothing.
 		logging.From(ctx).Warn("snapshot of running processes", zap.Error(err))
@@ -254,6 +258,7 @@ func (s *Sensor) Run(ctx context.Context, stopWithin time.Duration) error {
 			Message: "processes that ran before the sensor are unknown: " + err.Error(),
 		})
 	}
+	s.seedCases()
 	for ctx.Err() == nil {
 		if err := s.turn(write); err != nil {
 			return err
@@ -264,6 +269,7 @@ func (s *Sensor) Run(ctx context.Context, stopWithin time.Duration) error {
 
 // turn handles what is there, or waits for more.
 func (s *Sensor) turn(ctx context.Context) error {
+	s.applyCases()
 	n, err := s.poll(ctx)
 	if err != nil {
 		return err
@@ -322,7 +328,7 @@ func (s *Sensor) poll(ctx context.Context) (int, error) {
 		ev := &s.events[i]
 		s.o.Enricher.Apply(ev)
 		s.metrics.latency.Observe(seconds(now - ev.Time))
-		if ev.Kind != event.Fork || s.o.ForkEvents {
+		if ev.Kind != event.Fork || s.o.ForkEvents || ev.Deep {
 			s.write(ctx, now, ev, false, nil)
 		}
 		s.mark.ktime, s.mark.wall = max(s.mark.ktime, ev.KTime), max(s.mark.wall, ev.Time)
@@ -384,10 +390,11 @@ func (s *Sensor) write(ctx context.Context, now int64, ev *event.Event, urgent b
 	if err != nil {
 		s.metrics.rejected.Inc()
 		s.discard("TOO_LARGE", 1)
-		logging.From(ctx).Error("record rejected", zap.Stringer(logging.KeyEvent, ev.Kind), zap.Int(logging.KeyBytes, len(rec)), zap.Error(err))
+		logging.From(inCases(ctx, ev)).Error("record rejected", zap.Stringer(logging.KeyEvent, ev.Kind), zap.Int(logging.KeyBytes, len(rec)), zap.Error(err))
 		return
 	}
 	s.pending = true
+	s.countTagged(ev)
 }
 
 func (s *Sensor) begin(ev *event.Event) []byte {

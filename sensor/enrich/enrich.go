@@ -68,6 +68,7 @@ type Enricher struct {
 	cgroups *cgroups
 	strings *interner
 	hashes  *hasher
+	cases   cases
 
 	wait   time.Duration // per batch
 	left   time.Duration // of wait, in this batch
@@ -122,6 +123,7 @@ func newEnricher(o Options, proc procfs, etc string) *Enricher {
 			e.metrics.released.Inc()
 		}
 	})
+	e.table.cases = &e.cases
 	return e
 }
 
@@ -160,22 +162,26 @@ func (e *Enricher) Apply(ev *event.Event) {
 	}
 	ev.Time = e.clock.wall(ev.KTime)
 	e.table.expire(ev.KTime)
-	var subject *entry
+	var subject, creator *entry // who acted, where that is another one
 	switch ev.Kind {
 	case event.Exec, event.Task:
 		subject = e.exec(ev)
 	case event.Fork:
-		subject = e.fork(ev)
+		subject, creator = e.fork(ev)
 	case event.Exit:
 		subject = e.exit(ev)
 	case event.TCPConnect, event.TCPConnectFailed, event.TCPAccept, event.TCPListen, event.TCPClose:
 		subject = e.actor(ev.Actor)
 		if c := ev.TCP.Closer; c != ev.Actor {
-			ev.Creator = process(e.actor(c))
+			creator = e.actor(c)
+			ev.Creator = process(creator)
 		}
 	default: // changes of the file system
 		subject = e.actor(ev.Actor)
 		e.nameOwners(&ev.File, ev.KTime)
+	}
+	if len(e.cases.order) > 0 {
+		e.tag(ev, subject, creator)
 	}
 	if subject == nil {
 		return
@@ -272,6 +278,7 @@ func (e *Enricher) exec(ev *event.Event) *entry {
 		p.NSPID, p.NS.PID = x.NSPID, x.NS.PID
 		e.identify(&p.Process)
 	}
+	p.caseAsOf = 0 // another image, perhaps another user
 	p.Comm, p.TTY = e.strings.string(x.Comm), e.strings.string(x.TTY)
 	p.Path, p.CWD = e.strings.string(x.ExePath), e.strings.string(x.CWD)
 	p.File, p.Flags, p.Cred, p.NS = x.Exe, x.Flags, x.Cred, x.NS
@@ -340,15 +347,15 @@ func (e *Enricher) parent(p *entry, key event.ProcessKey) {
 	e.table.adopt(p, key)
 }
 
-func (e *Enricher) fork(ev *event.Event) *entry {
-	parent := e.actor(ev.Actor)
+func (e *Enricher) fork(ev *event.Event) (child, parent *entry) {
+	parent = e.actor(ev.Actor)
 	ev.Creator = process(parent)
 	f := &ev.Fork
 	if child := e.table.use(f.Child); child != nil {
-		if child.Parent == (event.ProcessKey{}) {
+		if child.Parent == (event.ProcessKey{}) || child.Parent == ev.Actor && child.parentID == 0 {
 			e.table.adopt(child, ev.Actor)
 		}
-		return child // a snapshot or a later event knows it better
+		return child, parent // a snapshot or a later event knows it better
 	}
 	var p event.Process
 	if parent != nil {
@@ -371,11 +378,11 @@ func (e *Enricher) fork(ev *event.Event) *entry {
 		}
 	}
 	e.identify(&p)
-	child := e.table.add(p)
+	child = e.table.add(p)
 	if parent != nil {
 		child.job = parent.job
 	}
-	return child
+	return child, parent
 }
 
 // movedNamespace tells a child that is in another pid namespace than its parent,
@@ -402,6 +409,9 @@ func (e *Enricher) exit(ev *event.Event) *entry {
 		e.table.adopt(p, ev.Exit.Parent)
 	}
 	e.table.exit(p, ev.KTime)
+	if p.deep != DeepOff {
+		e.deepen(p)
+	}
 	return p
 }
 
@@ -420,6 +430,9 @@ func (e *Enricher) ancestors(p *entry) []*event.Process {
 
 // hash sets the hash of p's executable, waiting for it while there is time.
 func (e *Enricher) hash(p *entry, wanted program) {
+	if len(e.cases.order) > 0 {
+		wanted.deep = e.covers(p)&e.cases.deep != 0
+	}
 	p.SHA256, p.HashNote, p.job = e.hashes.request(wanted)
 	switch {
 	case p.job == nil:

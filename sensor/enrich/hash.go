@@ -44,6 +44,11 @@ const (
 	hashQueue = 256  // jobs waiting in one lane
 	hashChunk = 256 << 10
 
+	// What a case with deep collection may have, whatever the limits are: bounds
+	// all the same, since a host must stand it.
+	deepHashMax  = 1 << 30
+	deepHashRate = 1000
+
 	// racy is how far a ctime must lie from the time of reading for the result to
 	// be kept: within the granularity of a file system's clock (2 s for the
 	// coarsest), a second change leaves the ctime as it is.
@@ -56,14 +61,15 @@ const (
 // hasher computes the SHA-256 of executables in its own goroutines, each version
 // of a file once. It is safe for concurrent use.
 type hasher struct {
-	max   int64
-	rate  rate
-	proc  procfs
-	now   func() time.Time
-	read  func(io.Reader, []byte) (int, error)
-	lanes [2]chan *hashJob
-	stop  chan struct{}
-	done  sync.WaitGroup
+	max      int64
+	rate     rate
+	deepRate rate
+	proc     procfs
+	now      func() time.Time
+	read     func(io.Reader, []byte) (int, error)
+	lanes    [2]chan *hashJob
+	stop     chan struct{}
+	done     sync.WaitGroup
 
 	mu    sync.Mutex
 	cache map[fileKey]*list.Element // of *hashResult
@@ -88,7 +94,7 @@ type hashJob struct {
 
 func newHasher(limit int64, perSecond float64, proc procfs) *hasher {
 	h := &hasher{
-		max: limit, rate: rate{perSecond: perSecond, tokens: perSecond}, proc: proc, now: time.Now, read: io.ReadFull,
+		max: limit, rate: rate{perSecond: perSecond, tokens: perSecond}, deepRate: rate{perSecond: deepHashRate, tokens: deepHashRate}, proc: proc, now: time.Now, read: io.ReadFull,
 		stop: make(chan struct{}), cache: map[fileKey]*list.Element{}, jobs: map[fileKey]*hashJob{},
 	}
 	for i := range h.lanes {
@@ -127,12 +133,17 @@ type program struct {
 	flags       event.ProcessFlags
 	path        []byte
 	pid, parent uint32
+	deep        bool // a case wants everything
 }
 
 // request returns the hash of a program, or a note that says why there is none,
 // or the job that will tell.
 func (h *hasher) request(p program) (sum, note string, job *hashJob) {
-	if p.file.Ino == 0 && p.file.Size == 0 || h.rate.perSecond < 0 {
+	limit, budget := h.max, &h.rate
+	if p.deep {
+		limit, budget = max(h.max, deepHashMax), &h.deepRate
+	}
+	if p.file.Ino == 0 && p.file.Size == 0 || budget.perSecond < 0 {
 		return "", "", nil // a kernel thread has none
 	}
 	key := keyOf(&p.file)
@@ -145,10 +156,10 @@ func (h *hasher) request(p program) (sum, note string, job *hashJob) {
 	if job := h.jobs[key]; job != nil && !job.failedFor(p.pid) {
 		return "", "", job
 	}
-	if p.file.Size > uint64(h.max) {
+	if p.file.Size > uint64(limit) {
 		return "", noteSize, nil
 	}
-	if !h.rate.take(h.now()) {
+	if !budget.take(h.now()) {
 		return "", noteRate, nil
 	}
 	job = &hashJob{key: key, pid: p.pid, parent: p.parent, anyDevice: hidesDevice(p.file.FSMagic), done: make(chan struct{})}

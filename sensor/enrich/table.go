@@ -27,6 +27,9 @@ type table struct {
 	held   order             // oldest exit first, past it: kept for descendants
 	now    uint64            // newest kernel time seen
 	serial uint64
+
+	cases   *cases
+	seeding uint32 // number of the last seed
 }
 
 // entry is one process. The numbers that tie it to its parent's entry, not a
@@ -35,8 +38,13 @@ type entry struct {
 	event.Process
 	asOf     uint64   // kernel time of the newest exec or snapshot applied
 	job      *hashJob // of HashNote "pending"
-	id       uint64   // of this entry, never reused
-	parentID uint64   // entry that counts this one among its children, or 0
+	member   caseSet  // cases it is in by birth
+	alike    caseSet  // cases that its attributes match, as of caseAsOf
+	caseAsOf uint32   // generation of the cases
+	seeded   uint32
+	deep     Deep
+	id       uint64 // of this entry, never reused
+	parentID uint64 // entry that counts this one among its children, or 0
 	children int
 
 	in         *order
@@ -49,7 +57,8 @@ const tableMin = 64
 
 func newTable(size int, grace time.Duration, evicted func(live bool)) *table {
 	return &table{
-		max: max(size, tableMin), grace: uint64(grace), evicted: evicted,
+		cases: &cases{},
+		max:   max(size, tableMin), grace: uint64(grace), evicted: evicted,
 		byKey: make(map[event.ProcessKey]*entry), byPID: make(map[uint32]*entry),
 	}
 }
@@ -82,6 +91,9 @@ func (t *table) add(p event.Process) *entry {
 	e := &entry{Process: p, id: t.serial}
 	t.byKey[p.Key] = e
 	t.live.pushBack(e)
+	if t.cases.rooted != 0 {
+		e.member = t.cases.roots(e.Key)
+	}
 	if old := t.byPID[p.Key.PID]; old == nil || old.Key.StartTime < p.Key.StartTime {
 		t.byPID[p.Key.PID] = e
 		if old != nil && !old.Exited {
@@ -102,6 +114,10 @@ func (t *table) adopt(e *entry, parent event.ProcessKey) {
 	if p := t.byKey[parent]; p != nil && p != e {
 		p.children++
 		e.parentID = p.id
+		if born := p.member & t.cases.inherited; born&^e.member != 0 {
+			e.member |= born
+			e.caseAsOf = 0
+		}
 	}
 }
 

@@ -104,8 +104,10 @@ type Event struct {
 	Creator   *Process
 	Ancestors []*Process // parent first; valid until the next event
 
-	// Scope of an open case that covers this event, if any.
-	CaseID, InvestigationID string
+	// The open cases that cover this event, the oldest first; valid until the next
+	// event. Deep is whether one of them wants everything. Set by enrich.
+	Cases []*Case
+	Deep  bool
 }
 
 // ExecInfo is what an exec (or the snapshot of a running process) carries.

@@ -34,7 +34,8 @@ type Encoder struct {
 	device  string // `"device":{…},`
 	app     string // `"app":{…},`
 	agent   event.Agent
-	context string // correlation_uid and tags of the run
+	run     *event.Case // that the whole run belongs to; empty without one
+	context string      // correlation_uid and tags of the run alone
 	uid     [18]byte
 	scratch []byte
 	unknown event.SelfInfo
@@ -54,7 +55,8 @@ func New(h event.Host, a event.Agent) *Encoder {
 	e.product = string(w.b)
 
 	w.b = w.b[:0]
-	w.context(a.CaseID, a.InvestigationID, a.UserID)
+	e.run = &event.Case{ID: a.CaseID, InvestigationID: a.InvestigationID, UserID: a.UserID}
+	w.context(e.run, nil)
 	e.context = string(w.b)
 
 	w.b = w.b[:0]
@@ -152,15 +154,13 @@ func (e *Encoder) metadata(w *writer, seq uint64, now int64, ev *event.Event) (s
 	w.opt(`"log_source":`, ev.Hook)
 	w.ms(`"logged_time":`, now)
 	w.raw(e.product)
-	caseID, investigationID, userID := ev.CaseID, ev.InvestigationID, ""
-	if !isKernel(ev.Kind) {
-		s := e.self(ev)
-		caseID, investigationID, userID = or(s.CaseID, caseID), or(s.InvestigationID, investigationID), s.UserID
-	}
-	if caseID == "" && investigationID == "" && userID == "" {
+	switch s := e.self(ev); {
+	case len(ev.Cases) > 0:
+		w.context(e.run, ev.Cases)
+	case s.CaseID != "" || s.InvestigationID != "" || s.UserID != "":
+		w.context(&event.Case{ID: or(s.CaseID, e.run.ID), InvestigationID: or(s.InvestigationID, e.run.InvestigationID), UserID: or(s.UserID, e.run.UserID)}, nil)
+	default:
 		w.raw(e.context)
-	} else {
-		w.context(or(caseID, e.agent.CaseID), or(investigationID, e.agent.InvestigationID), or(userID, e.agent.UserID))
 	}
 	w.profiles(ev)
 	sizeAt = w.truncation(ev)
@@ -171,17 +171,27 @@ func (e *Encoder) metadata(w *writer, seq uint64, now int64, ev *event.Event) (s
 func isKernel(k event.Kind) bool  { return k > event.None && k < event.Lifecycle }
 func isProcess(k event.Kind) bool { return k >= event.Exec && k <= event.Task }
 
-// context writes for which investigation and case the event was produced.
-func (w *writer) context(caseID, investigationID, userID string) {
-	w.opt(`"correlation_uid":`, investigationID)
-	if caseID == "" && investigationID == "" && userID == "" {
-		return
+// context writes for which investigations and cases the event was produced: those
+// of the run, then those of the open cases. correlation_uid can name only one: the
+// first.
+func (w *writer) context(run *event.Case, open []*event.Case) {
+	first := run.InvestigationID
+	for _, c := range open {
+		first = or(first, c.InvestigationID)
 	}
-	w.open(`"tags":[`)
-	w.tag("case_id", caseID)
-	w.tag("investigation_id", investigationID)
-	w.tag("user_id", userID)
-	w.close(']')
+	w.opt(`"correlation_uid":`, first)
+	at := w.begin(`"tags":[`)
+	w.caseTags(run)
+	for _, c := range open {
+		w.caseTags(c)
+	}
+	w.end(at, ']')
+}
+
+func (w *writer) caseTags(c *event.Case) {
+	w.tag("case_id", c.ID)
+	w.tag("investigation_id", c.InvestigationID)
+	w.tag("user_id", c.UserID)
 }
 
 func (w *writer) tag(name, value string) {

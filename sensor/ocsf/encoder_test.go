@@ -114,8 +114,8 @@ func TestBoundary(t *testing.T) {
 	}
 }
 
-// TestContext has the ids of a run, and those of an open case that covers one
-// event, in the order of precedence.
+// TestContext has the ids of a run, and those of the open cases that cover one
+// event, the oldest first.
 func TestContext(t *testing.T) {
 	type tag struct{ Name, Value string }
 	type metadata struct {
@@ -124,18 +124,28 @@ func TestContext(t *testing.T) {
 	}
 	run := event.Agent{ID: "a", CaseID: "run-case", InvestigationID: "run-inv", UserID: "analyst"}
 	for _, c := range []struct {
-		name          string
-		agent         event.Agent
-		caseID, invID string
-		want          metadata
+		name  string
+		agent event.Agent
+		cases []*event.Case
+		want  metadata
 	}{
-		{"none", event.Agent{}, "", "", metadata{}},
-		{"run", run, "", "", metadata{"run-inv", []tag{{"case_id", "run-case"}, {"investigation_id", "run-inv"}, {"user_id", "analyst"}}}},
-		{"case only", event.Agent{}, "c", "", metadata{"", []tag{{"case_id", "c"}}}},
-		{"case in run", run, "c", "i", metadata{"i", []tag{{"case_id", "c"}, {"investigation_id", "i"}, {"user_id", "analyst"}}}},
+		{"none", event.Agent{}, nil, metadata{}},
+		{"run", run, nil, metadata{"run-inv", []tag{{"case_id", "run-case"}, {"investigation_id", "run-inv"}, {"user_id", "analyst"}}}},
+		{"case only", event.Agent{}, []*event.Case{{ID: "c"}}, metadata{"", []tag{{"case_id", "c"}}}},
+		{"case in run", run, []*event.Case{{ID: "c", InvestigationID: "i", UserID: "u"}}, metadata{"run-inv", []tag{
+			{"case_id", "run-case"},
+			{"investigation_id", "run-inv"},
+			{"user_id", "analyst"},
+			{"case_id", "c"},
+			{"investigation_id", "i"},
+			{"user_id", "u"},
+		}}},
+		{"two cases, the oldest without an investigation", event.Agent{}, []*event.Case{{ID: "a", UserID: "u"}, {ID: "b", InvestigationID: "i", UserID: "u"}}, metadata{"i", []tag{
+			{"case_id", "a"}, {"user_id", "u"}, {"case_id", "b"}, {"investigation_id", "i"}, {"user_id", "u"},
+		}}},
 	} {
 		ev := execEvent()
-		ev.CaseID, ev.InvestigationID = c.caseID, c.invID
+		ev.Cases = c.cases
 		var got struct{ Metadata metadata }
 		if err := json.Unmarshal(New(event.Host{}, c.agent).Append(nil, 1, 1, &ev), &got); err != nil {
 			t.Fatal(err)

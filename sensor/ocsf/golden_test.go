@@ -169,7 +169,7 @@ func suidExec() event.Event {
 	ev.Exec.Argv = []byte("dr'op\x00\x00\xff\x80\x00\u202e\t\x1b[0m\x00ünï\x00tail without nul")
 	ev.Exec.ArgvSize = uint32(len(ev.Exec.Argv))
 	ev.Exec.OldPath = "/usr/bin/bash\xff"
-	ev.CaseID, ev.InvestigationID = "CASE-7", "INV-3"
+	ev.Cases = []*event.Case{{ID: "CASE-7", InvestigationID: "INV-3", UserID: "analyst"}, {ID: "CASE-9"}}
 	return ev
 }
 

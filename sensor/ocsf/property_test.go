@@ -110,7 +110,7 @@ func (r random) event() event.Event {
 		}
 	}
 	if r.maybe() {
-		ev.CaseID, ev.InvestigationID = r.string(), r.string()
+		ev.Cases = []*event.Case{{ID: r.string(), InvestigationID: r.string()}, {ID: r.string(), UserID: r.string()}}
 	}
 	ev.Exec = event.ExecInfo{
 		Parent: r.key(), Flags: event.ProcessFlags(r.Uint32()), ArgvSize: r.uint32(),

@@ -77,11 +77,11 @@ format:
 	$(GO) tool gofumpt -w .
 	$(CLANG_FORMAT) -i bpf/*.c bpf/*.h
 
-## generate: compile the BPF objects (needs clang) and write docs/events.md
+## generate: compile the BPF objects (needs clang) and write docs/events.md and docs/decisions.md
 .PHONY: generate
 generate:
 	$(GO) generate ./bpf
-	$(GO) test -count=1 ./sensor/ocsf -args -update
+	$(GO) test -count=1 ./sensor/ocsf ./sensor/event -run "Docs|Golden" -args -update
 
 ## generate-metrics: write docs/metrics.md from a running sensor (root)
 .PHONY: generate-metrics

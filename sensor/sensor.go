@@ -108,6 +108,7 @@ type Sensor struct {
 	mu       sync.Mutex // notices come from other goroutines, rarely
 	notices  []event.SelfInfo
 	overflow uint64
+	repeats  repeats
 
 	reported  [event.Kinds]KindCounter // kernel counters at the last tick
 	unwritten map[string]uint64        // events that could not become records since the last tick, by reason
@@ -184,19 +185,6 @@ func (s *Sensor) Attach() error {
 // Coverage is what each event is seen by on this host, after Attach.
 func (s *Sensor) Coverage() []Coverage { return s.coverage }
 
-// Notify queues a record about the sensor itself. Safe for concurrent use; it
-// never blocks. What does not fit is counted and reported with the next one.
-func (s *Sensor) Notify(i event.SelfInfo) {
-	s.mu.Lock()
-	if len(s.notices) < maxNotices {
-		s.notices = append(s.notices, i)
-	} else {
-		s.overflow++
-	}
-	s.mu.Unlock()
-	s.wait.wake()
-}
-
 // Beat is when the worker last finished a turn; zero before Run.
 func (s *Sensor) Beat() time.Time {
 	if ns := s.beat.Load(); ns != 0 {
@@ -247,13 +235,12 @@ func (s *Sensor) Run(ctx context.Context, stopWithin time.Duration) error {
 	s.lastTick = time.Now()
 	s.left.from = s.lastTick
 	s.unwritten = map[string]uint64{}
-	s.reportGap()
+	s.reportGap(ctx)
 	s.writeNotices(write)
 	s.applyCases()
 	if err := s.snapshot(write); err != nil {
 		// Parents of running processes are then unknown: less, not nothing.
-		logging.From(ctx).Warn("snapshot of running processes", zap.Error(err))
-		s.Notify(event.SelfInfo{
+		s.Notify(ctx, event.SelfInfo{
 			Activity: event.ActivityDegraded, Severity: 3, Failed: true, Code: "SNAPSHOT",
 			Message: "processes that ran before the sensor are unknown: " + err.Error(),
 		})
@@ -305,6 +292,7 @@ func (s *Sensor) drain(ctx context.Context) error {
 	s.tick(ctx, time.Now())
 	s.reportSuppressed(ctx, time.Now(), true)
 	s.writeNotices(ctx)
+	s.reportRepeats(ctx, time.Now(), true)
 	return errors.Join(err, s.flush(ctx, true))
 }
 
@@ -458,17 +446,25 @@ func (s *Sensor) tick(ctx context.Context, now time.Time) {
 			i.Count += l.Count
 		}
 		i.Message = fmt.Sprintf("%d records will not be delivered", i.Count)
-		s.writeSelf(ctx, &i, s.losses)
+		s.decide(ctx, &i, s.losses)
 	}
 	for reason, n := range s.unwritten {
 		i := lost
 		i.Code, i.Count, i.Message = reason, n, fmt.Sprintf("%d events could not become records", n)
 		delete(s.unwritten, reason)
-		s.writeSelf(ctx, &i, nil)
+		s.decide(ctx, &i, nil)
 	}
 	s.reportKernelLoss(ctx, lost)
 	s.reportMissed(ctx, lost)
 	s.reportSuppressed(ctx, now, false)
+	s.reportRepeats(ctx, now, false)
+}
+
+// reportRepeats makes known how many equal decisions were left out.
+func (s *Sensor) reportRepeats(ctx context.Context, now time.Time, all bool) {
+	for _, i := range s.repeats.due(now, all) {
+		s.decide(ctx, &i, nil)
+	}
 }
 
 // reportMissed reports runs of our programs that the kernel left out, which no
@@ -482,14 +478,13 @@ func (s *Sensor) reportMissed(ctx context.Context, i event.SelfInfo) {
 	s.metrics.missed.Add(float64(i.Count))
 	s.lost.Add(i.Count)
 	i.Code, i.Message = "RECURSION", fmt.Sprintf("the kernel left out up to %d events, since the programs that see them were interrupted on their CPU", i.Count)
-	logging.From(ctx).Warn("program runs left out by the kernel", zap.Uint64(logging.KeyCount, i.Count))
-	s.writeSelf(ctx, &i, nil)
+	s.decide(ctx, &i, nil)
 }
 
 // reportSuppressed reports what the kernel left out on purpose, once per window.
 func (s *Sensor) reportSuppressed(ctx context.Context, now time.Time, end bool) {
-	if i, ok := s.left.report(now, end); ok {
-		s.writeSelf(ctx, &i, nil)
+	for _, i := range s.left.report(now, end) {
+		s.decide(ctx, &i, nil)
 	}
 }
 
@@ -519,13 +514,12 @@ func (s *Sensor) reportKernelLoss(ctx context.Context, i event.SelfInfo) {
 	}
 	s.lost.Add(i.Count)
 	i.Code, i.Message = "RINGBUF_FULL", fmt.Sprintf("the kernel had no room for %d events", i.Count)
-	logging.From(ctx).Warn("kernel events lost", zap.Uint64(logging.KeyCount, i.Count), zap.Any("by_kind", i.ByKind))
-	s.writeSelf(ctx, &i, nil)
+	s.decide(ctx, &i, nil)
 }
 
 // reportGap names the time in which no sensor watched: with rings of its own, a
 // new process knows nothing of what happened since the last durable mark.
-func (s *Sensor) reportGap() {
+func (s *Sensor) reportGap(ctx context.Context) {
 	if s.o.Mark == nil {
 		return
 	}
@@ -540,7 +534,7 @@ func (s *Sensor) reportGap() {
 	default:
 		i.Code, i.Message, i.From = "BLIND_KILLED", "the sensor ended without a stop; events between its last durable record and this start were not seen or not kept", time.Unix(0, m.wall)
 	}
-	s.Notify(i)
+	s.Notify(ctx, i)
 }
 
 // snapshot reports the processes that run already, before the first event.

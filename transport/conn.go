@@ -4,6 +4,7 @@ package transport
 
 import (
 	"context"
+	"crypto/sha256"
 	"crypto/tls"
 	"errors"
 	"fmt"
@@ -24,7 +25,8 @@ import (
 type conn struct {
 	net    net.Conn
 	client *redis.Client
-	redis  *redis.Conn // sticks to the one connection, without a check per command
+	redis  *redis.Conn       // sticks to the one connection, without a check per command
+	secret [sha256.Size]byte // of the password
 }
 
 var errSpent = errors.New("connection lost")
@@ -67,7 +69,7 @@ func dial(ctx context.Context, o *Options) (*conn, error) {
 		DisableIdentity:          true,
 		MaintNotificationsConfig: &maintnotifications.Config{Mode: maintnotifications.ModeDisabled},
 	})
-	return &conn{nc, client, client.Conn()}, nil
+	return &conn{nc, client, client.Conn(), sha256.Sum256([]byte(password))}, nil
 }
 
 // dialNet opens the connection and does the TLS handshake itself, so that an

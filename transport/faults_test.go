@@ -335,6 +335,23 @@ func TestSenderReadsPasswordAtEachConnect(t *testing.T) {
 	write("good")
 	s.delivered(t, last)
 	exactlyOnce(t, c, last)
+
+	// Another password that is good is a rotation; the same again is none.
+	for n, p := range []string{"good", "better", "better", "good"} {
+		if err := c.ConfigSet(t.Context(), "requirepass", p).Err(); err != nil {
+			t.Fatal(err)
+		}
+		write(p)
+		if err := c.Do(t.Context(), "CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes").Err(); err != nil {
+			t.Fatal(err)
+		}
+		last = q.add(1, buffer.Events, false)
+		s.delivered(t, last)
+		if got, want := s.State().Rotations, uint64([]int{0, 1, 1, 2}[n]); got != want {
+			t.Errorf("after password %d: %d rotations, want %d", n, got, want)
+		}
+	}
+	exactlyOnce(t, c, last)
 }
 
 // TestACLFile proves that the ACL file that is shipped is enough, and that

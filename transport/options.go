@@ -70,8 +70,8 @@ type Options struct {
 	// Registerer gets the metrics; nil leaves them unregistered.
 	Registerer prometheus.Registerer
 	// OnChange is called with each new [State] that differs from the one before
-	// in its phase, class, warning or number of rewinds. It runs on the sending goroutine and must not
-	// block.
+	// in its phase, class, warning, or number of rewinds or rotations. It runs on the
+	// sending goroutine and must not block.
 	OnChange func(State)
 }
 

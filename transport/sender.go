@@ -4,6 +4,7 @@ package transport
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -55,8 +56,9 @@ type Sender struct {
 	process string // our part of the session, the rest is the connection's number
 	session string
 	dials   uint16
-	hello   bool  // our session has been installed once
-	conn    *conn // nil while not connected
+	hello   bool               // our session has been installed once
+	conn    *conn              // nil while not connected
+	secret  *[sha256.Size]byte // of the password that was accepted last; nil: none was
 	back    backoff
 	failed  int // failures since the last success, of any class
 
@@ -205,6 +207,7 @@ func (s *Sender) connect(ctx context.Context) error {
 	if err := s.probe(ctx, flag); err != nil {
 		return fmt.Errorf("hello: %w", err)
 	}
+	s.rotate()
 	if !s.asked {
 		if err := s.inspect(ctx); err != nil {
 			return fmt.Errorf("inspect: %w", err)
@@ -214,6 +217,17 @@ func (s *Sender) connect(ctx context.Context) error {
 		s.recover(ctx)
 	}
 	return nil
+}
+
+// rotate takes note of the password that the server has just accepted.
+func (s *Sender) rotate() {
+	secret := s.conn.secret
+	if s.secret != nil && *s.secret != secret {
+		st := *s.state.Load()
+		st.Rotations++
+		s.set(&st)
+	}
+	s.secret = &secret
 }
 
 func (s *Sender) disconnect() {
@@ -482,7 +496,7 @@ func (s *Sender) fail(ctx context.Context, err error) time.Duration {
 	s.m.connected.Set(0)
 
 	prev := s.state.Load()
-	st := &State{Phase: p.phase, Since: prev.Since, Address: s.o.Addr, Class: class, Error: err.Error(), Hint: p.hint, Warning: s.warning, Rewinds: prev.Rewinds}
+	st := &State{Phase: p.phase, Since: prev.Since, Address: s.o.Addr, Class: class, Error: err.Error(), Hint: p.hint, Warning: s.warning, Rewinds: prev.Rewinds, Rotations: prev.Rotations}
 	var up time.Duration
 	if prev.Phase != st.Phase {
 		st.Since = time.Now()
@@ -507,7 +521,7 @@ func (s *Sender) fail(ctx context.Context, err error) time.Duration {
 func (s *Sender) recover(ctx context.Context) {
 	s.m.connected.Set(1)
 	prev := s.state.Load()
-	st := &State{Phase: Connected, Since: time.Now(), Address: s.o.Addr, Warning: s.warning, Rewinds: prev.Rewinds}
+	st := &State{Phase: Connected, Since: time.Now(), Address: s.o.Addr, Warning: s.warning, Rewinds: prev.Rewinds, Rotations: prev.Rotations}
 	s.limiter.Log(ctx, zapcore.InfoLevel, string(Connected), "delivering",
 		zap.String(logging.KeyAddress, s.o.Addr), zap.Uint64(logging.KeySeq, s.pos), zap.Int(logging.KeyAttempt, s.failed),
 		zap.Duration(logging.KeyDuration, st.Since.Sub(prev.Since)))

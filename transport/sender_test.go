@@ -78,8 +78,8 @@ func TestSenderStoresEntries(t *testing.T) {
 			t.Errorf("%s = %v, want %v", name, got, m.want)
 		}
 	}
-	if n, sum := observed(t, s.m.endToEnd); n != 6 || sum < 6*86400 {
-		t.Errorf("end to end: %d observations, %v s in all, of 6 events from 2023", n, sum)
+	if n, sum := observed(t, s.m.endToEnd); n != 10 || sum < 10*86400 {
+		t.Errorf("end to end: %d observations, %v s in all, of 10 events from 2023", n, sum)
 	}
 	if n, _ := observed(t, s.m.delivery); n != 0 {
 		t.Errorf("%d observations of records whose commit is unknown", n)

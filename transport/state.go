@@ -35,8 +35,10 @@ type State struct {
 	LastReply time.Time
 	// Rewinds counts how often the server had less than it had confirmed.
 	Rewinds uint64
+	// Rotations counts the connects with another password than before.
+	Rotations uint64
 }
 
 func (s *State) differs(o *State) bool {
-	return s.Phase != o.Phase || s.Class != o.Class || s.Warning != o.Warning || s.Rewinds != o.Rewinds
+	return s.Phase != o.Phase || s.Class != o.Class || s.Warning != o.Warning || s.Rewinds != o.Rewinds || s.Rotations != o.Rotations
 }

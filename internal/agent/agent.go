@@ -179,7 +179,7 @@ func (a *Agent) build(ctx context.Context, version string) error {
 	current.Store(a.sensor)
 
 	if a.cfg.Transport.Address != "" {
-		if a.sender, err = a.newSender(); err != nil {
+		if a.sender, err = a.newSender(ctx); err != nil {
 			return err
 		}
 	}
@@ -310,7 +310,7 @@ func (a *Agent) beginStop(ctx context.Context) {
 	before := a.mode.current.Load()
 	a.mode.step(facts{stopping: true}, time.Now())
 	logging.From(ctx).Info("stopping", zap.String(logging.KeyMode, string(Stopping)))
-	a.sensor.Notify(event.SelfInfo{
+	a.decide(ctx, event.SelfInfo{
 		Activity: event.ActivityStop, Severity: 1, Code: "STOP", Message: "the sensor was asked to stop",
 		Before: string(before.Mode), After: string(Stopping),
 	})

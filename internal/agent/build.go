@@ -18,7 +18,6 @@ import (
 	"github.com/aurorasoc/edr-sensor/internal/config"
 	"github.com/aurorasoc/edr-sensor/internal/logging"
 	"github.com/aurorasoc/edr-sensor/sensor"
-	"github.com/aurorasoc/edr-sensor/sensor/event"
 	"github.com/aurorasoc/edr-sensor/transport"
 )
 
@@ -72,7 +71,7 @@ func cgroupID(path string) (uint64, error) {
 	return 0, errors.Join(errs...)
 }
 
-func (a *Agent) newSender() (*transport.Sender, error) {
+func (a *Agent) newSender(ctx context.Context) (*transport.Sender, error) {
 	t := a.cfg.Transport
 	tlsConfig, err := ClientTLS(t.TLS)
 	if err != nil {
@@ -85,34 +84,12 @@ func (a *Agent) newSender() (*transport.Sender, error) {
 		BatchRecords: t.BatchRecords, BatchBytes: t.BatchBytes, Linger: t.Linger, Timeout: t.Timeout,
 		BackoffBase: t.BackoffBase, BackoffCap: t.BackoffLimit,
 		Registerer: a.registry,
-		OnChange:   a.deliveryDecisions(),
+		OnChange:   a.deliveryDecisions(ctx),
 	}, a.queue)
 	if err != nil {
 		return nil, fmt.Errorf("transport: %w", err)
 	}
 	return s, nil
-}
-
-// deliveryDecisions turns what the sender had to decide into records: that it
-// went back, and that somebody else writes as this agent.
-func (a *Agent) deliveryDecisions() func(transport.State) {
-	var before transport.State
-	return func(now transport.State) {
-		if now.Rewinds > before.Rewinds {
-			a.sensor.Notify(event.SelfInfo{
-				Name: "Rewind", Severity: 3, Failed: true, Code: "SERVER_BEHIND", Count: now.Rewinds - before.Rewinds,
-				Message: "Redis had less than it had confirmed; what the buffer still has was sent again",
-				Attrs:   map[string]any{"address": now.Address, "rewinds": now.Rewinds},
-			})
-		}
-		if now.Phase == transport.Fenced && before.Phase != transport.Fenced {
-			a.sensor.Notify(event.SelfInfo{
-				Name: "Fenced", Severity: 5, Failed: true, Code: "FENCED", Before: string(before.Phase), After: string(now.Phase),
-				Message: "delivery stopped: " + now.Error, Attrs: map[string]any{"address": now.Address, "remedy": now.Hint},
-			})
-		}
-		before = now
-	}
 }
 
 // ClientTLS reads the files that c names. The result is nil without TLS; an

@@ -4,40 +4,83 @@ package agent
 
 import (
 	"context"
+	"fmt"
+	"time"
 
-	"go.uber.org/zap"
-	"go.uber.org/zap/zapcore"
-
-	"github.com/aurorasoc/edr-sensor/internal/logging"
 	"github.com/aurorasoc/edr-sensor/sensor/event"
+	"github.com/aurorasoc/edr-sensor/transport"
 )
 
 // decide makes a decision known, once in the log for engineers and once on a
 // decisions stream for auditors, so that both say the same. The line has the
-// decision's code, cause, states and ids beside what ctx binds.
-func (a *Agent) decide(ctx context.Context, i event.SelfInfo) {
-	level := zapcore.InfoLevel
-	switch {
-	case i.Severity >= 4:
-		level = zapcore.ErrorLevel
-	case i.Severity >= 2:
-		level = zapcore.WarnLevel
-	}
-	fields := []zap.Field{zap.String(logging.KeyCode, i.Code), zap.String(logging.KeyReason, i.Message)}
-	for _, f := range [][2]string{
-		{"before", i.Before},
-		{"after", i.After},
-		{logging.KeyCaseID, i.CaseID},
-		{logging.KeyInvestigationID, i.InvestigationID},
-		{logging.KeyUserID, i.UserID},
-	} {
-		if f[1] != "" {
-			ctx = logging.With(ctx, zap.String(f[0], f[1]))
+// decision's code, cause, states, evidence and ids beside what ctx binds.
+func (a *Agent) decide(ctx context.Context, i event.SelfInfo) { a.sensor.Notify(ctx, i) }
+
+// deliveryDecisions turns what the sender had to decide into decisions. The result
+// is called on the sending goroutine.
+func (a *Agent) deliveryDecisions(ctx context.Context) func(transport.State) {
+	d := delivery{now: time.Now}
+	return func(s transport.State) {
+		for _, i := range d.step(s) {
+			a.decide(ctx, i)
 		}
 	}
-	if i.Count > 0 {
-		fields = append(fields, zap.Uint64(logging.KeyCount, i.Count))
+}
+
+// delivery remembers the sender's state.
+type delivery struct {
+	before transport.State
+	held   time.Time // since when somebody is needed; zero: nobody
+	now    func() time.Time
+}
+
+// step returns what has to be made known about the change to the state s.
+func (d *delivery) step(s transport.State) (out []event.SelfInfo) {
+	before := d.before
+	d.before = s
+	if s.Rewinds > before.Rewinds {
+		out = append(out, event.SelfInfo{
+			Name: "Rewind", Severity: 3, Failed: true, Code: "SERVER_BEHIND", Count: s.Rewinds - before.Rewinds,
+			Message: "Redis had less than it had confirmed; what the buffer still has was sent again",
+			Attrs:   map[string]any{"address": s.Address, "rewinds": s.Rewinds, "last": s.Acked},
+		})
 	}
-	logging.From(ctx).Log(level, "decided", fields...)
-	a.sensor.Notify(i)
+	if s.Rotations > before.Rotations {
+		out = append(out, event.SelfInfo{
+			Name: "Credentials Rotated", Severity: 1, Code: "CREDENTIALS_ROTATED",
+			Message: "connected with another password than before",
+			Attrs:   map[string]any{"address": s.Address, "rotations": s.Rotations},
+		})
+	}
+	if s.Warning != "" && s.Warning != before.Warning {
+		out = append(out, event.SelfInfo{
+			Name: "Eviction Risk", Severity: 3, Failed: true, Code: "EVICTION_RISK", Message: s.Warning,
+			Attrs: map[string]any{"address": s.Address},
+		})
+	}
+	evidence := map[string]any{"address": s.Address, "class": string(s.Class), "error": s.Error, "remedy": s.Hint, "acked": s.Acked}
+	switch {
+	case s.Phase == transport.Fenced && before.Phase != transport.Fenced:
+		out = append(out, event.SelfInfo{
+			Name: "Fenced", Severity: 5, Failed: true, Code: "FENCED", Before: string(before.Phase), After: string(s.Phase),
+			Message: "delivery stopped: " + s.Error, Attrs: evidence,
+		})
+	case s.Phase == transport.Held && (before.Phase != transport.Held || before.Class != s.Class):
+		out = append(out, event.SelfInfo{
+			Name: "Delivery Held", Severity: 4, Failed: true, Code: "DELIVERY_HELD", Before: string(before.Phase), After: string(s.Phase),
+			Message: "Redis does not take events until somebody acts: " + s.Hint, Attrs: evidence,
+		})
+	}
+	switch {
+	case (s.Phase == transport.Held || s.Phase == transport.Fenced) && d.held.IsZero():
+		d.held = d.now()
+	case s.Phase == transport.Connected && !d.held.IsZero():
+		out = append(out, event.SelfInfo{
+			Name: "Delivery Resumed", Severity: 1, Code: "DELIVERY_RESUMED", Before: string(before.Phase), After: string(s.Phase),
+			From: d.held, To: d.now(), Message: fmt.Sprintf("Redis takes events again after %s", d.now().Sub(d.held).Round(time.Millisecond)),
+			Attrs: map[string]any{"address": s.Address, "held_seconds": d.now().Sub(d.held).Seconds(), "acked": s.Acked},
+		})
+		d.held = time.Time{}
+	}
+	return out
 }

@@ -30,7 +30,14 @@ func (a *Agent) monitor(ctx context.Context) {
 	tick := time.NewTicker(monitorEvery)
 	defer tick.Stop()
 	status := ""
+	var w watch
+	for _, i := range w.begin(a.moment(time.Now())) {
+		a.decide(ctx, i)
+	}
 	for {
+		for _, i := range w.step(a.moment(time.Now())) {
+			a.decide(ctx, i)
+		}
 		f := a.facts(time.Now())
 		before, changed := a.mode.step(f, time.Now())
 		now := a.mode.current.Load()
@@ -119,17 +126,14 @@ func (a *Agent) notifyStart(ctx context.Context) {
 	if err != nil {
 		logging.From(ctx).Warn("hash own binary", zap.Error(err))
 	}
-	a.sensor.Notify(event.SelfInfo{
+	a.decide(ctx, event.SelfInfo{
 		Activity: event.ActivityStart, Severity: 1, Code: "START", Message: "the sensor was started",
 		Attrs: map[string]any{
 			"coverage": hooks, "missing": missing, "scope": a.cfg.Sensor.Scope.String(), "config_sha256": a.cfg.Hash(),
 			"binary_sha256": sum, "epoch": a.queue.Epoch(), "buffer_cap_bytes": a.cfg.Buffer.Cap, "pid": os.Getpid(),
 		},
 	})
-	fields := []zap.Field{
-		zap.String(logging.KeyVersion, a.identity.Version), zap.Any("coverage", hooks), zap.Stringer(logging.KeyScope, a.cfg.Sensor.Scope),
-		zap.String("config_sha256", a.cfg.Hash()), zap.String("binary_sha256", sum), zap.String(logging.KeyEpoch, a.queue.Epoch()),
-	}
+	fields := []zap.Field{zap.String(logging.KeyVersion, a.identity.Version), zap.Stringer(logging.KeyScope, a.cfg.Sensor.Scope)}
 	if addr := a.Addr(); addr != nil {
 		fields = append(fields, zap.Stringer("http", addr))
 	}

@@ -35,6 +35,7 @@ func TestTruncation(t *testing.T) {
 			w.do(order{Op: "exec", From: 1, N: 50})
 			h.delivered(30 * time.Second)
 			server.Kill9()
+			w.do(order{Op: "exec", From: 90, N: 1}) // an idle sensor asks every 30 s only
 			h.readyz(200, "ready: buffering", "(transport_connected)")
 
 			file := filepath.Join(dir, "q.db")

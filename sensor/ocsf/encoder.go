@@ -149,7 +149,7 @@ func (e *Encoder) metadata(w *writer, seq uint64, now int64, ev *event.Event) (s
 	} else {
 		w.raw(`"event_code":"sensor.`)
 		w.b = appendCode(w.b, activityName(e.self(ev)))
-		w.raw(`","log_name":"decisions:` + streamName(e.self(ev).Stream) + `","log_provider":"agent",`)
+		w.raw(`","log_name":"decisions:` + e.self(ev).Stream.String() + `","log_provider":"agent",`)
 	}
 	w.opt(`"log_source":`, ev.Hook)
 	w.ms(`"logged_time":`, now)

@@ -39,18 +39,6 @@ func activityName(s *event.SelfInfo) string {
 	return or(s.Name, "Other")
 }
 
-// streamName is the last part of the stream's default key.
-func streamName(d event.Decisions) string {
-	switch d {
-	case event.DecisionsAgents:
-		return "agents"
-	case event.DecisionsApprovals:
-		return "approvals"
-	default:
-		return "system"
-	}
-}
-
 // appendCode appends an activity's name as part of an event code: lower-case
 // letters and digits, other characters as one underscore.
 func appendCode(dst []byte, name string) []byte {

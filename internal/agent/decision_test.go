@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"errors"
+	"fmt"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/aurorasoc/edr-sensor/buffer"
+	"github.com/aurorasoc/edr-sensor/sensor/event"
+	"github.com/aurorasoc/edr-sensor/transport"
+)
+
+// brief is a decision in one line, for comparing histories.
+func brief(i event.SelfInfo) string {
+	return fmt.Sprintf("%s %d %s>%s %v", i.Code, i.Count, i.Before, i.After, i.Failed)
+}
+
+func TestDeliveryDecisions(t *testing.T) {
+	now := time.Unix(1000, 0)
+	d := delivery{now: func() time.Time { return now }}
+	for n, s := range []struct {
+		state transport.State
+		after time.Duration
+		want  []string
+	}{
+		{transport.State{Phase: transport.Connected}, 0, nil},
+		{transport.State{Phase: transport.Retrying, Class: transport.ClassDial}, 0, nil},
+		{transport.State{Phase: transport.Connected, Rewinds: 2}, 0, []string{"SERVER_BEHIND 2 > true"}},
+		{transport.State{Phase: transport.Held, Class: transport.ClassOOM, Rewinds: 2}, 0, []string{"DELIVERY_HELD 0 connected>held true"}},
+		{transport.State{Phase: transport.Held, Class: transport.ClassOOM, Rewinds: 2}, 0, nil},
+		{transport.State{Phase: transport.Held, Class: transport.ClassAuth, Rewinds: 2}, 0, []string{"DELIVERY_HELD 0 held>held true"}},
+		{transport.State{Phase: transport.Retrying, Class: transport.ClassDial, Rewinds: 2}, 0, nil},
+		{transport.State{Phase: transport.Connected, Rewinds: 2, Rotations: 1}, 9 * time.Second, []string{"CREDENTIALS_ROTATED 0 > false", "DELIVERY_RESUMED 0 retrying>connected false"}},
+		{transport.State{Phase: transport.Fenced, Class: transport.ClassFenced, Rewinds: 2, Rotations: 1}, 0, []string{"FENCED 0 connected>fenced true"}},
+		{transport.State{Phase: transport.Connected, Warning: "w", Rewinds: 2, Rotations: 1}, 0, []string{"EVICTION_RISK 0 > true", "DELIVERY_RESUMED 0 fenced>connected false"}},
+		{transport.State{Phase: transport.Connected, Warning: "w", Rewinds: 2, Rotations: 1}, 0, nil},
+	} {
+		now = now.Add(s.after)
+		var got []string
+		for _, i := range d.step(s.state) {
+			got = append(got, brief(i))
+			if i.Code == "DELIVERY_RESUMED" && s.after > 0 && i.Attrs["held_seconds"] != 9.0 {
+				t.Errorf("held for %v", i.Attrs["held_seconds"])
+			}
+		}
+		if diff := cmp.Diff(s.want, got); diff != "" {
+			t.Errorf("state %d (-want +got):\n%s", n, diff)
+		}
+	}
+}
+
+func TestWatchTellsEpisodes(t *testing.T) {
+	start := time.Unix(1000, 0)
+	at := func(seconds int, stats buffer.Stats) moment {
+		return moment{stats, start.Add(time.Duration(seconds) * time.Second), time.Duration(seconds) * time.Second}
+	}
+	stats := func(first, acked, last, truncated uint64) buffer.Stats {
+		return buffer.Stats{Bounds: buffer.Bounds{First: first, Acked: acked, Last: last}, Truncated: truncated}
+	}
+	var w watch
+	check := func(got []event.SelfInfo, want ...string) []event.SelfInfo {
+		t.Helper()
+		var have []string
+		for _, i := range got {
+			have = append(have, brief(i))
+			if _, ok := event.Explain(i.Code); !ok {
+				t.Errorf("%s is not in the table", i.Code)
+			}
+		}
+		if diff := cmp.Diff(want, have); diff != "" {
+			t.Errorf("(-want +got):\n%s", diff)
+		}
+		return got
+	}
+	fresh := buffer.Stats{Bounds: buffer.Bounds{First: 1}, Epoch: "e", Quarantined: "/x/q.db.bad"}
+	check(w.begin(at(0, fresh)), "BUFFER_SET_ASIDE 0 > true", "BUFFER_NEW 0 >e false")
+	w = watch{}
+	check(w.begin(at(0, stats(5, 10, 100, 7))))
+
+	check(w.step(at(1, stats(5, 10, 200, 7))))
+	check(w.step(at(2, stats(31, 10, 300, 27))), "TRUNCATION_STARTED 20 keeping>truncating true")
+	check(w.step(at(3, stats(61, 10, 400, 57))))
+	check(w.step(at(12, stats(61, 10, 400, 57))))
+	ended := check(w.step(at(13, stats(61, 400, 400, 57))), "TRUNCATION_ENDED 50 truncating>keeping true")
+	if a := ended[0].Attrs; a["first"] != uint64(11) || a["last"] != uint64(60) {
+		t.Errorf("range %v-%v, want 11-60", a["first"], a["last"])
+	}
+	check(w.step(at(14, stats(61, 400, 400, 57))))
+
+	damaged := stats(61, 400, 400, 57)
+	damaged.Corrupt = 3
+	check(w.step(at(15, damaged)), "BUFFER_DAMAGED 3 > true")
+	damaged.Err = errors.New("no space")
+	check(w.step(at(16, damaged)), "BUFFER_FAILED 0 writing>failing true")
+	damaged.Err = errors.New("still none")
+	check(w.step(at(17, damaged)))
+	damaged.Err = nil
+	check(w.step(at(18, damaged)), "BUFFER_RECOVERED 0 failing>writing false")
+
+	// A suspended host is no jump, as the time since boot goes on; a set clock is.
+	check(w.step(moment{damaged, start.Add(time.Hour), time.Hour}))
+	check(w.step(moment{damaged, start.Add(time.Hour + clockSlack), time.Hour}))
+	back := check(w.step(moment{damaged, start.Add(time.Minute), time.Hour + time.Second}), "CLOCK_JUMP 0 1970-01-01T01:16:42Z>1970-01-01T00:17:40Z false")
+	if len(back) > 0 && back[0].Attrs["seconds"] != -3542.0 {
+		t.Errorf("jump of %v s", back[0].Attrs["seconds"])
+	}
+}

@@ -1,0 +1,174 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package event
+
+// String is the last part of the stream's default key.
+func (d Decisions) String() string {
+	switch d {
+	case DecisionsAgents:
+		return "agents"
+	case DecisionsApprovals:
+		return "approvals"
+	default:
+		return "system"
+	}
+}
+
+// Decision explains what a record about the sensor with this code means.
+type Decision struct {
+	Code    string // status_code of the record, code of the log line
+	Name    string // activity_name
+	Stream  Decisions
+	Meaning string // what was decided or found, and which evidence the record carries
+	Remedy  string // what to do
+}
+
+// Explain finds the explanation of a code.
+func Explain(code string) (d Decision, ok bool) {
+	for _, d := range DecisionTable() {
+		if d.Code == code {
+			return d, true
+		}
+	}
+	return Decision{}, false
+}
+
+// DecisionTable lists every decision there is, in the order of docs/decisions.md,
+// which is generated from it.
+func DecisionTable() []Decision {
+	const nothing = "Nothing; it is here so that the history is complete."
+	return []Decision{
+		{
+			"START", "Start", DecisionsSystem,
+			"The sensor was started. The record says what each event is seen by on this host (`coverage`), what is not seen (`missing`), the scope, the hashes of the configuration and of the binary, the buffer's epoch and its size.",
+			"A `missing` event is a blind spot: `edr-sensor doctor` says why. A binary hash that is not that of your package needs an explanation.",
+		},
+		{"STOP", "Stop", DecisionsSystem, "The sensor was asked to stop, by a signal or by systemd. What it had read until then is kept.", "Find out who asked, where no deployment did: stopping the sensor is what an intruder tries first."},
+		{
+			"MODE", "Mode Change", DecisionsSystem,
+			"The mode of the sensor as a whole has changed, from `before` to `after`; the message is the reason. The worst that holds is the mode: truncating, degraded, buffering, online.",
+			"`buffering`: bring Redis back before the buffer is full. `degraded` and `truncating`: evidence is being lost; the message names the metric to look at.",
+		},
+		{
+			"HOOK_LOST", "Hook Lost", DecisionsSystem,
+			"An event that was seen is not seen any more: its program was detached, or does not run when it should.",
+			"Somebody or something took away a program of the sensor. Look for who used bpf(2) at that time, then restart the sensor.",
+		},
+		{"HOOK_BACK", "Hook Back", DecisionsSystem, "An event is seen again after HOOK_LOST.", "Find out what had happened in between."},
+		{
+			"SNAPSHOT", "Degraded", DecisionsSystem,
+			"The processes that ran before the sensor could not be listed, so they appear in events without their command line and ancestors.",
+			"Restart the sensor; when it stays, the kernel refuses the task iterator: `edr-sensor doctor`.",
+		},
+
+		{
+			"CONFIG_LOADED", "Configuration Loaded", DecisionsSystem,
+			"The configuration that the run began with: its hash (`after`), the files and variables that it comes from (`sources`), and what differs from the defaults (`settings`).",
+			nothing,
+		},
+		{
+			"CONFIG_RELOADED", "Configuration Reloaded", DecisionsSystem,
+			"The configuration was read again and accepted. `applied` lists what has changed at once, with the values before and after, `needs_restart` what is in the file and waits for a restart; `asked_by` says who asked.",
+			"Restart the sensor when `needs_restart` is not empty.",
+		},
+		{
+			"CONFIG_REJECTED", "Configuration Rejected", DecisionsSystem,
+			"The configuration was read again and has the `problems` listed, each with its place. Nothing of it was applied; the sensor goes on with what it had.",
+			"Correct the file (`edr-sensor check` shows the same problems), then reload again.",
+		},
+		{
+			"FILTER_CHANGED", "Filter Changed", DecisionsSystem,
+			"What the kernel programs leave out has changed, from `before` to `after`. `not_found` lists exclusions that do not exist on this host and so exclude nothing.",
+			"Know who asked: an exclusion is a blind spot by order.",
+		},
+		{
+			"LOG_LEVEL", "Log Level Changed", DecisionsSystem,
+			"The level of the log has changed, as a whole or of one component. Records are not affected.",
+			nothing,
+		},
+
+		{
+			"RECORDS_LOST", "Lost Events", DecisionsSystem,
+			"Records that had a sequence number will not be delivered. `unmapped.lost.ranges` names each range: `truncated` (the buffer was full), `corrupt` (damaged on disk), `server_loss` (Redis lost what it had confirmed, and the buffer no longer has it).",
+			"Treat the ranges as unknown, not as quiet. The decisions before it say why.",
+		},
+		{
+			"TRUNCATION_STARTED", "Truncation Started", DecisionsSystem,
+			"The buffer is full and has begun to drop its oldest records. `first` and `last` enclose the sequence numbers dropped so far; RECORDS_LOST names them exactly.",
+			"Bring Redis back, or let its consumers read: every second costs the oldest evidence. Raise `buffer.cap` where outages last longer.",
+		},
+		{
+			"TRUNCATION_ENDED", "Truncation Ended", DecisionsSystem,
+			"No record has been dropped for ten seconds. `count` is how many were in this episode, between `first` and `last`.",
+			"Raise `buffer.cap` where this outage was a usual one.",
+		},
+		{
+			"RINGBUF_FULL", "Lost Events", DecisionsSystem,
+			"The kernel had no room in the rings for `count` events, which have no sequence numbers; `by_type` says of which kinds.",
+			"Look for what stalls the disk or takes the CPU; raise `sensor.priority_ring` or `sensor.bulk_ring`; limit floods with `sensor.file.per_process`.",
+		},
+		{
+			"RECURSION", "Lost Events", DecisionsSystem,
+			"The kernel left out runs of programs that were interrupted on their CPU by themselves. Each may be an event that was not seen.",
+			"Few of them under load are usual; many are worth a report with the kernel's version.",
+		},
+		{"UNDECODABLE", "Lost Events", DecisionsSystem, "Records of the kernel programs that the sensor does not understand.", "Report it: program and binary do not belong together."},
+		{"TOO_LARGE", "Lost Events", DecisionsSystem, "Events that are larger than the buffer accepts.", "Report it with the log line before it, which names the kind."},
+		{"NOTICES", "Lost Events", DecisionsSystem, "So many decisions came at once that some have a log line and no record.", "Read the log of that time."},
+		{"BLIND_STOPPED", "Lost Events", DecisionsSystem, "The sensor had been stopped. What happened between `start_time` and `end_time` was not seen.", "Compare with the STOP before it: a stop without a deployment is suspicious."},
+		{"BLIND_KILLED", "Lost Events", DecisionsSystem, "The sensor had ended without a stop: killed, crashed, or power was lost. What happened between `start_time` and `end_time` was not seen or not kept.", "Look into the kernel's log (out of memory?) and for who may send signals."},
+		{"BLIND_REBOOT", "Lost Events", DecisionsSystem, "The host was rebooted. What happened between `start_time` and `end_time` was not seen.", "Compare with the host's own log of its boot."},
+		{"BLIND_UNKNOWN", "Lost Events", DecisionsSystem, "When the sensor last ran is unknown, because what it had noted is not readable.", "Treat the time before this start as not watched."},
+		{
+			"CLOCK_JUMP", "Clock Jump", DecisionsSystem,
+			"The wall clock was set by more than a second: from `before` to `after`, while the time since boot went on. Events keep their order by sequence number; times before and after do not compare.",
+			"Find out who set the clock. A clock set back is a way to hide in logs that are sorted by time.",
+		},
+
+		{
+			"BUFFER_SET_ASIDE", "Buffer Set Aside", DecisionsSystem,
+			"The buffer's file was damaged beyond use. It was kept under another name (`path`), and a new one was begun with a new epoch. What it held and had not been delivered is lost, in unknown number.",
+			"Check the disk and its kernel messages. Keep the file if you need an expert to look for evidence in it.",
+		},
+		{"BUFFER_NEW", "Buffer New", DecisionsSystem, "The buffer begins with a new epoch (`after`), from sequence number 1: at a first start, after the directory was emptied, or after BUFFER_SET_ASIDE.", "Where it is not the first start, find out who removed the buffer: it held evidence."},
+		{
+			"BUFFER_DAMAGED", "Buffer Damaged", DecisionsSystem,
+			"A part of the buffer's file did not have its checksum. Its records are lost and named in a RECORDS_LOST; all others are not affected.",
+			"Check the disk: bits do not change by themselves.",
+		},
+		{"BUFFER_FAILED", "Buffer Failed", DecisionsSystem, "The buffer cannot write to its disk (`error`). Events wait in memory and in the kernel's rings, which hold seconds.", "Act at once: check the disk, its mount and its kernel messages."},
+		{"BUFFER_RECOVERED", "Buffer Recovered", DecisionsSystem, "The buffer writes again after BUFFER_FAILED. RINGBUF_FULL records tell whether anything was lost meanwhile.", "Find out what the disk had."},
+
+		{
+			"DELIVERY_HELD", "Delivery Held", DecisionsSystem,
+			"Redis refuses events for a reason that does not pass by itself (`class`, `error`). They stay in the buffer; the sensor goes on trying.",
+			"Do what `remedy` says.",
+		},
+		{"DELIVERY_RESUMED", "Delivery Resumed", DecisionsSystem, "Redis takes events again after DELIVERY_HELD or FENCED; `held_seconds` is how long it did not.", nothing},
+		{
+			"SERVER_BEHIND", "Rewind", DecisionsSystem,
+			"Redis had less than it had confirmed: it lost the end of its data in a crash or a failover, or was emptied. What the buffer still has was sent again.",
+			"Check the server's persistence (`appendfsync`) and its replicas. What the buffer did not have any more is named in RECORDS_LOST.",
+		},
+		{
+			"FENCED", "Fenced", DecisionsSystem,
+			"Another process writes under this agent's id, so delivery has stopped: a cloned machine, or a buffer that was copied or restored.",
+			"Give one of the two a new id: remove `agent_id` in its state directory and empty its buffer.",
+		},
+		{"EVICTION_RISK", "Eviction Risk", DecisionsSystem, "Redis is configured to delete keys when it is full, so that it would delete whole streams without an error.", "Set `maxmemory-policy noeviction` on the server."},
+		{
+			"CREDENTIALS_ROTATED", "Credentials Rotated", DecisionsSystem,
+			"The sensor has connected with another password than before. It is itself nowhere in the record.",
+			"Where nobody rotated it, find out who wrote the file.",
+		},
+
+		{"SUPPRESSION_STARTED", "Suppression Started", DecisionsAgents, "The kernel programs have begun to leave out file events on purpose: of a process that makes too many, or of what is excluded.", "`edr-sensor events --kind file` shows who is busy; SUPPRESSED records say how many events of which kind."},
+		{"SUPPRESSED", "Suppressed", DecisionsAgents, "How many events were left out on purpose between `start_time` and `end_time`, by kind. The next event that is reported of the same process says how many of its own were left out before it.", "Raise `sensor.file.per_process`, or shorten the exclusions, where the events are needed."},
+		{"SUPPRESSION_ENDED", "Suppression Ended", DecisionsAgents, "Nothing has been left out for a minute; `events` is how many were in all.", nothing},
+
+		{"CASE_OPENED", "Case Opened", DecisionsApprovals, "An operator opened a case: who, on what, until when, with which collection.", nothing},
+		{"CASE_CLOSED", "Case Closed", DecisionsApprovals, "An operator closed a case.", nothing},
+		{"CASE_EXPIRED", "Case Expired", DecisionsApprovals, "A case has reached its end and was closed by the sensor.", "Open it again with a longer `--ttl` where it is still needed."},
+		{"CONTROL_REFUSED", "Control Refused", DecisionsApprovals, "Somebody asked the control socket for something without the right to: who, as the kernel vouches for, and what.", "Add the user to the group named by `control.group` where the request was right; look into it where it was not."},
+	}
+}

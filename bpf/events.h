@@ -55,7 +55,8 @@ enum event_kind {
 	EVENT_KIND_UMOUNT = 23,
 	EVENT_KIND_MOUNT_MOVE = 24,
 	EVENT_KIND_FILE_OPEN_WRITE = 25, /* degraded only: no hook tells whether a write followed */
-	EVENT_KIND_COUNT = 26,
+	EVENT_KIND_FILE_CHATTR = 26,     /* file flags, such as immutable and append-only */
+	EVENT_KIND_COUNT = 27,
 };
 
 /* event_header: how long the record is, what it is, when, and which process acted. */
@@ -221,6 +222,9 @@ enum file_flags {
 	FILE_NEW_ATIME = 1 << 14,
 	FILE_NEW_MTIME = 1 << 15,
 	FILE_WALKED = 1 << 16, /* DEGRADED: the path is a path after all, of an open file */
+	FILE_ARGUMENT =
+		1 << 17,      /* CHATTR: new_attributes was read where the caller can change it */
+	FILE_EARLY = 1 << 18, /* MODIFY: open since before the sensor's start */
 };
 
 /*
@@ -241,6 +245,8 @@ struct file_event {
 	__u32 open_flags;    /* MODIFY, FILE_OPEN_WRITE: O_*; MOUNT: MS_* */
 	__u32 new_mode;
 	__u32 new_uid, new_gid;
+	__u32 attributes; /* CHATTR: FS_*_FL before, of those that an inode has: iasA of lsattr(1) */
+	__u32 new_attributes;
 	__u32 suppressed; /* events of this process dropped by the token bucket since the last one */
 	__u32 path_len;   /* path; DEGRADED: text as the caller wrote it */
 	__u32 path2_len; /* path: RENAME, LINK, MOUNT_MOVE new path; text: SYMLINK target, MOUNT source */

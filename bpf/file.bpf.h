@@ -567,6 +567,81 @@ static __always_inline int handle_inode_removexattr(const __u64 *args)
 #define handle_inode_set_acl handle_inode_setxattr
 #define handle_inode_remove_acl handle_inode_removexattr
 
+/* attributes_before are those that the inode itself tells. */
+static __always_inline __u32 attributes_before(struct inode *inode)
+{
+	__u32 has = BPF_CORE_READ(inode, i_flags);
+
+	return (has & S_IMMUTABLE ? FS_IMMUTABLE_FL : 0) | (has & S_APPEND ? FS_APPEND_FL : 0) |
+	       (has & S_SYNC ? FS_SYNC_FL : 0) | (has & S_NOATIME ? FS_NOATIME_FL : 0);
+}
+
+/* attributes_wanted reads what a process hands to ioctl(2): false when its command is
+ * about something else. */
+static __always_inline bool attributes_wanted(__u32 command, __u64 arg, __u32 *flags)
+{
+	__u32 x = 0;
+
+	if (command == FS_IOC_SETFLAGS || command == FS_IOC32_SETFLAGS)
+		return bpf_probe_read_user(flags, sizeof(*flags), (void *)arg) == 0;
+	if (command != FS_IOC_FSSETXATTR || bpf_probe_read_user(&x, sizeof(x), (void *)arg))
+		return false;
+	*flags = (x & FS_XFLAG_IMMUTABLE ? FS_IMMUTABLE_FL : 0) |
+		 (x & FS_XFLAG_APPEND ? FS_APPEND_FL : 0) | (x & FS_XFLAG_SYNC ? FS_SYNC_FL : 0) |
+		 (x & FS_XFLAG_NOATIME ? FS_NOATIME_FL : 0) |
+		 (x & FS_XFLAG_NODUMP ? FS_NODUMP_FL : 0);
+	return true;
+}
+
+static __always_inline int chattr(__u64 at, __u64 mnt, __u32 attributes, __u32 flags)
+{
+	struct dentry *dentry = (void *)at;
+	int index;
+	struct file_slot *slot = begin_at(EVENT_KIND_FILE_CHATTR, at, mnt, &index);
+
+	if (!slot)
+		return 0;
+	slot->event.attributes = attributes_before(BPF_CORE_READ(dentry, d_inode));
+	slot->event.new_attributes = attributes;
+	slot->event.flags |= flags;
+	file_path(index, 0);
+	return file_finish(index);
+}
+
+static __always_inline __u32 attributes_of(__u64 arg)
+{
+	struct file_kattr *v6_17 = (void *)arg;
+	struct fileattr *attributes = (void *)arg;
+
+	if (bpf_core_type_exists(struct file_kattr))
+		return BPF_CORE_READ(v6_17, flags);
+	return BPF_CORE_READ(attributes, flags);
+}
+
+/* dentry, attributes */
+static __always_inline int handle_inode_file_setattr(const __u64 *args)
+{
+	return chattr(args[0], 0, attributes_of(args[1]), 0);
+}
+
+/* id mapping, dentry, attributes */
+static __always_inline int handle_vfs_fileattr_set(const __u64 *args)
+{
+	return chattr(args[1], 0, attributes_of(args[2]), 0);
+}
+
+/* file, command, argument */
+static __always_inline int handle_file_ioctl(const __u64 *args)
+{
+	struct file *file = (void *)args[0];
+	__u32 attributes;
+
+	if (!attributes_wanted(args[1], args[2], &attributes))
+		return 0;
+	return chattr((__u64)BPF_CORE_READ(file, f_path.dentry),
+		      (__u64)BPF_CORE_READ(file, f_path.mnt), attributes, FILE_ARGUMENT);
+}
+
 /*
  * Files that are open for writing, by struct file: how each was when it was opened and
  * by whom, since it is often closed when its process is gone. Not the least recently
@@ -577,10 +652,11 @@ struct written {
 	__u64 start_time;
 	__u64 cgroup_id;
 	__u64 size;
+	__u64 pos; /* of a file that was open before the sensor's start */
 	__s64 mtime_ns;
 	__u32 pid, tid;
 	__u32 mnt_ns;
-	__u32 excluded;
+	__u16 excluded, early;
 };
 
 struct {
@@ -590,20 +666,45 @@ struct {
 	__type(value, struct written);
 } written_files SEC(".maps");
 
+/* fill_written describes how a file is that a task has open. */
+static __always_inline void fill_written(struct written *written, struct inode *inode,
+					 struct task_struct *task)
+{
+	struct file_info info;
+
+	fill_times(&info, inode);
+	written->start_time = BPF_CORE_READ(task, group_leader, start_boottime);
+	written->cgroup_id = BPF_CORE_READ(task, cgroups, dfl_cgrp, kn, id);
+	written->size = BPF_CORE_READ(inode, i_size);
+	written->mtime_ns = info.mtime_ns;
+	written->pid = BPF_CORE_READ(task, tgid);
+	written->tid = BPF_CORE_READ(task, pid);
+	written->mnt_ns = BPF_CORE_READ(task, nsproxy, mnt_ns, ns.inum);
+	written->excluded = excluded_task(task);
+}
+
+/* is_written tells whether a file is one whose close is to be reported. */
+static __always_inline bool is_written(struct file *file)
+{
+	return BPF_CORE_READ(file, f_mode) & FMODE_WRITE &&
+	       (BPF_CORE_READ(file, f_inode, i_mode) & S_IFMT) == S_IFREG;
+}
+
+static __always_inline void lost_modify(void)
+{
+	count_attempt(EVENT_KIND_FILE_MODIFY);
+	count_lost(EVENT_KIND_FILE_MODIFY);
+}
+
 /* file */
 static __always_inline int handle_file_open(const __u64 *args)
 {
 	struct file *file = (void *)args[0];
 	struct task_struct *task;
 	struct written written = {};
-	struct file_info info;
-	struct inode *inode;
 	__u64 key = (__u64)file;
 
-	if (!(BPF_CORE_READ(file, f_mode) & FMODE_WRITE))
-		return 0;
-	inode = BPF_CORE_READ(file, f_inode);
-	if ((BPF_CORE_READ(inode, i_mode) & S_IFMT) != S_IFREG)
+	if (!is_written(file))
 		return 0;
 	task = current_task();
 	if (!task_in_scope(task)) {
@@ -611,31 +712,40 @@ static __always_inline int handle_file_open(const __u64 *args)
 		bpf_map_delete_elem(&written_files, &key);
 		return 0;
 	}
-	fill_times(&info, inode);
-	written.start_time = BPF_CORE_READ(task, group_leader, start_boottime);
-	written.cgroup_id = BPF_CORE_READ(task, cgroups, dfl_cgrp, kn, id);
-	written.size = BPF_CORE_READ(inode, i_size);
-	written.mtime_ns = info.mtime_ns;
-	written.pid = BPF_CORE_READ(task, tgid);
-	written.tid = BPF_CORE_READ(task, pid);
-	written.mnt_ns = BPF_CORE_READ(task, nsproxy, mnt_ns, ns.inum);
-	written.excluded = excluded_task(task);
-	if (bpf_map_update_elem(&written_files, &key, &written, BPF_ANY)) {
-		count_attempt(EVENT_KIND_FILE_MODIFY);
-		count_lost(EVENT_KIND_FILE_MODIFY);
-	}
+	fill_written(&written, BPF_CORE_READ(file, f_inode), task);
+	if (bpf_map_update_elem(&written_files, &key, &written, BPF_ANY))
+		lost_modify();
+	return 0;
+}
+
+/* handle_early_file takes in a file that is open while the programs are attached
+ * already. Of several processes that hold it, the first that the iterator comes to is
+ * named. */
+static __always_inline int handle_early_file(struct task_struct *task, struct file *file)
+{
+	struct written written = {};
+	__u64 key = (__u64)file;
+
+	if (!is_written(file) || !task_in_scope(task))
+		return 0;
+	fill_written(&written, BPF_CORE_READ(file, f_inode), task);
+	written.pos = BPF_CORE_READ(file, f_pos);
+	written.early = 1;
+	if (bpf_map_update_elem(&written_files, &key, &written, BPF_NOEXIST) == -E2BIG)
+		lost_modify();
 	return 0;
 }
 
 /* written_bytes is by how much a file grew, or how far its position went when it could
  * only be written. */
-static __always_inline __u64 written_bytes(struct file *file, __u32 mode, __u64 before, __u64 size)
+static __always_inline __u64 written_bytes(struct file *file, __u32 mode,
+					   const struct written *before, __u64 size)
 {
 	__u64 pos = BPF_CORE_READ(file, f_pos);
 
-	if (!(mode & FMODE_READ) && !(BPF_CORE_READ(file, f_flags) & O_APPEND) && pos)
-		return pos;
-	return size > before ? size - before : 0;
+	if (!(mode & FMODE_READ) && !(BPF_CORE_READ(file, f_flags) & O_APPEND) && pos > before->pos)
+		return pos - before->pos;
+	return size > before->size ? size - before->size : 0;
 }
 
 /* file, of which the last reference is gone */
@@ -664,7 +774,7 @@ static __always_inline int handle_file_release(const __u64 *args)
 	/* The clock of the times is coarse, so a position that moved tells as well; of a
 	 * file that could be read it says nothing. */
 	if (size == written.size && info.mtime_ns == written.mtime_ns &&
-	    (mode & FMODE_READ || !BPF_CORE_READ(file, f_pos)))
+	    (mode & FMODE_READ || BPF_CORE_READ(file, f_pos) == written.pos))
 		return 0;
 	if (written.excluded && !is_deep(written.pid)) {
 		count_suppressed(EVENT_KIND_FILE_MODIFY);
@@ -681,11 +791,13 @@ static __always_inline int handle_file_release(const __u64 *args)
 	event->cgroup_id = written.cgroup_id;
 	event->mnt_ns = written.mnt_ns;
 	event->open_flags = BPF_CORE_READ(file, f_flags);
-	event->bytes_written = written_bytes(file, mode, written.size, size);
+	event->bytes_written = written_bytes(file, mode, &written, size);
 	slot->walk.dentry = (__u64)BPF_CORE_READ(file, f_path.dentry);
 	slot->walk.mount = (__u64)BPF_CORE_READ(file, f_path.mnt);
 	file_describe(index);
-	if (mode & FMODE_CREATED)
+	if (written.early)
+		event->flags |= FILE_EARLY;
+	else if (mode & FMODE_CREATED)
 		event->flags |= FILE_CREATED_HERE;
 	file_path(index, 0);
 	return file_finish(index);
@@ -772,12 +884,15 @@ static __always_inline int handle_move_mount(const __u64 *args)
 		return handle_##hook(args);                                                        \
 	}
 
-#define SECURITY_HOOK(hook)                                                                        \
+#define LSM_HOOK(hook)                                                                             \
 	SEC("lsm/" #hook)                                                                          \
 	int lsm_##hook(__u64 *ctx)                                                                 \
 	{                                                                                          \
 		return handle_##hook(ctx);                                                         \
-	}                                                                                          \
+	}
+
+#define SECURITY_HOOK(hook)                                                                        \
+	LSM_HOOK(hook)                                                                             \
 	KERNEL_FUNCTION(hook, security_##hook)
 
 #endif

@@ -46,6 +46,7 @@ enum {
 	BPF_NOEXIST = 1,
 };
 
+#define E2BIG 7
 #define EEXIST 17
 
 #define AF_INET 2
@@ -74,6 +75,27 @@ enum {
 #define ATTR_MTIME_SET (1 << 8)
 #define ATTR_FILE (1 << 13)
 #define ATTR_OPEN (1 << 15)
+
+/* inode->i_flags, and how FS_IOC_GETFLAGS calls them */
+#define S_SYNC (1 << 0)
+#define S_NOATIME (1 << 1)
+#define S_APPEND (1 << 2)
+#define S_IMMUTABLE (1 << 3)
+#define FS_SYNC_FL 0x8
+#define FS_IMMUTABLE_FL 0x10
+#define FS_APPEND_FL 0x20
+#define FS_NODUMP_FL 0x40
+#define FS_NOATIME_FL 0x80
+
+/* ioctl(2): flags as above, those of a 32-bit process, and in the form of XFS */
+#define FS_IOC_SETFLAGS 0x40086602
+#define FS_IOC32_SETFLAGS 0x40046602
+#define FS_IOC_FSSETXATTR 0x401c5820
+#define FS_XFLAG_IMMUTABLE 0x8
+#define FS_XFLAG_APPEND 0x10
+#define FS_XFLAG_SYNC 0x20
+#define FS_XFLAG_NOATIME 0x40
+#define FS_XFLAG_NODUMP 0x80
 
 #define RENAME_EXCHANGE 2
 #define RENAME_WHITEOUT 4
@@ -142,6 +164,7 @@ struct inode {
 	kuid_t i_uid;
 	kgid_t i_gid;
 	struct super_block *i_sb;
+	unsigned int i_flags;
 	unsigned long i_ino; /* u64 since 7.2: as wide on a 64-bit kernel */
 	unsigned int i_nlink;
 	__s64 i_size;
@@ -216,6 +239,14 @@ struct iattr {
 	struct timespec64 ia_atime;
 	struct timespec64 ia_mtime;
 	struct file *ia_file;
+};
+
+struct fileattr {
+	__u32 flags; /* FS_*_FL */
+};
+
+struct file_kattr { /* since 6.17 */
+	__u32 flags;
 };
 
 struct fs_struct {
@@ -461,7 +492,7 @@ struct tcp_sock {
 
 #if defined(__TARGET_ARCH_x86)
 struct pt_regs {
-	unsigned long r10, r9, r8, cx, dx, si, di;
+	unsigned long bp, bx, r10, r9, r8, cx, dx, si, di;
 	unsigned long orig_ax;
 };
 #elif defined(__TARGET_ARCH_arm64)

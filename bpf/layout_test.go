@@ -93,7 +93,7 @@ func TestEventKinds(t *testing.T) {
 		"FILE_MKDIR": event.FileMkdir, "FILE_CHMOD": event.FileChmod, "FILE_CHOWN": event.FileChown,
 		"FILE_TRUNCATE": event.FileTruncate, "FILE_XATTR": event.FileXattr, "FILE_TIMES": event.FileTimes,
 		"MOUNT": event.Mount, "UMOUNT": event.Umount, "MOUNT_MOVE": event.MountMove,
-		"FILE_OPEN_WRITE": event.FileOpenWrite,
+		"FILE_OPEN_WRITE": event.FileOpenWrite, "FILE_CHATTR": event.FileChattr,
 	}
 	for name, number := range constants(t, "event_kind") {
 		short := strings.TrimPrefix(name, "EVENT_KIND_")
@@ -133,7 +133,8 @@ func TestFlags(t *testing.T) {
 			"FILE_NEW_MODE": uint64(event.FileNewMode), "FILE_NEW_UID": uint64(event.FileNewUID),
 			"FILE_NEW_GID": uint64(event.FileNewGID), "FILE_NEW_SIZE": uint64(event.FileNewSize),
 			"FILE_NEW_ATIME": uint64(event.FileNewATime), "FILE_NEW_MTIME": uint64(event.FileNewMTime),
-			"FILE_WALKED": uint64(event.FileWalked),
+			"FILE_WALKED": uint64(event.FileWalked), "FILE_ARGUMENT": uint64(event.FileArgument),
+			"FILE_EARLY": uint64(event.FileEarly),
 		},
 	} {
 		for name, bit := range constants(t, enum) {

@@ -136,6 +136,17 @@ SECURITY_HOOK(file_release) /* since 6.9 */
 KERNEL_FUNCTION(__fput, __fput)
 
 /*
+ * Sees: changes of file flags, as chattr(1) makes them.
+ * Why: the security hook is told the flags in the kernel's own memory and knows no other
+ * cause, but is there since 6.17 only; the function that calls it, since 5.13. Before, each
+ * file system did it by itself, and the call is all that can be seen.
+ * Ignores: what was before of flags that only the file system keeps.
+ */
+LSM_HOOK(inode_file_setattr)
+KERNEL_FUNCTION(vfs_fileattr_set, vfs_fileattr_set)
+SECURITY_HOOK(file_ioctl)
+
+/*
  * Sees: file systems attached, bound, moved and detached, by the old system calls and
  * the new ones.
  * Ignores: what a mount namespace takes with it when it ends.
@@ -148,7 +159,7 @@ SECURITY_HOOK(move_mount)
  * Sees: system calls that succeeded, of those that user space names.
  * Why: the way out and not in, as the call's outcome is known there, an opened file can be
  * looked at, and the process's strings are in memory.
- * Ignores: 32-bit calls, whose numbers are others, and io_uring.
+ * Ignores: io_uring, which makes no calls.
  */
 SEC("raw_tp/sys_exit")
 int raw_sys_exit(__u64 *ctx)
@@ -193,10 +204,14 @@ int on_task(struct bpf_iter__task *ctx)
 	return handle_task(ctx->meta->seq, task);
 }
 
+/* Whether closes are seen of the files that were written. */
+const volatile __u32 early_files = 0;
+
 /*
  * Sees: every open file, once, when the sensor starts.
  * Why: tells sockets with their owners, in every network namespace; /proc/net/tcp would
- * need a search through all descriptors for each of them. Ignores: all but TCP sockets.
+ * need a search through all descriptors for each of them. Tells files that are open for
+ * writing, whose close is to be reported. Ignores: all else.
  */
 SEC("iter/task_file")
 int on_task_file(struct bpf_iter__task_file *ctx)
@@ -206,5 +221,7 @@ int on_task_file(struct bpf_iter__task_file *ctx)
 
 	if (!task || !file)
 		return 0;
+	if (early_files)
+		handle_early_file(task, file);
 	return handle_open_file(task, file);
 }

@@ -71,7 +71,8 @@ const (
 	SensorEventKindEVENT_KIND_UMOUNT             SensorEventKind = 23
 	SensorEventKindEVENT_KIND_MOUNT_MOVE         SensorEventKind = 24
 	SensorEventKindEVENT_KIND_FILE_OPEN_WRITE    SensorEventKind = 25
-	SensorEventKindEVENT_KIND_COUNT              SensorEventKind = 26
+	SensorEventKindEVENT_KIND_FILE_CHATTR        SensorEventKind = 26
+	SensorEventKindEVENT_KIND_COUNT              SensorEventKind = 27
 )
 
 type SensorExecEvent struct {
@@ -112,25 +113,27 @@ type SensorExitEvent struct {
 }
 
 type SensorFileEvent struct {
-	_            structs.HostLayout
-	Header       SensorEventHeader
-	File         SensorFileInfo
-	CgroupId     uint64
-	TargetIno    uint64
-	NewSize      uint64
-	NewAtimeNs   int64
-	NewMtimeNs   int64
-	BytesWritten uint64
-	Flags        uint32
-	OpenFlags    uint32
-	NewMode      uint32
-	NewUid       uint32
-	NewGid       uint32
-	Suppressed   uint32
-	PathLen      uint32
-	Path2Len     uint32
-	NameLen      uint32
-	MntNs        uint32
+	_             structs.HostLayout
+	Header        SensorEventHeader
+	File          SensorFileInfo
+	CgroupId      uint64
+	TargetIno     uint64
+	NewSize       uint64
+	NewAtimeNs    int64
+	NewMtimeNs    int64
+	BytesWritten  uint64
+	Flags         uint32
+	OpenFlags     uint32
+	NewMode       uint32
+	NewUid        uint32
+	NewGid        uint32
+	Attributes    uint32
+	NewAttributes uint32
+	Suppressed    uint32
+	PathLen       uint32
+	Path2Len      uint32
+	NameLen       uint32
+	MntNs         uint32
 }
 
 type SensorFileFlags uint32
@@ -153,6 +156,8 @@ const (
 	SensorFileFlagsFILE_NEW_ATIME      SensorFileFlags = 16384
 	SensorFileFlagsFILE_NEW_MTIME      SensorFileFlags = 32768
 	SensorFileFlagsFILE_WALKED         SensorFileFlags = 65536
+	SensorFileFlagsFILE_ARGUMENT       SensorFileFlags = 131072
+	SensorFileFlagsFILE_EARLY          SensorFileFlags = 262144
 )
 
 type SensorFileInfo struct {
@@ -271,6 +276,7 @@ const (
 	SensorMapSockets                 = "sockets"
 	SensorMapWrittenFiles            = "written_files"
 	SensorProgFentryFput             = "fentry___fput"
+	SensorProgFentryFileIoctl        = "fentry_file_ioctl"
 	SensorProgFentryFileOpen         = "fentry_file_open"
 	SensorProgFentryFileRelease      = "fentry_file_release"
 	SensorProgFentryInodeRemoveAcl   = "fentry_inode_remove_acl"
@@ -288,7 +294,9 @@ const (
 	SensorProgFentryPathUnlink       = "fentry_path_unlink"
 	SensorProgFentrySbMount          = "fentry_sb_mount"
 	SensorProgFentrySbUmount         = "fentry_sb_umount"
+	SensorProgFentryVfsFileattrSet   = "fentry_vfs_fileattr_set"
 	SensorProgKprobeFput             = "kprobe___fput"
+	SensorProgKprobeFileIoctl        = "kprobe_file_ioctl"
 	SensorProgKprobeFileOpen         = "kprobe_file_open"
 	SensorProgKprobeFileRelease      = "kprobe_file_release"
 	SensorProgKprobeInodeRemoveAcl   = "kprobe_inode_remove_acl"
@@ -306,8 +314,11 @@ const (
 	SensorProgKprobePathUnlink       = "kprobe_path_unlink"
 	SensorProgKprobeSbMount          = "kprobe_sb_mount"
 	SensorProgKprobeSbUmount         = "kprobe_sb_umount"
+	SensorProgKprobeVfsFileattrSet   = "kprobe_vfs_fileattr_set"
+	SensorProgLsmFileIoctl           = "lsm_file_ioctl"
 	SensorProgLsmFileOpen            = "lsm_file_open"
 	SensorProgLsmFileRelease         = "lsm_file_release"
+	SensorProgLsmInodeFileSetattr    = "lsm_inode_file_setattr"
 	SensorProgLsmInodeRemoveAcl      = "lsm_inode_remove_acl"
 	SensorProgLsmInodeRemovexattr    = "lsm_inode_removexattr"
 	SensorProgLsmInodeSetAcl         = "lsm_inode_set_acl"
@@ -337,6 +348,7 @@ const (
 	SensorProgRawSysExit             = "raw_sys_exit"
 	SensorVarArgumentShift           = "argument_shift"
 	SensorVarCopies                  = "copies"
+	SensorVarEarlyFiles              = "early_files"
 	SensorVarExcludedDirectories     = "excluded_directories"
 	SensorVarExcludedExecutables     = "excluded_executables"
 	SensorVarFileBurst               = "file_burst"
@@ -391,6 +403,7 @@ type SensorSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type SensorProgramSpecs struct {
 	FentryFput             *ebpf.ProgramSpec `ebpf:"fentry___fput"`
+	FentryFileIoctl        *ebpf.ProgramSpec `ebpf:"fentry_file_ioctl"`
 	FentryFileOpen         *ebpf.ProgramSpec `ebpf:"fentry_file_open"`
 	FentryFileRelease      *ebpf.ProgramSpec `ebpf:"fentry_file_release"`
 	FentryInodeRemoveAcl   *ebpf.ProgramSpec `ebpf:"fentry_inode_remove_acl"`
@@ -408,7 +421,9 @@ type SensorProgramSpecs struct {
 	FentryPathUnlink       *ebpf.ProgramSpec `ebpf:"fentry_path_unlink"`
 	FentrySbMount          *ebpf.ProgramSpec `ebpf:"fentry_sb_mount"`
 	FentrySbUmount         *ebpf.ProgramSpec `ebpf:"fentry_sb_umount"`
+	FentryVfsFileattrSet   *ebpf.ProgramSpec `ebpf:"fentry_vfs_fileattr_set"`
 	KprobeFput             *ebpf.ProgramSpec `ebpf:"kprobe___fput"`
+	KprobeFileIoctl        *ebpf.ProgramSpec `ebpf:"kprobe_file_ioctl"`
 	KprobeFileOpen         *ebpf.ProgramSpec `ebpf:"kprobe_file_open"`
 	KprobeFileRelease      *ebpf.ProgramSpec `ebpf:"kprobe_file_release"`
 	KprobeInodeRemoveAcl   *ebpf.ProgramSpec `ebpf:"kprobe_inode_remove_acl"`
@@ -426,8 +441,11 @@ type SensorProgramSpecs struct {
 	KprobePathUnlink       *ebpf.ProgramSpec `ebpf:"kprobe_path_unlink"`
 	KprobeSbMount          *ebpf.ProgramSpec `ebpf:"kprobe_sb_mount"`
 	KprobeSbUmount         *ebpf.ProgramSpec `ebpf:"kprobe_sb_umount"`
+	KprobeVfsFileattrSet   *ebpf.ProgramSpec `ebpf:"kprobe_vfs_fileattr_set"`
+	LsmFileIoctl           *ebpf.ProgramSpec `ebpf:"lsm_file_ioctl"`
 	LsmFileOpen            *ebpf.ProgramSpec `ebpf:"lsm_file_open"`
 	LsmFileRelease         *ebpf.ProgramSpec `ebpf:"lsm_file_release"`
+	LsmInodeFileSetattr    *ebpf.ProgramSpec `ebpf:"lsm_inode_file_setattr"`
 	LsmInodeRemoveAcl      *ebpf.ProgramSpec `ebpf:"lsm_inode_remove_acl"`
 	LsmInodeRemovexattr    *ebpf.ProgramSpec `ebpf:"lsm_inode_removexattr"`
 	LsmInodeSetAcl         *ebpf.ProgramSpec `ebpf:"lsm_inode_set_acl"`
@@ -483,6 +501,7 @@ type SensorMapSpecs struct {
 type SensorVariableSpecs struct {
 	ArgumentShift       *ebpf.VariableSpec `ebpf:"argument_shift"`
 	Copies              *ebpf.VariableSpec `ebpf:"copies"`
+	EarlyFiles          *ebpf.VariableSpec `ebpf:"early_files"`
 	ExcludedDirectories *ebpf.VariableSpec `ebpf:"excluded_directories"`
 	ExcludedExecutables *ebpf.VariableSpec `ebpf:"excluded_executables"`
 	FileBurst           *ebpf.VariableSpec `ebpf:"file_burst"`
@@ -555,6 +574,7 @@ func (m *SensorMaps) Close() error {
 type SensorVariables struct {
 	ArgumentShift       *ebpf.Variable `ebpf:"argument_shift"`
 	Copies              *ebpf.Variable `ebpf:"copies"`
+	EarlyFiles          *ebpf.Variable `ebpf:"early_files"`
 	ExcludedDirectories *ebpf.Variable `ebpf:"excluded_directories"`
 	ExcludedExecutables *ebpf.Variable `ebpf:"excluded_executables"`
 	FileBurst           *ebpf.Variable `ebpf:"file_burst"`
@@ -571,6 +591,7 @@ type SensorVariables struct {
 // It can be passed to LoadSensorObjects or ebpf.CollectionSpec.LoadAndAssign.
 type SensorPrograms struct {
 	FentryFput             *ebpf.Program `ebpf:"fentry___fput"`
+	FentryFileIoctl        *ebpf.Program `ebpf:"fentry_file_ioctl"`
 	FentryFileOpen         *ebpf.Program `ebpf:"fentry_file_open"`
 	FentryFileRelease      *ebpf.Program `ebpf:"fentry_file_release"`
 	FentryInodeRemoveAcl   *ebpf.Program `ebpf:"fentry_inode_remove_acl"`
@@ -588,7 +609,9 @@ type SensorPrograms struct {
 	FentryPathUnlink       *ebpf.Program `ebpf:"fentry_path_unlink"`
 	FentrySbMount          *ebpf.Program `ebpf:"fentry_sb_mount"`
 	FentrySbUmount         *ebpf.Program `ebpf:"fentry_sb_umount"`
+	FentryVfsFileattrSet   *ebpf.Program `ebpf:"fentry_vfs_fileattr_set"`
 	KprobeFput             *ebpf.Program `ebpf:"kprobe___fput"`
+	KprobeFileIoctl        *ebpf.Program `ebpf:"kprobe_file_ioctl"`
 	KprobeFileOpen         *ebpf.Program `ebpf:"kprobe_file_open"`
 	KprobeFileRelease      *ebpf.Program `ebpf:"kprobe_file_release"`
 	KprobeInodeRemoveAcl   *ebpf.Program `ebpf:"kprobe_inode_remove_acl"`
@@ -606,8 +629,11 @@ type SensorPrograms struct {
 	KprobePathUnlink       *ebpf.Program `ebpf:"kprobe_path_unlink"`
 	KprobeSbMount          *ebpf.Program `ebpf:"kprobe_sb_mount"`
 	KprobeSbUmount         *ebpf.Program `ebpf:"kprobe_sb_umount"`
+	KprobeVfsFileattrSet   *ebpf.Program `ebpf:"kprobe_vfs_fileattr_set"`
+	LsmFileIoctl           *ebpf.Program `ebpf:"lsm_file_ioctl"`
 	LsmFileOpen            *ebpf.Program `ebpf:"lsm_file_open"`
 	LsmFileRelease         *ebpf.Program `ebpf:"lsm_file_release"`
+	LsmInodeFileSetattr    *ebpf.Program `ebpf:"lsm_inode_file_setattr"`
 	LsmInodeRemoveAcl      *ebpf.Program `ebpf:"lsm_inode_remove_acl"`
 	LsmInodeRemovexattr    *ebpf.Program `ebpf:"lsm_inode_removexattr"`
 	LsmInodeSetAcl         *ebpf.Program `ebpf:"lsm_inode_set_acl"`
@@ -640,6 +666,7 @@ type SensorPrograms struct {
 func (p *SensorPrograms) Close() error {
 	return _SensorClose(
 		p.FentryFput,
+		p.FentryFileIoctl,
 		p.FentryFileOpen,
 		p.FentryFileRelease,
 		p.FentryInodeRemoveAcl,
@@ -657,7 +684,9 @@ func (p *SensorPrograms) Close() error {
 		p.FentryPathUnlink,
 		p.FentrySbMount,
 		p.FentrySbUmount,
+		p.FentryVfsFileattrSet,
 		p.KprobeFput,
+		p.KprobeFileIoctl,
 		p.KprobeFileOpen,
 		p.KprobeFileRelease,
 		p.KprobeInodeRemoveAcl,
@@ -675,8 +704,11 @@ func (p *SensorPrograms) Close() error {
 		p.KprobePathUnlink,
 		p.KprobeSbMount,
 		p.KprobeSbUmount,
+		p.KprobeVfsFileattrSet,
+		p.LsmFileIoctl,
 		p.LsmFileOpen,
 		p.LsmFileRelease,
+		p.LsmInodeFileSetattr,
 		p.LsmInodeRemoveAcl,
 		p.LsmInodeRemovexattr,
 		p.LsmInodeSetAcl,

@@ -21,11 +21,13 @@ struct syscall {
 	__u8 fd;   /* the open file that it is about */
 	__u8 path, path2, name;
 	__u8 mode, uid, gid, size;
-	__u8 flags;     /* MS_* of mount, AT_* of unlinkat, RENAME_* */
-	__u8 times;     /* struct timespec[2]; NULL is now, which is not reported */
-	__u8 removed;   /* 1: takes an extended attribute away */
-	__u8 directory; /* 1: is about directories only */
-	__u8 reserved[3];
+	__u8 flags;      /* MS_* of mount, AT_* of unlinkat, RENAME_* */
+	__u8 times;      /* struct timespec[2]; NULL is now, which is not reported */
+	__u8 removed;    /* 1: takes an extended attribute away */
+	__u8 directory;  /* 1: is about directories only */
+	__u8 attributes; /* file flags, in the form that a command says */
+	__u8 command;    /* of ioctl(2), of which few are about files; 0: the form of XFS */
+	__u8 reserved;
 };
 
 struct {
@@ -185,7 +187,7 @@ static __always_inline int handle_syscall(struct pt_regs *regs, long result)
 	struct syscall *call;
 	struct file *file;
 	__u64 at = (__u64)regs, flags, path;
-	__u32 nr, kind;
+	__u32 nr, kind, command, attributes = 0;
 	char first = 0;
 	int index;
 
@@ -207,12 +209,19 @@ static __always_inline int handle_syscall(struct pt_regs *regs, long result)
 		return 0;
 	if (call->times && !syscall_argument(at, call->times))
 		return 0;
+	if (call->attributes) {
+		command = call->command ? syscall_argument(at, call->command) : FS_IOC_FSSETXATTR;
+		if (!attributes_wanted(command, syscall_argument(at, call->attributes),
+				       &attributes))
+			return 0;
+	}
 	index = file_begin(kind, 0);
 	slot = file_slot_at(index);
 	if (!slot)
 		return 0;
 	event = &slot->event;
 	event->flags |= FILE_DEGRADED;
+	event->new_attributes = attributes;
 	if (call->directory)
 		event->flags |= FILE_DIRECTORY;
 	if (call->removed)

@@ -95,7 +95,7 @@ func (d *decoder) decode(rec []byte, ev *event.Event) error {
 		return decodeTCP(rec, ev)
 	case event.FileCreate, event.FileModify, event.FileDelete, event.FileRename, event.FileLink, event.FileSymlink, event.FileMkdir,
 		event.FileChmod, event.FileChown, event.FileTruncate, event.FileXattr, event.FileTimes,
-		event.Mount, event.Umount, event.MountMove, event.FileOpenWrite:
+		event.Mount, event.Umount, event.MountMove, event.FileOpenWrite, event.FileChattr:
 		return d.file(rec, ev)
 	default:
 		return &recordError{Kind: kind, Size: len(rec), Field: "kind", Value: uint64(h.Kind)}
@@ -156,6 +156,7 @@ func (d *decoder) file(rec []byte, ev *event.Event) error {
 		File: fileOf(&r.File), Flags: event.FileFlags(r.Flags), OpenFlags: r.OpenFlags, MntNS: r.MntNs, CgroupID: r.CgroupId,
 		TargetIno: r.TargetIno, NewMode: r.NewMode, NewUID: r.NewUid, NewGID: r.NewGid, NewSize: r.NewSize,
 		NewATime: r.NewAtimeNs, NewMTime: r.NewMtimeNs, Written: r.BytesWritten, Suppressed: r.Suppressed,
+		Attributes: r.Attributes, NewAttributes: r.NewAttributes,
 	}
 	f := &ev.File
 	v := variable{rest: rec[fileSize:]}

@@ -89,7 +89,7 @@ func wireFile(kind event.Kind, flags event.FileFlags, path, path2, name string) 
 			Ino: 31, Size: 32, MtimeNs: -33, CtimeNs: 34, DevMajor: 35, DevMinor: 36, Mode: 0o100755, Nlink: 37, Uid: 38, Gid: 39, FsMagic: 40,
 		},
 		CgroupId: 41, TargetIno: 42, NewSize: 43, NewAtimeNs: -44, NewMtimeNs: 45, BytesWritten: 46, Flags: uint32(flags), OpenFlags: 47,
-		NewMode: 48, NewUid: 49, NewGid: 50, Suppressed: 51, MntNs: 52,
+		NewMode: 48, NewUid: 49, NewGid: 50, Suppressed: 51, MntNs: 52, Attributes: 53, NewAttributes: 54,
 		PathLen: uint32(len(path)), Path2Len: uint32(len(path2)), NameLen: uint32(len(name)),
 	}, path, path2, name)
 }
@@ -149,7 +149,7 @@ func TestDecode(t *testing.T) {
 			},
 			Path: []byte(path), Path2: []byte(path2), Name: []byte(name), Flags: flags,
 			CgroupID: 41, TargetIno: 42, NewSize: 43, NewATime: -44, NewMTime: 45, Written: 46, OpenFlags: 47,
-			NewMode: 48, NewUID: 49, NewGID: 50, Suppressed: 51, MntNS: 52,
+			NewMode: 48, NewUID: 49, NewGID: 50, Attributes: 53, NewAttributes: 54, Suppressed: 51, MntNS: 52,
 		}
 		return ev
 	}
@@ -170,6 +170,7 @@ func TestDecode(t *testing.T) {
 		{"a mount's source is text", wireFile(event.Mount, 0, "mnt\x00", "none", "tmpfs"), file(event.Mount, 0, "/mnt", "none", "tmpfs")},
 		{"unmounted root", wireFile(event.Umount, 0, "", "", "ext4"), file(event.Umount, 0, "/", "", "ext4")},
 		{"mount moved", wireFile(event.MountMove, 0, "", "lib\x00", ""), file(event.MountMove, 0, "/", "/lib", "")},
+		{"file flags", wireFile(event.FileChattr, 0, "x\x00", "", ""), file(event.FileChattr, 0, "/x", "", "")},
 		{"attribute", wireFile(event.FileXattr, 0, "x\x00", "", "user.a"), file(event.FileXattr, 0, "/x", "", "user.a")},
 		{
 			"arguments of a system call", wireFile(event.FileRename, event.FileDegraded|event.FileRelative, "./x", "/y/", ""),

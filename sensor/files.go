@@ -142,9 +142,9 @@ func (k *kernel) probeLSM(load loader) error {
 
 // fileCall is struct syscall of bpf/syscall.bpf.h.
 type fileCall struct {
-	Kind, FD, Path, Path2, Name, Mode, UID, GID, Size, Flags, Times, Removed, Directory uint8
+	Kind, FD, Path, Path2, Name, Mode, UID, GID, Size, Flags, Times, Removed, Directory, Attributes, Command uint8
 
-	_ [3]uint8
+	_ uint8
 }
 
 // result is SYSCALL_RESULT of bpf/syscall.bpf.h.
@@ -179,6 +179,9 @@ func syscalls() map[uint32]fileCall {
 		unix.SYS_REMOVEXATTR:  {Kind: uint8(event.FileXattr), Path: 1, Name: 2, Removed: 1},
 		unix.SYS_LREMOVEXATTR: {Kind: uint8(event.FileXattr), Path: 1, Name: 2, Removed: 1},
 		unix.SYS_FREMOVEXATTR: {Kind: uint8(event.FileXattr), FD: 1, Name: 2, Removed: 1},
+
+		unix.SYS_IOCTL:        {Kind: uint8(event.FileChattr), FD: 1, Command: 2, Attributes: 3},
+		unix.SYS_FILE_SETATTR: {Kind: uint8(event.FileChattr), Path: 2, Attributes: 3},
 
 		unix.SYS_MOUNT:      {Kind: uint8(event.Mount), Path: 2, Path2: 1, Name: 3, Flags: 4},
 		unix.SYS_UMOUNT2:    {Kind: uint8(event.Umount), Path: 1, Flags: 2},

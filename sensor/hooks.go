@@ -71,6 +71,10 @@ func hooks(files bool, copies int) []hook {
 			arguments: dentry,
 		},
 		file(event.FileXattr, security("inode_setxattr", "inode_removexattr", "?inode_set_acl", "?inode_remove_acl"), dentry...),
+		file(event.FileChattr, slices.Concat(
+			[]candidate{{"lsm_inode_file_setattr"}, {"fentry_vfs_fileattr_set"}, {"kprobe_vfs_fileattr_set"}},
+			security("file_ioctl"),
+		)),
 		file(event.Mount, security("sb_mount")),
 		file(event.Umount, security("sb_umount")),
 		file(event.MountMove, security("move_mount")),

@@ -173,16 +173,28 @@ func (k *kernel) attach() error {
 			return fmt.Errorf("scope: %w", err)
 		}
 	}
-	if err := seedSockets(load); err != nil {
-		a := k.find(event.TCPClose)
-		a.errs = append(a.errs, fmt.Errorf("sockets open before the start are not known: %w", err))
+	modify := k.find(event.FileModify)
+	if err := k.seed(load, modify != nil && len(modify.programs) > 0); err != nil {
+		for _, kind := range kinds(event.TCPClose, event.FileModify) {
+			if a := k.find(kind); a != nil {
+				a.errs = append(a.errs, fmt.Errorf("what was open before the start is not known: %w", err))
+			}
+		}
 	}
 	return nil
 }
 
-// seedSockets runs the program that takes in the sockets that are open. The one that
-// follows them is attached already, so that none is missed in between.
-func seedSockets(load loader) error {
+// seed runs the program that takes in the sockets that are open and, where their close
+// is seen, the files. Those that follow them are attached already, so that none is
+// missed in between.
+func (k *kernel) seed(load loader, files bool) error {
+	var early uint32
+	if files {
+		early = 1
+	}
+	if err := k.spec.Variables["early_files"].Set(early); err != nil {
+		return err
+	}
 	program, _, err := load(hook{}, "on_task_file")
 	if err != nil {
 		return err

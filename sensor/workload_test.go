@@ -205,6 +205,7 @@ func act(socket string) int {
 type company struct {
 	listener net.Listener
 	conn     net.Conn
+	file     *os.File
 }
 
 func (c *company) play(r request) (reply, error) {
@@ -279,6 +280,15 @@ func (c *company) play(r request) (reply, error) {
 		return reply{Local: conn.LocalAddr().String()}, nil
 	case "file":
 		return reply{}, change(r.Args)
+	case "hold": // a file open for writing
+		var err error
+		if c.file, err = os.OpenFile(r.Path, os.O_WRONLY|os.O_CREATE, 0o600); err == nil {
+			_, err = c.file.Write(make([]byte, r.Up))
+		}
+		return reply{}, err
+	case "let go":
+		_, err := c.file.Write(make([]byte, r.Up))
+		return reply{}, errors.Join(err, c.file.Close())
 	case "storm of files":
 		for range r.Count {
 			for _, what := range r.Args {

@@ -64,6 +64,10 @@ type record struct {
 			Replaced  bool `json:"replaced"`
 			Exchanged bool `json:"exchanged"`
 		} `json:"rename"`
+		Chattr struct {
+			Old []string `json:"old_flags"`
+			New []string `json:"new_flags"`
+		} `json:"chattr"`
 		Xattr struct {
 			Name    string `json:"name"`
 			Removed bool   `json:"removed"`

@@ -159,6 +159,14 @@ func TestCompactLines(t *testing.T) {
 			`15:00:00.123 times          7 0        bash            /tmp/x 2026-11-23T14:43:20Z → 2023-01-05T17:33:20Z`,
 		},
 		{
+			"chattr", eventJSON("file.chattr", `"actor":{"process":`+bash+`},"file":{"path":"/tmp/x"},"unmapped":{"chattr":{"old_flags":["append_only","no_atime"],"new_flags":["immutable","no_atime"]}}`),
+			`15:00:00.123 chattr         7 0        bash            /tmp/x -append_only +immutable`,
+		},
+		{
+			"chattr by a system call", eventJSON("file.chattr", `"actor":{"process":`+bash+`},"file":{"path":"/tmp/x"},"unmapped":{"chattr":{"new_flags":[]},"degraded":{"reason":"syscall_descriptor"}}`),
+			`15:00:00.123 chattr         7 0        bash            [degraded] /tmp/x no flags`,
+		},
+		{
 			"xattr", eventJSON("file.xattr", `"actor":{"process":`+bash+`},"file":{"path":"/tmp/x"},"unmapped":{"xattr":{"name":"security.capability"}}`),
 			`15:00:00.123 xattr          7 0        bash            /tmp/x +security.capability`,
 		},

@@ -4,6 +4,7 @@ package main
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 )
@@ -53,6 +54,20 @@ func (r *record) change() (what string, notes []string) {
 	case "file.timestomp":
 		if r.Result != nil {
 			what += fromTo(f.modified(), r.Result.modified())
+		}
+	case "file.chattr":
+		for _, flag := range x.Chattr.Old {
+			if !slices.Contains(x.Chattr.New, flag) {
+				what += " -" + flag
+			}
+		}
+		for _, flag := range x.Chattr.New {
+			if !slices.Contains(x.Chattr.Old, flag) {
+				what += " +" + flag
+			}
+		}
+		if len(x.Chattr.New) == 0 && len(x.Chattr.Old) == 0 {
+			what += " no flags"
 		}
 	case "file.xattr":
 		if x.Xattr.Removed {

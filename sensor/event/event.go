@@ -16,7 +16,7 @@ import (
 // Kind says what an Event reports.
 type Kind uint8
 
-// The kinds. Those up to FileOpenWrite come from the kernel and have the numbers of
+// The kinds. Those up to FileChattr come from the kernel and have the numbers of
 // enum event_kind in bpf/events.h; Lifecycle is made by the sensor itself.
 const (
 	None Kind = iota
@@ -45,6 +45,7 @@ const (
 	Umount
 	MountMove
 	FileOpenWrite
+	FileChattr
 	Lifecycle
 	kinds
 )
@@ -59,8 +60,8 @@ var names = [Kinds]string{
 	FileCreate: "file.create", FileModify: "file.write", FileDelete: "file.delete", FileRename: "file.rename", FileLink: "file.link",
 	FileSymlink: "file.symlink", FileMkdir: "file.mkdir", FileChmod: "file.chmod", FileChown: "file.chown", FileTruncate: "file.truncate",
 	FileXattr: "file.xattr", FileTimes: "file.timestomp", Mount: "file.mount", Umount: "file.umount", MountMove: "file.move_mount",
-	FileOpenWrite: "file.open_write",
-	Lifecycle:     "sensor.lifecycle",
+	FileOpenWrite: "file.open_write", FileChattr: "file.chattr",
+	Lifecycle: "sensor.lifecycle",
 }
 
 // String returns the kind's event code, as in metadata.event_code.
@@ -208,7 +209,9 @@ type FileInfo struct {
 	NewMode            uint32 // the New fields are valid as Flags says
 	NewUID, NewGID     uint32
 	NewSize            uint64
-	NewATime, NewMTime int64 // nanoseconds since the Unix epoch
+	Attributes         uint32 // FileChattr: FS_*_FL before, of those that an inode has
+	NewAttributes      uint32 // FileChattr: FS_*_FL
+	NewATime, NewMTime int64  // nanoseconds since the Unix epoch
 	Written            uint64
 	Suppressed         uint32 // events of this process that the token bucket dropped before
 	Owner, NewOwner    string // names of File.UID and NewUID, empty when unknown; set by enrich
@@ -236,6 +239,8 @@ const (
 	FileNewATime
 	FileNewMTime
 	FileWalked
+	FileArgument
+	FileEarly
 )
 
 // TCPInfo is one state of a TCP connection or listener.

@@ -26,7 +26,7 @@ const (
 	undecided = `"status_id":0,"status":"Unknown",`
 )
 
-func isFile(k event.Kind) bool { return k >= event.FileCreate && k <= event.FileOpenWrite }
+func isFile(k event.Kind) bool { return k >= event.FileCreate && k <= event.FileChattr }
 
 func fileActivity(ev *event.Event) string {
 	switch ev.Kind {
@@ -44,7 +44,7 @@ func fileActivity(ev *event.Event) string {
 			return fileSetSecurity
 		}
 		return fileSetAttributes
-	case event.FileTimes:
+	case event.FileTimes, event.FileChattr:
 		return fileSetAttributes
 	case event.Mount, event.MountMove: // newer tools mount by moving a mount into place
 		return fileMount
@@ -75,7 +75,7 @@ func (e *Encoder) file(w *writer, ev *event.Event) {
 		w.object(`"file_result":{`, ev, f.Path2, result)
 	case event.FileLink, event.MountMove:
 		w.object(`"file":{`, ev, f.Path2, previous)
-	case event.FileChmod, event.FileChown, event.FileTruncate, event.FileTimes:
+	case event.FileChmod, event.FileChown, event.FileTruncate, event.FileTimes, event.FileChattr:
 		w.object(`"file":{`, ev, f.Path, previous)
 		w.object(`"file_result":{`, ev, f.Path, result)
 	case event.FileCreate, event.FileMkdir:
@@ -115,11 +115,13 @@ func isOpened(ev *event.Event) bool {
 // changed the arguments since, and io_uring makes none.
 func (w *writer) degraded(ev *event.Event) {
 	f := &ev.File
-	if f.Flags&event.FileDegraded == 0 {
+	if f.Flags&(event.FileDegraded|event.FileArgument) == 0 {
 		return
 	}
 	w.open(`"degraded":{`)
-	if f.Flags&event.FileWalked != 0 {
+	if f.Flags&event.FileDegraded == 0 {
+		w.raw(`"reason":"ioctl_argument",`)
+	} else if f.Flags&event.FileWalked != 0 {
 		w.raw(`"reason":"syscall_descriptor",`)
 	} else {
 		w.raw(`"reason":"syscall_argument",`)
@@ -142,6 +144,7 @@ func (w *writer) change(ev *event.Event) {
 			w.uint(`"bytes":`, f.Written)
 		}
 		w.flag(`"created":`, f.Flags&event.FileCreatedHere != 0)
+		w.flag(`"opened_before_start":`, f.Flags&event.FileEarly != 0)
 		w.end(at, '}')
 	case event.FileDelete:
 		if f.File.Ino != 0 && !isFolder(ev) {
@@ -176,6 +179,13 @@ func (w *writer) change(ev *event.Event) {
 		if f.Flags&event.FileNewATime != 0 {
 			w.ns(`"atime_ns":`, f.NewATime)
 		}
+		w.close('}')
+	case event.FileChattr:
+		w.open(`"chattr":{`)
+		if unchanged(f, ^event.FileFlags(0)) {
+			w.attributes(`"old_flags":[`, f.Attributes)
+		}
+		w.attributes(`"new_flags":[`, f.NewAttributes)
 		w.close('}')
 	case event.Mount, event.Umount, event.MountMove:
 		w.mount(ev)
@@ -275,6 +285,9 @@ func (w *writer) object(open string, ev *event.Event, path []byte, v version) {
 		w.ownedBy(f.NewUID, f.NewOwner)
 	case unchanged(f, event.FileNewUID):
 		w.ownedBy(f.File.UID, f.Owner)
+	}
+	if ev.Kind == event.FileChattr && v == result {
+		w.uint(`"attributes":`, uint64(f.NewAttributes))
 	}
 	at := w.begin(`"xattributes":{`)
 	switch {
@@ -430,6 +443,25 @@ func (w *writer) openFlags(set uint32) {
 	}
 	w.flags(set, []flagName{{unix.O_APPEND, "O_APPEND"}, {unix.O_TMPFILE, "O_TMPFILE"}, {unix.O_DIRECT, "O_DIRECT"}, {unix.O_SYNC, "O_SYNC"}})
 	w.end(at, ']')
+}
+
+// attributes writes file flags, FS_*_FL in <linux/fs.h>, by the names of chattr(1).
+func (w *writer) attributes(key string, set uint32) {
+	w.open(key)
+	w.flags(set, []flagName{
+		{0x10, "immutable"},
+		{0x20, "append_only"},
+		{0x8, "synchronous"},
+		{0x80, "no_atime"},
+		{0x40, "no_dump"},
+		{0x1, "secure_deletion"},
+		{0x2, "undeletable"},
+		{0x4, "compressed"},
+		{0x100000, "verity"},
+		{0x800000, "no_copy_on_write"},
+		{0x40000000, "casefold"},
+	})
+	w.close(']')
 }
 
 func (w *writer) mountFlags(set uint32) {

@@ -313,8 +313,9 @@ func fileHooks() map[event.Kind]string {
 		event.FileCreate: "lsm/path_mknod", event.FileModify: "lsm/file_open, lsm/file_release", event.FileDelete: "lsm/path_unlink, lsm/path_rmdir",
 		event.FileRename: "lsm/path_rename", event.FileLink: "lsm/path_link", event.FileSymlink: "lsm/path_symlink", event.FileMkdir: "lsm/path_mkdir",
 		event.FileChmod: setattr, event.FileChown: setattr, event.FileTruncate: setattr, event.FileTimes: setattr,
-		event.FileXattr: "kprobe/security_inode_setxattr, kprobe/security_inode_removexattr",
-		event.Mount:     "lsm/sb_mount", event.Umount: "lsm/sb_umount", event.MountMove: "lsm/move_mount",
+		event.FileXattr:  "kprobe/security_inode_setxattr, kprobe/security_inode_removexattr",
+		event.FileChattr: "fentry/vfs_fileattr_set",
+		event.Mount:      "lsm/sb_mount", event.Umount: "lsm/sb_umount", event.MountMove: "lsm/move_mount",
 	}
 }
 
@@ -377,6 +378,9 @@ func fileGoldens() []golden {
 		{"file.write-cut", changed(event.FileModify, "deep/er/.cache\xff.php", func(f *event.FileInfo) {
 			f.OpenFlags, f.Flags, f.Suppressed = 2, event.FilePathTruncated, 812
 		})},
+		{"file.write-early", changed(event.FileModify, "/var/log/app.log", func(f *event.FileInfo) {
+			f.OpenFlags, f.Written, f.Flags = 0x401, 120, event.FileEarly
+		})},
 		{"file.delete", fileEvent(event.FileDelete, php)},
 		{"file.delete-other-link", changed(event.FileDelete, php, func(f *event.FileInfo) { f.File.Nlink = 3 })},
 		{"file.delete-folder", changed(event.FileDelete, "/var/www/html/old", folder)},
@@ -425,6 +429,12 @@ func fileGoldens() []golden {
 			f.Name, f.Flags = []byte("user.note\xff"), f.Flags|event.FileXattrRemoved
 		})},
 		{"file.xattr-degraded", fromSyscall(event.FileXattr, ".x", func(f *event.FileInfo) { f.Name = []byte("system.posix_acl_access") })},
+		{"file.chattr", changed(event.FileChattr, "/etc/ld.so.preload", func(f *event.FileInfo) { f.Attributes, f.NewAttributes = 0x20, 0x80030 })},
+		{"file.chattr-argument", changed(event.FileChattr, "/srv", func(f *event.FileInfo) {
+			folder(f)
+			f.Attributes, f.Flags = 0x10, f.Flags|event.FileArgument
+		})},
+		{"file.chattr-degraded", fromOpen(event.FileChattr, func(f *event.FileInfo) { f.NewAttributes = 0x10 })},
 		{"file.timestomp", changed(event.FileTimes, "/tmp/.x", func(f *event.FileInfo) {
 			f.NewMTime, f.NewATime, f.Flags = 1672940000_000000000, 1672940000_000000000, event.FileNewMTime|event.FileNewATime
 		})},

@@ -27,14 +27,29 @@ struct syscall {
 	__u8 directory;  /* 1: is about directories only */
 	__u8 attributes; /* file flags, in the form that a command says */
 	__u8 command;    /* of ioctl(2), of which few are about files; 0: the form of XFS */
-	__u8 reserved;
+	__u8 forms;      /* enum syscall_forms */
+};
+
+/* Whether a call came from a 32-bit process, most calls need not be asked. */
+struct syscalls {
+	struct syscall own;
+	struct syscall compat; /* of the same number */
+};
+
+/* In which form a call takes what others take otherwise. */
+enum syscall_forms {
+	FORM_TIMES_32 = 1 << 0,           /* numbers of 32 bits */
+	FORM_TIMES_MICROSECONDS = 1 << 1, /* utimes(2) */
+	FORM_TIMES_SECONDS = 1 << 2,      /* utime(2): no second number */
+	FORM_IDS_16 = 1 << 3,             /* users and groups of 16 bits */
+	FORM_SIZE_HALVES = 1 << 4,        /* the next argument has the size's upper half */
 };
 
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
 	__uint(max_entries, SYSCALLS_MAX);
 	__type(key, __u32);
-	__type(value, struct syscall);
+	__type(value, struct syscalls);
 } file_syscalls SEC(".maps");
 
 /* Which kinds no better program reports, a bit each. */
@@ -44,14 +59,32 @@ const volatile __u64 syscall_kinds = 0;
 #define UTIME_OMIT ((1L << 30) - 2L) /* UTIME_NOW is one more */
 
 #if defined(__TARGET_ARCH_x86)
-static __always_inline __u64 syscall_number(struct pt_regs *regs)
+static __always_inline __u32 syscall_number(struct pt_regs *regs)
 {
-	return BPF_CORE_READ(regs, orig_ax);
+	return BPF_CORE_READ(regs, orig_ax) &
+	       ~0x40000000U; /* a mark of x32, whose calls are the same */
 }
 
 static __always_inline bool is_compat(struct task_struct *task)
 {
 	return BPF_CORE_READ(task, thread_info.status) & 2; /* TS_COMPAT */
+}
+
+static __always_inline __u64 argument_32(struct pt_regs *regs, __u32 n)
+{
+	switch (n) {
+	case 1:
+		return (__u32)BPF_CORE_READ(regs, bx);
+	case 2:
+		return (__u32)BPF_CORE_READ(regs, cx);
+	case 3:
+		return (__u32)BPF_CORE_READ(regs, dx);
+	case 4:
+		return (__u32)BPF_CORE_READ(regs, si);
+	case 5:
+		return (__u32)BPF_CORE_READ(regs, di);
+	}
+	return 0;
 }
 
 static __always_inline __u64 argument(struct pt_regs *regs, __u32 n)
@@ -71,9 +104,9 @@ static __always_inline __u64 argument(struct pt_regs *regs, __u32 n)
 	return 0;
 }
 #elif defined(__TARGET_ARCH_arm64)
-static __always_inline __u64 syscall_number(struct pt_regs *regs)
+static __always_inline __u32 syscall_number(struct pt_regs *regs)
 {
-	return (__u32)BPF_CORE_READ(regs, syscallno);
+	return BPF_CORE_READ(regs, syscallno);
 }
 
 static __always_inline bool is_compat(struct task_struct *task)
@@ -97,10 +130,17 @@ static __always_inline __u64 argument(struct pt_regs *regs, __u32 n)
 	}
 	return 0;
 }
+
+static __always_inline __u64 argument_32(struct pt_regs *regs, __u32 n)
+{
+	return (__u32)argument(regs, n); /* the same registers, under other names */
+}
 #endif
 
 __noinline __u64 syscall_argument(__u64 regs, __u32 n)
 {
+	if (is_compat(current_task()))
+		return argument_32((void *)regs, n);
 	return argument((void *)regs, n);
 }
 
@@ -162,21 +202,51 @@ static __always_inline int opened(struct file *file)
 	return 0;
 }
 
-/* syscall_times reads the times that utimensat(2) was given: false for now or never. */
-static __always_inline bool syscall_times(struct file_event *event, __u64 times)
+/* syscall_times reads the times that utimensat(2) and its elders were given: false for
+ * now or never. */
+static __always_inline bool syscall_times(struct file_event *event, __u64 times, __u32 forms)
 {
-	struct timespec64 t[2];
+	__s32 narrow[4] = {};
+	__s64 t[4] = {}, whole[2];
+	long err;
 
-	if (!times || bpf_probe_read_user(&t, sizeof(t), (void *)times) < 0 ||
-	    t[1].tv_nsec >= UTIME_OMIT)
+	if (!times)
 		return false;
-	event->new_mtime_ns = in_ns(&t[1]);
+	if (forms & FORM_TIMES_SECONDS) {
+		err = forms & FORM_TIMES_32 ? bpf_probe_read_user(&narrow, 8, (void *)times)
+					    : bpf_probe_read_user(&whole, 16, (void *)times);
+		t[0] = forms & FORM_TIMES_32 ? narrow[0] : whole[0];
+		t[2] = forms & FORM_TIMES_32 ? narrow[1] : whole[1];
+	} else if (forms & FORM_TIMES_32) {
+		err = bpf_probe_read_user(&narrow, sizeof(narrow), (void *)times);
+		t[0] = narrow[0];
+		t[1] = narrow[1];
+		t[2] = narrow[2];
+		t[3] = narrow[3];
+	} else {
+		err = bpf_probe_read_user(&t, sizeof(t), (void *)times);
+	}
+	if (forms & FORM_TIMES_MICROSECONDS) {
+		t[1] *= 1000;
+		t[3] *= 1000;
+	}
+	if (err || t[3] >= UTIME_OMIT)
+		return false;
+	event->new_mtime_ns = t[2] * 1000000000 + t[3];
 	event->flags |= FILE_NEW_MTIME;
-	if (t[0].tv_nsec < UTIME_OMIT) {
-		event->new_atime_ns = in_ns(&t[0]);
+	if (t[1] < UTIME_OMIT) {
+		event->new_atime_ns = t[0] * 1000000000 + t[1];
 		event->flags |= FILE_NEW_ATIME;
 	}
 	return true;
+}
+
+/* wide_id is a user or group of a call that takes 16 bits: all of them set are none. */
+static __always_inline __u32 wide_id(__u32 id, __u32 forms)
+{
+	if (!(forms & FORM_IDS_16))
+		return id;
+	return (id & 0xffff) == 0xffff ? ~0U : id & 0xffff;
 }
 
 static __always_inline int handle_syscall(struct pt_regs *regs, long result)
@@ -184,6 +254,7 @@ static __always_inline int handle_syscall(struct pt_regs *regs, long result)
 	struct task_struct *task;
 	struct file_event *event;
 	struct file_slot *slot;
+	struct syscalls *calls;
 	struct syscall *call;
 	struct file *file;
 	__u64 at = (__u64)regs, flags, path;
@@ -194,14 +265,18 @@ static __always_inline int handle_syscall(struct pt_regs *regs, long result)
 	if (result < 0)
 		return 0;
 	nr = syscall_number(regs);
-	call = bpf_map_lookup_elem(&file_syscalls, &nr);
-	if (!call)
-		return 0;
-	kind = call->kind;
-	if (!kind)
+	calls = bpf_map_lookup_elem(&file_syscalls, &nr);
+	if (!calls || !(calls->own.kind | calls->compat.kind))
 		return 0;
 	task = current_task();
-	if (!task_in_scope(task) || is_compat(task))
+	call = &calls->own;
+	if (is_compat(task)) {
+		call = &calls->compat;
+		if ((__s32)result < 0)
+			return 0;
+	}
+	kind = call->kind;
+	if (!kind || !task_in_scope(task))
 		return 0;
 	if (call->fd == SYSCALL_RESULT)
 		return opened(file_of(task, result));
@@ -231,15 +306,17 @@ static __always_inline int handle_syscall(struct pt_regs *regs, long result)
 		event->flags |= FILE_NEW_MODE;
 	}
 	if (call->uid) {
-		event->new_uid = syscall_argument(at, call->uid);
+		event->new_uid = wide_id(syscall_argument(at, call->uid), call->forms);
 		if (event->new_uid != ~0U)
 			event->flags |= FILE_NEW_UID;
-		event->new_gid = syscall_argument(at, call->gid);
+		event->new_gid = wide_id(syscall_argument(at, call->gid), call->forms);
 		if (event->new_gid != ~0U)
 			event->flags |= FILE_NEW_GID;
 	}
 	if (call->size) {
 		event->new_size = syscall_argument(at, call->size);
+		if (call->forms & FORM_SIZE_HALVES)
+			event->new_size |= syscall_argument(at, call->size + 1) << 32;
 		event->flags |= FILE_NEW_SIZE;
 	}
 	if (call->flags) {
@@ -253,7 +330,7 @@ static __always_inline int handle_syscall(struct pt_regs *regs, long result)
 		else if (kind == EVENT_KIND_MOUNT || kind == EVENT_KIND_UMOUNT)
 			event->open_flags = flags;
 	}
-	if (call->times && !syscall_times(event, syscall_argument(at, call->times))) {
+	if (call->times && !syscall_times(event, syscall_argument(at, call->times), call->forms)) {
 		slot_release(&slot->users);
 		return 0;
 	}

@@ -14,8 +14,6 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/btf"
 	"golang.org/x/sys/unix"
-
-	"github.com/aurorasoc/edr-sensor/sensor/event"
 )
 
 // FileOptions say which changes of the file system are reported.
@@ -140,57 +138,6 @@ func (k *kernel) probeLSM(load loader) error {
 	return err
 }
 
-// fileCall is struct syscall of bpf/syscall.bpf.h.
-type fileCall struct {
-	Kind, FD, Path, Path2, Name, Mode, UID, GID, Size, Flags, Times, Removed, Directory, Attributes, Command uint8
-
-	_ uint8
-}
-
-// result is SYSCALL_RESULT of bpf/syscall.bpf.h.
-const result = 7
-
-// syscalls lists the system calls that tell file events, of this architecture.
-func syscalls() map[uint32]fileCall {
-	calls := map[uint32]fileCall{
-		unix.SYS_OPENAT:  {Kind: uint8(event.FileOpenWrite), FD: result},
-		unix.SYS_OPENAT2: {Kind: uint8(event.FileOpenWrite), FD: result},
-
-		unix.SYS_MKNODAT:   {Kind: uint8(event.FileCreate), Path: 2, Mode: 3},
-		unix.SYS_MKDIRAT:   {Kind: uint8(event.FileMkdir), Path: 2, Mode: 3, Directory: 1},
-		unix.SYS_SYMLINKAT: {Kind: uint8(event.FileSymlink), Path: 3, Path2: 1},
-		unix.SYS_LINKAT:    {Kind: uint8(event.FileLink), Path: 2, Path2: 4},
-		unix.SYS_UNLINKAT:  {Kind: uint8(event.FileDelete), Path: 2, Flags: 3},
-		unix.SYS_RENAMEAT:  {Kind: uint8(event.FileRename), Path: 2, Path2: 4},
-		unix.SYS_RENAMEAT2: {Kind: uint8(event.FileRename), Path: 2, Path2: 4, Flags: 5},
-
-		unix.SYS_FCHMOD:    {Kind: uint8(event.FileChmod), FD: 1, Mode: 2},
-		unix.SYS_FCHMODAT:  {Kind: uint8(event.FileChmod), Path: 2, Mode: 3},
-		unix.SYS_FCHMODAT2: {Kind: uint8(event.FileChmod), Path: 2, Mode: 3},
-		unix.SYS_FCHOWN:    {Kind: uint8(event.FileChown), FD: 1, UID: 2, GID: 3},
-		unix.SYS_FCHOWNAT:  {Kind: uint8(event.FileChown), Path: 2, UID: 3, GID: 4},
-		unix.SYS_TRUNCATE:  {Kind: uint8(event.FileTruncate), Path: 1, Size: 2},
-		unix.SYS_FTRUNCATE: {Kind: uint8(event.FileTruncate), FD: 1, Size: 2},
-		unix.SYS_UTIMENSAT: {Kind: uint8(event.FileTimes), FD: 1, Path: 2, Times: 3},
-
-		unix.SYS_SETXATTR:     {Kind: uint8(event.FileXattr), Path: 1, Name: 2},
-		unix.SYS_LSETXATTR:    {Kind: uint8(event.FileXattr), Path: 1, Name: 2},
-		unix.SYS_FSETXATTR:    {Kind: uint8(event.FileXattr), FD: 1, Name: 2},
-		unix.SYS_REMOVEXATTR:  {Kind: uint8(event.FileXattr), Path: 1, Name: 2, Removed: 1},
-		unix.SYS_LREMOVEXATTR: {Kind: uint8(event.FileXattr), Path: 1, Name: 2, Removed: 1},
-		unix.SYS_FREMOVEXATTR: {Kind: uint8(event.FileXattr), FD: 1, Name: 2, Removed: 1},
-
-		unix.SYS_IOCTL:        {Kind: uint8(event.FileChattr), FD: 1, Command: 2, Attributes: 3},
-		unix.SYS_FILE_SETATTR: {Kind: uint8(event.FileChattr), Path: 2, Attributes: 3},
-
-		unix.SYS_MOUNT:      {Kind: uint8(event.Mount), Path: 2, Path2: 1, Name: 3, Flags: 4},
-		unix.SYS_UMOUNT2:    {Kind: uint8(event.Umount), Path: 1, Flags: 2},
-		unix.SYS_MOVE_MOUNT: {Kind: uint8(event.MountMove), Path: 2, Path2: 4},
-	}
-	oldSyscalls(calls)
-	return calls
-}
-
 // attachSyscalls has system calls tell the events that no program sees otherwise.
 func (k *kernel) attachSyscalls(load loader) {
 	var bits uint64
@@ -209,8 +156,8 @@ func (k *kernel) attachSyscalls(load loader) {
 	}
 	var a attachment
 	err := k.spec.Variables["syscall_kinds"].Set(bits)
-	for number, call := range syscalls() {
-		err = errors.Join(err, k.maps["file_syscalls"].Put(number, call))
+	for number, pair := range syscallTable() {
+		err = errors.Join(err, k.maps["file_syscalls"].Put(number, pair))
 	}
 	if err == nil {
 		err = a.try(candidate{"raw_sys_exit"}, load)

@@ -10,7 +10,7 @@ import (
 // Sentinels of [Batch.End].
 var (
 	// ErrTooLarge is returned when a record exceeds Options.MaxRecord. The
-	// record is counted in buffer_rejected_records_total and not added.
+	// record is not added; the caller counts it.
 	ErrTooLarge = errors.New("record is larger than the buffer accepts")
 
 	// ErrBatchFull is returned when the batch would outgrow what one commit
@@ -42,7 +42,6 @@ type Batch struct {
 	marked    bool
 	maxRecord int
 	maxBytes  int
-	rejected  func()
 }
 
 // Begin starts a record of stream s and returns an empty slice to append its
@@ -61,7 +60,6 @@ func (b *Batch) Begin(s Stream) []byte {
 // are [ErrTooLarge] and [ErrBatchFull]; with either nothing was added.
 func (b *Batch) End(rec []byte, urgent bool) error {
 	if len(rec) > b.maxRecord {
-		b.rejected()
 		return ErrTooLarge
 	}
 	n := len(b.buf)

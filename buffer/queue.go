@@ -445,7 +445,7 @@ func (q *Queue) NewBatch() *Batch {
 		q.batches = q.batches[:n-1]
 		return b
 	}
-	return &Batch{maxRecord: q.o.MaxRecord, maxBytes: q.o.maxBatch(), rejected: q.metrics.rejected.Inc}
+	return &Batch{maxRecord: q.o.MaxRecord, maxBytes: q.o.maxBatch()}
 }
 
 // Append hands b over to the next commit. The batch becomes durable as a

@@ -12,12 +12,16 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"sort"
 	"strconv"
 	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+
+	"github.com/aurorasoc/edr-sensor/sensor/event"
+	"github.com/aurorasoc/edr-sensor/transport"
 )
 
 var update = flag.Bool("update", false, "write docs/metrics.md instead of comparing it")
@@ -61,7 +65,7 @@ type metric struct {
 
 var (
 	sample = regexp.MustCompile(`^([a-z0-9_]+?)(?:_bucket|_sum|_count)?(?:\{(.*)\})? [^ ]+$`)
-	label  = regexp.MustCompile(`([a-z0-9_]+)="`)
+	label  = regexp.MustCompile(`([a-z0-9_]+)="([^"]*)"`)
 )
 
 // parsePage reads the text format; names are those of the HELP lines.
@@ -102,7 +106,7 @@ func metricsDoc(exposed map[string]*metric) string {
 		"| metric | type | labels | meaning | what to do when it moves |\n|---|---|---|---|---|\n")
 	names := make([]string, 0, len(exposed))
 	for name := range exposed {
-		if !strings.HasPrefix(name, "go_") && !strings.HasPrefix(name, "process_") && !strings.HasPrefix(name, "promhttp_") {
+		if ours(name) {
 			names = append(names, name)
 		}
 	}
@@ -119,6 +123,95 @@ func metricsDoc(exposed map[string]*metric) string {
 			strings.ReplaceAll(meaning, "|", "\\|"), strings.ReplaceAll(action, "|", "\\|"))
 	}
 	return b.String()
+}
+
+func ours(name string) bool {
+	return !strings.HasPrefix(name, "go_") && !strings.HasPrefix(name, "process_") && !strings.HasPrefix(name, "promhttp_")
+}
+
+// maxSeries bounds what one sensor costs Prometheus, histogram buckets included.
+const maxSeries = 400
+
+// closedSets are all values that a label can have. What describes the build or the
+// configuration has one value at a time, in one series.
+func closedSets() map[string][]string {
+	var kinds, classes []string
+	for k := event.None + 1; int(k) < event.Kinds; k++ {
+		kinds = append(kinds, k.String())
+	}
+	for _, c := range transport.Classes() {
+		classes = append(classes, string(c))
+	}
+	return map[string][]string{
+		"kind": kinds, "event": kinds, "class": classes,
+		"hook":   {"tp_btf", "raw_tp", "lsm", "fentry", "fexit", "kprobe", "iter", "none"},
+		"mode":   {"starting", "online", "buffering", "degraded", "truncating", "stopping"},
+		"op":     {"commit", "reopen", "read"},
+		"result": {"ok", "dup", "gap", "overlap", "fenced", "error", "pending", "rate", "size", "gone", "changed"},
+		"ring":   {"priority", "bulk"},
+		"state":  {"running", "exited"},
+		"stream": {"events", "decisions_system", "decisions_agents", "decisions_approvals"},
+	}
+}
+
+// checkSeries holds the labels of our metrics against the sets they come from, and
+// their number against the bound: nothing that the host does can make a series.
+func checkSeries(t *testing.T, page string) {
+	t.Helper()
+	sets, infos, n := closedSets(), map[string]int{}, 0
+	for line := range strings.Lines(page) {
+		m := sample.FindStringSubmatch(strings.TrimSuffix(line, "\n"))
+		if m == nil || !ours(m[1]) {
+			continue
+		}
+		n++
+		if strings.HasSuffix(m[1], "_info") {
+			if infos[m[1]]++; infos[m[1]] > 1 {
+				t.Errorf("%s has more than one series", m[1])
+			}
+			continue
+		}
+		for _, l := range label.FindAllStringSubmatch(m[2], -1) {
+			if l[1] != "le" && !slices.Contains(sets[l[1]], l[2]) {
+				t.Errorf("%s: label %s=%q is not of a closed set known here", m[1], l[1], l[2])
+			}
+		}
+	}
+	t.Logf("%d series", n)
+	if n > maxSeries {
+		t.Errorf("%d series of ours, want at most %d", n, maxSeries)
+	}
+}
+
+// checkScrapeCost scrapes often and asks the sensor what that cost it.
+func checkScrapeCost(t *testing.T, h *host) {
+	t.Helper()
+	const scrapes, maxAlloc = 50, 1 << 20
+	_, first := h.get("/metrics")
+	var last string
+	for range scrapes {
+		_, last = h.get("/metrics")
+	}
+	alloc := (value(t, last, "go_memstats_alloc_bytes_total") - value(t, first, "go_memstats_alloc_bytes_total")) / scrapes
+	cpu := (value(t, last, "process_cpu_seconds_total") - value(t, first, "process_cpu_seconds_total")) / scrapes
+	t.Logf("a scrape: %d bytes, at most %.1f ms of CPU and %.0f KiB allocated, what else the sensor did included", len(last), 1e3*cpu, alloc/1024)
+	if alloc > maxAlloc {
+		t.Errorf("a scrape allocates %.0f bytes, want at most %d", alloc, maxAlloc)
+	}
+}
+
+// value is that of a series without labels.
+func value(t *testing.T, page, name string) float64 {
+	t.Helper()
+	m := regexp.MustCompile(`(?m)^` + name + ` (\S+)$`).FindStringSubmatch(page)
+	if m == nil {
+		t.Fatalf("no %s in /metrics", name)
+	}
+	v, err := strconv.ParseFloat(m[1], 64)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return v
 }
 
 // declaredMetrics lists the names in every prometheus.…Opts literal of the code.

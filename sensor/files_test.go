@@ -161,6 +161,9 @@ func TestRootFiles(t *testing.T) {
 			k := watchFiles(t, a, FileOptions{}, form)
 			available := false
 			for _, c := range k.coverage() {
+				if blind := strings.HasPrefix(c.Hook, "raw_tp/sys"); blind != (c.Blind == "io_uring") {
+					t.Errorf("%s by %s is said to be blind to %q", c.Event, c.Hook, c.Blind)
+				}
 				if c.Kind >= event.FileCreate {
 					t.Logf("%s by %q after %q", c.Event, c.Hook, c.Errs)
 					available = available || strings.HasPrefix(c.Hook, form)

@@ -116,6 +116,7 @@ type Coverage struct {
 	Kind     event.Kind
 	Required bool
 	Hook     string   // e.g. "tp_btf/sched_process_exec"; empty when the event is missing
+	Blind    string   // by which way the event happens unseen in spite of the hook, if any
 	Errs     []string // why better candidates were refused, in order
 }
 
@@ -244,8 +245,12 @@ func (k *kernel) coverage() []Coverage {
 	var list []Coverage
 	for _, a := range k.attached {
 		errs := sentences(a.errs)
+		blind := ""
+		if strings.HasSuffix(a.section, "/sys_exit") {
+			blind = "io_uring" // makes no system calls
+		}
 		for _, kind := range a.kinds {
-			list = append(list, Coverage{Event: kind.String(), Kind: kind, Required: a.required, Hook: a.section, Errs: errs})
+			list = append(list, Coverage{Event: kind.String(), Kind: kind, Required: a.required, Hook: a.section, Blind: blind, Errs: errs})
 		}
 	}
 	return list

@@ -239,7 +239,7 @@ func (d *doctor) coverage() []sensor.Coverage {
 		}
 		switch {
 		case strings.HasSuffix(c.Hook, syscallHook):
-			d.add(id, warn, "degraded, from system calls by "+c.Hook+": "+why, "see Degraded file events in docs/events.md; on kernels since 5.10 with bpf among the security modules (lsm=), or with fentry, they are complete")
+			d.add(id, warn, "degraded, from system calls by "+c.Hook+", blind to "+c.Blind+": "+why, "see Degraded file events in docs/events.md; on kernels since 5.10 with bpf among the security modules (lsm=), or with fentry, they are complete")
 		case c.Hook != "" && why != "":
 			d.add(id, pass, c.Hook+" (better ones were refused: "+why+")", "")
 		case c.Hook != "":

@@ -150,7 +150,7 @@ func (s *sensorStatus) screen(now time.Time, colour bool) string {
 	}
 	coverage := fmt.Sprintf("%d of %d kinds of events", covered, len(s.Coverage))
 	if degraded > 0 {
-		coverage += fmt.Sprintf(", %d of them degraded: system calls only", degraded)
+		coverage += fmt.Sprintf(", %d degraded: by system calls, not io_uring", degraded)
 	}
 	row("coverage", "%s", coverage)
 	for _, m := range missing {

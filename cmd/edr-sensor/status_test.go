@@ -27,7 +27,7 @@ func TestStatusScreen(t *testing.T) {
           the buffer is full
 scope     all
 case_id   c-1
-coverage  2 of 3 kinds of events, 1 of them degraded: system calls only
+coverage  2 of 3 kinds of events, 1 degraded: by system calls, not io_uring
           missing net.close: load on_inet_sock_set_state: permission denied
 seen      1,234,602 events; 13 lost in the kernel, 93,120 left out as configured
           file.*                         35  lost 1  left out 93,120

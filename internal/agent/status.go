@@ -34,6 +34,7 @@ type Covered struct {
 	Event    string   `json:"event"`
 	Hook     string   `json:"hook"` // empty: not seen
 	Required bool     `json:"required"`
+	Blind    string   `json:"blind,omitempty"`  // by which way the event happens unseen in spite of the hook
 	Errors   []string `json:"errors,omitempty"` // why better hooks were refused
 }
 
@@ -99,7 +100,7 @@ func (a *Agent) status() Status {
 		}
 	}
 	for _, c := range a.sensor.Coverage() {
-		s.Coverage = append(s.Coverage, Covered{Event: c.Event, Hook: c.Hook, Required: c.Required, Errors: c.Errs})
+		s.Coverage = append(s.Coverage, Covered{Event: c.Event, Hook: c.Hook, Required: c.Required, Blind: c.Blind, Errors: c.Errs})
 	}
 	var err error
 	if s.Sensor, err = a.sensor.Stats(); err != nil {

@@ -152,7 +152,9 @@ struct fork_event {
 	__u64 child_start_time;
 	__u64 child_cgroup_id;
 	__u32 child_pid;
-	__u32 child_ns_pid;
+	__u32 child_ns_pid; /* in the pid namespace of the child */
+	__u32 child_pid_ns; /* which one that is */
+	__u32 reserved;
 	char child_comm[COMM_LEN];
 };
 

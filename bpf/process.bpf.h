@@ -22,8 +22,7 @@ static __always_inline void fill_header(struct event_header *header, enum event_
 	header->tid = BPF_CORE_READ(task, pid);
 }
 
-/* ns_pid returns the task's tgid in its own pid namespace and, if wanted, that
- * namespace's number. */
+/* ns_pid returns the task's tgid in its own pid namespace and that namespace's number. */
 static __always_inline __u32 ns_pid(struct task_struct *task, __u32 *inum)
 {
 	struct pid *pid = BPF_CORE_READ(task, group_leader, thread_pid);
@@ -33,10 +32,8 @@ static __always_inline __u32 ns_pid(struct task_struct *task, __u32 *inum)
 
 	upid = (void *)pid + bpf_core_field_offset(struct pid, numbers) +
 	       level * bpf_core_type_size(struct upid);
-	if (inum) {
-		ns = BPF_CORE_READ(upid, ns);
-		*inum = BPF_CORE_READ(ns, ns.inum);
-	}
+	ns = BPF_CORE_READ(upid, ns);
+	*inum = BPF_CORE_READ(ns, ns.inum);
 	return BPF_CORE_READ(upid, nr);
 }
 
@@ -443,7 +440,8 @@ static __always_inline int handle_fork(struct task_struct *parent, struct task_s
 	event->child_start_time = BPF_CORE_READ(child, start_boottime);
 	event->child_cgroup_id = BPF_CORE_READ(child, cgroups, dfl_cgrp, kn, id);
 	event->child_pid = pid;
-	event->child_ns_pid = ns_pid(child, NULL);
+	event->child_ns_pid = ns_pid(child, &event->child_pid_ns);
+	event->reserved = 0;
 	bpf_core_read_str(event->child_comm, sizeof(event->child_comm), &child->comm);
 	bpf_ringbuf_submit(event, 0);
 	return 0;

@@ -183,6 +183,8 @@ type SensorForkEvent struct {
 	ChildCgroupId  uint64
 	ChildPid       uint32
 	ChildNsPid     uint32
+	ChildPidNs     uint32
+	Reserved       uint32
 	ChildComm      [16]int8
 }
 

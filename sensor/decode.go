@@ -195,7 +195,7 @@ func decodeFork(rec []byte, ev *event.Event) error {
 	r := (*bpf.SensorForkEvent)(unsafe.Pointer(&rec[0]))
 	ev.Fork = event.ForkInfo{
 		Child:    event.ProcessKey{StartTime: r.ChildStartTime, PID: r.ChildPid},
-		CgroupID: r.ChildCgroupId, NSPID: r.ChildNsPid, Comm: fixedText(&r.ChildComm),
+		CgroupID: r.ChildCgroupId, NSPID: r.ChildNsPid, PIDNS: r.ChildPidNs, Comm: fixedText(&r.ChildComm),
 	}
 	return nil
 }

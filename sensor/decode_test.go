@@ -78,7 +78,7 @@ func wireExit() []byte {
 
 func wireFork() []byte {
 	return wire(bpf.SensorForkEvent{
-		Header: wireHeader(event.Fork), ChildStartTime: 1, ChildCgroupId: 2, ChildPid: 3, ChildNsPid: 4, ChildComm: wireChars("sh"),
+		Header: wireHeader(event.Fork), ChildStartTime: 1, ChildCgroupId: 2, ChildPid: 3, ChildNsPid: 4, ChildPidNs: 5, ChildComm: wireChars("sh"),
 	})
 }
 
@@ -127,7 +127,7 @@ func TestDecode(t *testing.T) {
 	script.Exec.Filename, script.Exec.Interp, script.Exec.Argv = []byte("./run.sh"), []byte("/bin/sh"), []byte("/bin/sh\x00./run.sh\x00\x00")
 
 	fork := wantEvent(event.Fork)
-	fork.Fork = event.ForkInfo{Child: event.ProcessKey{StartTime: 1, PID: 3}, CgroupID: 2, NSPID: 4, Comm: []byte("sh")}
+	fork.Fork = event.ForkInfo{Child: event.ProcessKey{StartTime: 1, PID: 3}, CgroupID: 2, NSPID: 4, PIDNS: 5, Comm: []byte("sh")}
 	exit := wantEvent(event.Exit)
 	exit.Exit = event.ExitInfo{Parent: event.ProcessKey{StartTime: 1, PID: 4}, UTime: 2, STime: 3, Code: 5, Signal: 6, CoreDumped: true, Comm: []byte("sleep")}
 	tcp := func(kind event.Kind, local, remote string) event.Event {

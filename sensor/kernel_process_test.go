@@ -168,8 +168,8 @@ func TestRootExec(t *testing.T) {
 		if e.NsPid != 1 || fmt.Sprintf("pid:[%d]", e.Ns.Pid) == inum || e.Ns.Pid == 0 {
 			t.Errorf("process %d in namespace %d, outside is %s", e.NsPid, e.Ns.Pid, inum)
 		}
-		if f := one(t, records, event.Fork, a.pid).fork; int(f.ChildPid) != pid || f.ChildNsPid != 1 {
-			t.Errorf("fork of %d, in its namespace %d", f.ChildPid, f.ChildNsPid)
+		if f := one(t, records, event.Fork, a.pid).fork; int(f.ChildPid) != pid || f.ChildNsPid != 1 || f.ChildPidNs != e.Ns.Pid {
+			t.Errorf("fork of %d, which is %d in namespace %d", f.ChildPid, f.ChildNsPid, f.ChildPidNs)
 		}
 	})
 	t.Run("terminal", func(t *testing.T) {

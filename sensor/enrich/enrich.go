@@ -372,24 +372,13 @@ func (e *Enricher) fork(ev *event.Event) (child, parent *entry) {
 			p.CgroupPath, p.Container = c.path, c.container
 		}
 	}
-	if movedNamespace(parent, f) {
-		if p.NS.PID = e.proc.namespace(f.Child.PID, "pid"); !e.proc.is(f.Child) {
-			p.NS.PID = 0
-		}
-	}
+	p.NS.PID = f.PIDNS
 	e.identify(&p)
 	child = e.table.add(p)
 	if parent != nil {
 		child.job = parent.job
 	}
 	return child, parent
-}
-
-// movedNamespace tells a child that is in another pid namespace than its parent,
-// as far as pids show it: the first of a namespace is 1, and in the initial one
-// both pids are the same.
-func movedNamespace(parent *entry, f *event.ForkInfo) bool {
-	return f.NSPID == 1 || parent != nil && parent.NSPID == parent.Key.PID && f.NSPID != f.Child.PID
 }
 
 func (e *Enricher) exit(ev *event.Event) *entry {

@@ -182,6 +182,7 @@ type ForkInfo struct {
 	Child    ProcessKey
 	CgroupID uint64
 	NSPID    uint32
+	PIDNS    uint32 // pid namespace of the child, in which it has NSPID
 	Comm     []byte
 }
 

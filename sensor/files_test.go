@@ -95,6 +95,10 @@ func change(args []string) error {
 		return unix.MoveMount(unix.AT_FDCWD, path, unix.AT_FDCWD, second, 0)
 	case "umount":
 		return unix.Unmount(path, unix.MNT_DETACH)
+	case "private": // what is mounted below is nobody else's business
+		return unix.Mount("", path, "", unix.MS_PRIVATE, "")
+	case "setuid": // root's
+		return errors.Join(unix.Chown(path, 0, 0), unix.Chmod(path, 0o4755))
 	}
 	return fmt.Errorf("no such change: %s", args[0])
 }
@@ -181,11 +185,12 @@ func changes(t *testing.T, a *actor, bulk *tap, k *kernel) {
 	// An ordinary directory on a mount of its own, so that there is one to cross.
 	dir := real(t, t.TempDir())
 	a.must(request{Op: "file", Args: []string{"mount", dir}})
-	defer func() { _ = unix.Unmount(dir, unix.MNT_DETACH) }()
+	defer a.do(request{Op: "file", Args: []string{"umount", dir}})
 	at := func(name string) string { return filepath.Join(dir, name) }
 	file, other, link, folder := at("file"), at("other"), at("link"), at("folder")
 	degraded := strings.HasPrefix(k.find(event.FileCreate).section, "raw_tp")
-	if err := errors.Join(unix.Mount("", dir, "", unix.MS_PRIVATE, ""), os.Mkdir(at("elsewhere"), 0o755)); err != nil {
+	a.must(request{Op: "file", Args: []string{"private", dir}})
+	if err := os.Mkdir(at("elsewhere"), 0o755); err != nil {
 		t.Fatal(err)
 	}
 	lastFile(a, bulk, dir)

@@ -59,9 +59,7 @@ func TestRootExec(t *testing.T) {
 		t.Fatal(err)
 	}
 	setuid := program(t, dir, "setuid")
-	if err := os.Chmod(setuid, 0o755|os.ModeSetuid); err != nil {
-		t.Fatal(err)
-	}
+	a.must(request{Op: "file", Args: []string{"setuid", setuid}})
 	deep := dir
 	for len(deep) < 3000 {
 		deep = filepath.Join(deep, strings.Repeat("d", 60))
@@ -394,25 +392,16 @@ func TestRootScopeCgroup(t *testing.T) {
 	}
 	group := filepath.Join(mount, fmt.Sprintf("edr-test-%d", os.Getpid()))
 	child := filepath.Join(group, "child")
-	for _, dir := range []string{group, child} {
-		if err := os.Mkdir(dir, 0o755); err != nil {
-			t.Fatal(err)
-		}
-		t.Cleanup(func() {
-			if err := os.Remove(dir); err != nil {
-				t.Error(err)
-			}
-		})
-	}
+	root := startActor(t) // control groups are root's
+	root.must(request{Op: "shell", Args: []string{`mkdir -p "$1"`, "sh", child}})
+	t.Cleanup(func() { root.must(request{Op: "shell", Args: []string{`rmdir "$1" "$2"`, "sh", child, group}}) })
 	var st unix.Stat_t
 	if err := unix.Stat(group, &st); err != nil {
 		t.Fatal(err)
 	}
 	a, stranger := startActor(t), startActor(t)
 	for pid, dir := range map[int]string{a.pid: child, stranger.pid: mount} {
-		if err := os.WriteFile(filepath.Join(dir, "cgroup.procs"), []byte(fmt.Sprint(pid)), 0o644); err != nil {
-			t.Fatal(err)
-		}
+		root.must(request{Op: "shell", Args: []string{`echo "$1" >"$2"`, "sh", fmt.Sprint(pid), filepath.Join(dir, "cgroup.procs")}})
 	}
 	k := openKernel(t, kernelOptions{Scope: Scope{Mode: ScopeCgroup, CgroupID: st.Ino}})
 	priority := newTap(t, k.priority)

@@ -141,8 +141,8 @@ func (p Preflight) Lacking() []Lack {
 			list = append(list, Lack{capability, cost})
 		}
 	}
-	lack("CAP_SYS_PTRACE", unix.CAP_SYS_PTRACE, "executables, hashes and namespaces of other users' processes that run already stay unknown")
-	lack("CAP_DAC_READ_SEARCH", unix.CAP_DAC_READ_SEARCH, "programs that only their owner may read are not hashed")
+	lack("CAP_SYS_PTRACE", unix.CAP_SYS_PTRACE, "programs in containers, and programs that were deleted, are not hashed")
+	lack("CAP_DAC_READ_SEARCH", unix.CAP_DAC_READ_SEARCH, "programs that not everybody may read are not hashed")
 	if _, hard := p.memlock(); p.before(5, 11) && hard != "unlimited" {
 		lack("CAP_SYS_RESOURCE", unix.CAP_SYS_RESOURCE, "maps and rings must fit into the locked memory limit of "+hard+" bytes (LimitMEMLOCK=infinity does as well)")
 	}

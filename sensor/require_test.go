@@ -19,7 +19,7 @@ func require(t testing.TB, what string) {
 	var err error
 	switch what {
 	case "root":
-		if os.Geteuid() != 0 {
+		if os.Geteuid() != 0 && os.Getenv(agencyEnv) == "" { // else root does for it what it must
 			err = fmt.Errorf("effective uid is %d", os.Geteuid())
 		}
 	case "btf":

@@ -5,6 +5,7 @@ package sensor
 import (
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
 	"os"
 	"path/filepath"
 	"testing"
@@ -86,15 +87,11 @@ func (o *observer) until(kind event.Kind, comm string) *event.Event {
 }
 
 // mount mounts until the end of the test.
-func mount(t *testing.T, dir, kind, data string) error {
-	if err := unix.Mount("none", dir, kind, 0, data); err != nil {
-		return err
+func mount(t *testing.T, a *actor, dir, kind, data string) error {
+	if answer := a.do(request{Op: "shell", Args: []string{`mount -t "$1" -o "$2" none "$3"`, "sh", kind, data, dir}}); answer.Err != "" {
+		return errors.New(answer.Err)
 	}
-	t.Cleanup(func() {
-		if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil {
-			t.Errorf("unmount %s: %v", dir, err)
-		}
-	})
+	t.Cleanup(func() { a.must(request{Op: "file", Args: []string{"umount", dir}}) })
 	return nil
 }
 
@@ -131,11 +128,18 @@ func TestRootUnderstand(t *testing.T) {
 		mount func(t *testing.T, dir string) error
 	}{
 		{"file system of TMPDIR", func(*testing.T, string) error { return nil }},
-		{"tmpfs", func(t *testing.T, dir string) error { return mount(t, dir, "tmpfs", "") }},
+		{"directory of root's", func(t *testing.T, dir string) error {
+			a.must(request{Op: "shell", Args: []string{`cp /bin/true "$1/private"; chmod 0711 "$1/private"; chown 0 "$1"; chmod 0700 "$1"`, "sh", dir}})
+			t.Cleanup(func() {
+				a.must(request{Op: "shell", Args: []string{`rm -rf "$1"/*; chmod 0777 "$1"`, "sh", dir}})
+			})
+			return nil
+		}},
+		{"tmpfs", func(t *testing.T, dir string) error { return mount(t, a, dir, "tmpfs", "rw") }},
 		{"overlayfs", func(t *testing.T, dir string) error {
 			// On a tmpfs of its own: an overlay cannot stand on every file system.
 			base := t.TempDir()
-			if err := mount(t, base, "tmpfs", ""); err != nil {
+			if err := mount(t, a, base, "tmpfs", "rw"); err != nil {
 				return err
 			}
 			layers := []string{filepath.Join(base, "lower"), filepath.Join(base, "upper"), filepath.Join(base, "work")}
@@ -145,7 +149,7 @@ func TestRootUnderstand(t *testing.T) {
 				}
 			}
 			program(t, layers[0], "below")
-			return mount(t, dir, "overlay", "lowerdir="+layers[0]+",upperdir="+layers[1]+",workdir="+layers[2])
+			return mount(t, a, dir, "overlay", "lowerdir="+layers[0]+",upperdir="+layers[1]+",workdir="+layers[2])
 		}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -153,12 +157,17 @@ func TestRootUnderstand(t *testing.T) {
 			if err := tt.mount(t, dir); err != nil {
 				t.Skip("mount:", err)
 			}
-			program(t, dir, "above")
-			for _, name := range []string{"above", "below"} {
+			if unix.Access(dir, unix.W_OK) == nil {
+				program(t, dir, "above")
+			}
+			for _, name := range []string{"above", "below", "private"} {
 				path := filepath.Join(dir, name)
 				content, err := os.ReadFile(path)
-				if err != nil {
+				if errors.Is(err, os.ErrNotExist) {
 					continue
+				}
+				if err != nil {
+					t.Fatal(err)
 				}
 				sum := sha256.Sum256(content)
 				before := time.Now()

@@ -46,6 +46,9 @@ func TestMain(m *testing.M) {
 	if n, err := strconv.Atoi(os.Getenv(threadEnv)); err == nil {
 		endWithThreads(n)
 	}
+	if capabilities := os.Getenv(capabilitiesEnv); capabilities != "" && os.Getenv(agencyEnv) == "" {
+		os.Exit(testAsUser(capabilities))
+	}
 	os.Exit(m.Run())
 }
 
@@ -105,20 +108,35 @@ func startActor(t testing.TB) *actor {
 	}
 	t.Cleanup(func() { listener.Close() })
 	s := &stage{listener: listener, socket: socket}
-	cmd := exec.Command("/proc/self/exe")
-	cmd.Env = append(os.Environ(), actorEnv+"="+socket)
-	cmd.Stderr = os.Stderr
-	if err := cmd.Start(); err != nil {
+	end, err := start(socket)
+	if err != nil {
 		t.Fatal(err)
 	}
 	a := s.accept(t)
 	t.Cleanup(func() {
 		a.do(request{Op: "end"})
-		if err := cmd.Wait(); err != nil {
+		if err := end(); err != nil {
 			t.Errorf("actor: %v", err)
 		}
 	})
 	return a
+}
+
+// start starts an actor, or has root do it. What is returned waits for its end.
+func start(stage string) (end func() error, err error) {
+	if agency := os.Getenv(agencyEnv); agency != "" {
+		return engageAt(agency, stage)
+	}
+	cmd := actorFor(stage)
+	return cmd.Wait, cmd.Start()
+}
+
+// actorFor is an actor that appears on a stage.
+func actorFor(socket string) *exec.Cmd {
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Env = append(os.Environ(), actorEnv+"="+socket)
+	cmd.Stderr = os.Stderr
+	return cmd
 }
 
 func (s *stage) accept(t testing.TB) *actor {
@@ -289,6 +307,15 @@ func (c *company) play(r request) (reply, error) {
 	case "let go":
 		_, err := c.file.Write(make([]byte, r.Up))
 		return reply{}, errors.Join(err, c.file.Close())
+	case "shell": // without anything to say
+		said, err := exec.Command("/bin/sh", append([]string{"-ec"}, r.Args...)...).CombinedOutput()
+		if err == nil && len(said) > 0 {
+			err = errors.New("it said something")
+		}
+		if err != nil {
+			err = fmt.Errorf("%w: %s", err, said)
+		}
+		return reply{}, err
 	case "storm of files":
 		for range r.Count {
 			for _, what := range r.Args {

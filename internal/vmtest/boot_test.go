@@ -51,9 +51,12 @@ func machines() []machine {
 	}
 }
 
-// boot starts a kernel and waits for its end. out is what the init script said, console
+// securityModules is what lsm= says. It has bpf in it, which Debian leaves out in 5.10.
+const securityModules = "lockdown,capability,landlock,yama,apparmor,bpf"
+
+// boot starts a kernel with security modules and waits for its end. out is what the init script said, console
 // what the kernel said; both are there after an error, too. dir is for files.
-func boot(ctx context.Context, dir string, m machine, kernel image, initramfs string) (out, console []byte, err error) {
+func boot(ctx context.Context, dir string, m machine, kernel image, initramfs, lsm string) (out, console []byte, err error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, bootTimeout, fmt.Errorf("no end after %s", bootTimeout))
 	defer cancel()
 	serial := filepath.Join(dir, "console")
@@ -61,10 +64,9 @@ func boot(ctx context.Context, dir string, m machine, kernel image, initramfs st
 		"-accel", "tcg,thread=multi", "-smp", "2", "-m", "1024",
 		"-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
 		"-kernel", kernel.vmlinuz(), "-initrd", initramfs,
-		// no_timer_check is for 7.x, which panics when the emulator is slow; lsm= has
-		// bpf in it, which Debian leaves out in 5.10.
+		// no_timer_check is for 7.x, which panics when the emulator is slow.
 		"-append", "console=" + m.console + " REPORT=" + m.report + " quiet no_timer_check panic=-1 softlockup_panic=1 " +
-			"lsm=lockdown,capability,landlock,yama,apparmor,bpf",
+			"lsm=" + lsm,
 		"-serial", "file:" + serial,
 	}, m.args)...)
 	var says, errs bytes.Buffer

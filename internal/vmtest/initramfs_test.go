@@ -4,6 +4,7 @@ package vmtest
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"debug/elf"
 	"encoding/binary"
@@ -21,16 +22,24 @@ import (
 
 // suite is a package whose tests run in the virtual machine.
 type suite struct {
-	dir string // in the module
-	run string // which tests, as in go test -run
+	dir  string // in the module
+	run  string // which tests, as in go test -run
+	skip string // and which of them not
+	name string // where it is not called by its package
+	// before is what the shell does to the machine first; it stays so for the suites
+	// after it.
+	before string
+	env    string // of the test binary: NAME='value' ...
 }
+
+func (s suite) called() string { return cmp.Or(s.name, s.dir) }
 
 // suites lists what depends on the kernel. Tests that do not are run by every
 // go test already.
 func suites() []suite {
 	return []suite{
-		{"sensor", "Root"},
-		{"sensor/enrich", "Proc|Hash|Host|Clock|Cgroups"},
+		{dir: "sensor", run: "Root"},
+		{dir: "sensor/enrich", run: "Proc|Hash|Host|Clock|Cgroups"},
 	}
 }
 
@@ -38,26 +47,40 @@ func suites() []suite {
 // sensor's suite takes three minutes, most of it in the verifier.
 const testTimeout = "10m"
 
-// build compiles the test binaries of the suites into dir.
+// build compiles the test binaries of the suites into dir, with edr-sensor itself for
+// those that run it.
 func build(ctx context.Context, dir, arch string, suites []suite) error {
-	for _, s := range suites {
-		cmd := exec.CommandContext(ctx, "go", "test", "-c", "-ldflags=-s -w", "-o", testBinary(dir, s), "./"+s.dir)
+	compile := func(args ...string) error {
+		cmd := exec.CommandContext(ctx, "go", args...)
 		cmd.Dir = module
 		cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH="+arch)
 		if out, err := cmd.CombinedOutput(); err != nil {
-			return fmt.Errorf("build tests of %s: %w\n%s", s.dir, err, out)
+			return fmt.Errorf("go %s: %w\n%s", strings.Join(args, " "), err, out)
+		}
+		return nil
+	}
+	for _, s := range suites {
+		err := compile("test", "-c", "-ldflags=-s -w", "-o", testBinary(dir, s), "./"+s.dir)
+		if s.dir == command {
+			err = errors.Join(err, compile("build", "-ldflags=-s -w", "-o", filepath.Join(dir, path.Base(command)), "./"+command))
+		}
+		if err != nil {
+			return err
 		}
 	}
 	return nil
 }
+
+// command is the program's own package.
+const command = "cmd/edr-sensor"
 
 func testBinary(dir string, s suite) string {
 	return filepath.Join(dir, strings.ReplaceAll(s.dir, "/", "-")+".test")
 }
 
 // initramfs writes the file system that a virtual machine starts with: a shell, the
-// kernel's modules, the test binaries in built with their testdata, and the init
-// script, which runs them.
+// kernel's modules, what was built in built with its testdata, and the init script, which
+// runs it.
 func initramfs(name string, m machine, kernel image, built string, suites []suite) error {
 	f, err := os.Create(name)
 	if err != nil {
@@ -74,10 +97,15 @@ func initramfs(name string, m machine, kernel image, built string, suites []suit
 	}
 	var plan strings.Builder
 	for _, s := range suites {
-		to := path.Join("tests", s.dir)
-		a.file(path.Join(to, "run.test"), testBinary(built, s), 0o755)
-		a.tree(path.Join(to, "testdata"), filepath.Join(module, s.dir, "testdata"))
-		fmt.Fprintf(&plan, "%s -test.v=test2json -test.timeout=%s -test.run=%s\n", s.dir, testTimeout, s.run)
+		if to := path.Join("tests", s.dir); !a.made[path.Join(to, "run.test")] {
+			a.file(path.Join(to, "run.test"), testBinary(built, s), 0o755)
+			a.tree(path.Join(to, "testdata"), filepath.Join(module, s.dir, "testdata"))
+			if s.dir == command {
+				a.file(path.Join("bin", path.Base(command)), filepath.Join(built, path.Base(command)), 0o755)
+			}
+		}
+		fmt.Fprintf(&plan, "%s %s %s; exec env %s ./run.test -test.v=test2json -test.timeout=%s -test.run='%s' -test.skip='%s'\n",
+			s.called(), s.dir, cmp.Or(s.before, ":"), s.env, testTimeout, s.run, s.skip)
 	}
 	a.bytes("tests/plan", []byte(plan.String()), 0o644)
 	return a.close()

@@ -86,29 +86,43 @@ func selected(t *testing.T) []release {
 // TestVM runs the tests of the kernel programs on every supported kernel.
 func TestVM(t *testing.T) {
 	seeSources(t)
-	work := t.TempDir()
-	built := map[string]string{} // by arch
+	b := builder{dir: t.TempDir()}
 	for _, r := range selected(t) {
 		t.Run(r.name(), func(t *testing.T) {
-			m, kernel := requireVM(t, r)
-			if !strings.HasPrefix(kernel.version(), r.series+".") {
-				t.Logf("Debian %s has Linux %s by now, no longer %s", r.suite, kernel.version(), r.series)
-			}
-			dir, ok := built[m.arch]
-			if !ok {
-				dir = filepath.Join(work, m.arch)
-				if err := build(t.Context(), dir, m.arch, suites()); err != nil {
-					t.Fatal(err)
-				}
-				built[m.arch] = dir
-			}
-			initrd := filepath.Join(t.TempDir(), "initramfs")
-			if err := initramfs(initrd, m, kernel, dir, suites()); err != nil {
-				t.Fatal(err)
-			}
-			boots(t, m, kernel, initrd)
+			b.boot(t, r, securityModules, suites())
 		})
 	}
+}
+
+// builder remembers what it built.
+type builder struct {
+	dir  string
+	done []string // architecture and suite
+}
+
+// boot runs suites on a kernel.
+func (b *builder) boot(t *testing.T, r release, lsm string, suites []suite) {
+	t.Helper()
+	m, kernel := requireVM(t, r)
+	if !strings.HasPrefix(kernel.version(), r.series+".") {
+		t.Logf("Debian %s has Linux %s by now, no longer %s", r.suite, kernel.version(), r.series)
+	}
+	dir := filepath.Join(b.dir, m.arch)
+	for _, s := range suites {
+		key := m.arch + " " + s.dir
+		if slices.Contains(b.done, key) {
+			continue
+		}
+		if err := build(t.Context(), dir, m.arch, []suite{s}); err != nil {
+			t.Fatal(err)
+		}
+		b.done = append(b.done, key)
+	}
+	initrd := filepath.Join(t.TempDir(), "initramfs")
+	if err := initramfs(initrd, m, kernel, dir, suites); err != nil {
+		t.Fatal(err)
+	}
+	boots(t, m, kernel, initrd, lsm)
 }
 
 // The machine must end, and say why, when its kernel does.
@@ -126,22 +140,22 @@ func TestVMPanic(t *testing.T) {
 	if err := errors.Join(a.close(), f.Close()); err != nil {
 		t.Fatal(err)
 	}
-	out, console, err := boot(t.Context(), t.TempDir(), m, kernel, initrd)
+	out, console, err := boot(t.Context(), t.TempDir(), m, kernel, initrd, securityModules)
 	if err != nil || len(out) > 0 || !bytes.Contains(console, []byte("Attempted to kill init! exitcode=0x00000700")) {
 		t.Errorf("error %v, output %q, console:\n%s", err, out, console)
 	}
 }
 
 // boots boots a kernel and replays what its tests said.
-func boots(t *testing.T, m machine, kernel image, initrd string) {
+func boots(t *testing.T, m machine, kernel image, initrd, lsm string) {
 	start := time.Now()
-	out, console, err := boot(t.Context(), t.TempDir(), m, kernel, initrd)
+	out, console, err := boot(t.Context(), t.TempDir(), m, kernel, initrd, lsm)
 	for range 2 {
 		if !again(out, console, err) {
 			break
 		}
 		t.Logf("booting again, since the emulator failed: %v\n%s", err, tail(console, 30))
-		out, console, err = boot(t.Context(), t.TempDir(), m, kernel, initrd)
+		out, console, err = boot(t.Context(), t.TempDir(), m, kernel, initrd, lsm)
 	}
 	tell(t, out, console, err)
 	t.Logf("over after %s", time.Since(start).Round(100*time.Millisecond))

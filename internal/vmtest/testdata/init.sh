@@ -1,7 +1,7 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
 # The first process of the virtual machine. It runs what is in /tests/plan, a line
-# "package arguments..." each, and says on the serial port REPORT what happens: another
+# "name package command..." each, and says on the serial port REPORT what happens: another
 # one belongs to the kernel, so that no message tears a line of a test apart.
 
 export PATH=/bin HOME=/root TMPDIR=/tmp
@@ -45,15 +45,15 @@ say() { echo "@vm $*"; }
 
 say kernel "$(uname -r)"
 say security "$(cat /sys/kernel/security/lsm)"
-while read -r package arguments <&3; do
+while read -r name package command <&3; do
 	cd "/tests/$package" || continue
 	read -r up _ </proc/uptime
-	say begin "$package" "$up"
-	timeout -s KILL 620 ./run.test $arguments </dev/null # later than its own limit
+	say begin "$name" "$up"
+	timeout -s KILL 620 sh -c "$command" </dev/null # later than its own limit
 	code=$?
 	read -r up _ </proc/uptime
 	echo # should the last line be unfinished
-	say end "$package" "$up" $code
+	say end "$name" "$up" $code
 done 3</tests/plan
 say done
 poweroff -f

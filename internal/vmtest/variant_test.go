@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package vmtest
+
+import (
+	"cmp"
+	"slices"
+	"testing"
+)
+
+// variant is a host that is not like the others: a kernel with other security modules,
+// and suites with other privileges.
+type variant struct {
+	kernel string // a release
+	name   string
+	lsm    string // security modules, those of the other boots without it
+	suites []suite
+}
+
+// Privileges of a systemd unit, as the tests of the sensor take them.
+const (
+	fourCapabilities = "CAP_BPF CAP_PERFMON CAP_SYS_PTRACE CAP_DAC_READ_SEARCH"
+	// Locked memory counts before 5.11.
+	fiveCapabilities = fourCapabilities + " CAP_SYS_RESOURCE"
+)
+
+// asUser is the sensor's suite, run as uid 1000 under Debian's own setting: perf events,
+// and with them kprobes, are for CAP_SYS_ADMIN. No event may be missing for that.
+func asUser(capabilities, run string) suite {
+	return suite{
+		dir: "sensor", name: "sensor-as-uid-1000", run: run,
+		// Kprobes are refused, as is asking for run statistics, and the rest of these has
+		// nothing to do with privileges and takes long.
+		skip: "FilesCost|FilesExcluded|FilesSuppressed|EveryProgram|^TestRootFiles$/(fentry|kprobe|raw)",
+
+		before: "echo 3 >/proc/sys/kernel/perf_event_paranoid",
+		env:    "EDR_CAPABILITIES='" + capabilities + "' EDR_HOOKS=lsm/,fentry/",
+	}
+}
+
+func refused(name, before, run string) suite {
+	return suite{dir: command, name: name, before: before, run: run, env: "EDR_BINARY=/bin/edr-sensor"}
+}
+
+func variants() []variant {
+	allowed := func(name, before string) suite {
+		return suite{dir: "sensor", name: name, run: "TestRootAllowedHooks", before: before, env: "EDR_HOOKS=fentry/"}
+	}
+	return []variant{
+		{kernel: "5.10", name: "user", suites: []suite{
+			asUser(fiveCapabilities, "TestRoot(AllowedHooks|Coverage|Exec|TCPConnection)$"),
+			refused("locked-memory", "", "TestRefused/locked_memory"),
+		}},
+		{kernel: "6.1", name: "user", suites: []suite{asUser(fourCapabilities, "Root")}},
+		{kernel: "6.12", name: "user", suites: []suite{asUser(fourCapabilities, "Root")}},
+		{kernel: "6.12", name: "without bpf in lsm=", lsm: "lockdown,capability,landlock,yama,apparmor", suites: []suite{
+			allowed("told", ""),
+			allowed("self-test", "umount /sys/kernel/security"), // so that nobody tells
+			refused("refused", "mount -t securityfs securityfs /sys/kernel/security", "TestRefused"),
+			refused("locked-down", "echo confidentiality >/sys/kernel/security/lockdown", "TestRefused/lockdown"),
+		}},
+	}
+}
+
+// TestVMVariants runs the sensor on hosts that refuse it something.
+func TestVMVariants(t *testing.T) {
+	seeSources(t)
+	b := builder{dir: t.TempDir()}
+	selected := selected(t)
+	for _, v := range variants() {
+		i := slices.IndexFunc(selected, func(r release) bool { return r.name() == v.kernel })
+		if i < 0 {
+			continue
+		}
+		t.Run(v.kernel+" "+v.name, func(t *testing.T) {
+			b.boot(t, selected[i], cmp.Or(v.lsm, securityModules), v.suites)
+		})
+	}
+}

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"encoding/json"
@@ -99,12 +100,7 @@ func hide(dir, name string) error {
 // TestRefused runs the sensor where it cannot run. It must end with code 77 and one line
 // that says what is the matter, before it made anything, and doctor must say the same.
 func TestRefused(t *testing.T) {
-	if os.Geteuid() != 0 {
-		if os.Getenv("EDR_REQUIRE_ALL") == "1" {
-			t.Fatal("EDR_REQUIRE_ALL: needs root, to take away from")
-		}
-		t.Skip("needs root, to take away from")
-	}
+	needRoot(t)
 	nobody := &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
 	rootless := &syscall.SysProcAttr{
 		Cloneflags:  syscall.CLONE_NEWUSER,
@@ -129,19 +125,8 @@ func TestRefused(t *testing.T) {
 			if release := sensor.NewPreflight().Release; tt.check == sensor.CheckMemlock && !strings.HasPrefix(release, "5.10.") {
 				t.Skipf("Linux %s does not count maps as locked memory", release)
 			}
-			dir, err := os.MkdirTemp("/tmp", "edr-refused-")
-			if err != nil {
-				t.Fatal(err)
-			}
-			t.Cleanup(func() { os.RemoveAll(dir) })
+			dir, path := configForAll(t)
 			state := filepath.Join(dir, "state")
-			path := filepath.Join(dir, "edr-sensor.yaml")
-			// Should nothing refuse it, it watches this test and no more.
-			content := fmt.Sprintf("agent: {state_dir: %s}\ncontrol: {socket: %s/control.sock}\nhttp: {listen: \"\"}\nlog: {format: json}\nsensor: {scope: \"tree:%d\"}\n", state, dir, os.Getpid())
-			if err := errors.Join(os.Chmod(dir, 0o777), os.WriteFile(path, []byte(content), 0o644)); err != nil {
-				t.Fatal(err)
-			}
-
 			code, out, errs := handicapped(t, tt.name, tt.attr, "run", "--config", path)
 			if code != exitPrivilege || out != "" || strings.Count(errs, "\n") != 1 {
 				t.Errorf("exit code %d, want %d and one line:\n%s%s", code, exitPrivilege, out, errs)
@@ -172,6 +157,34 @@ func TestRefused(t *testing.T) {
 	}
 }
 
+func needRoot(t *testing.T) {
+	t.Helper()
+	switch {
+	case os.Geteuid() == 0:
+	case os.Getenv("EDR_REQUIRE_ALL") == "1":
+		t.Fatal("EDR_REQUIRE_ALL: needs root, to take away from")
+	default:
+		t.Skip("needs root, to take away from")
+	}
+}
+
+// configForAll makes a configuration in a directory that every user may use. The sensor
+// then watches this test and no more.
+func configForAll(t *testing.T) (dir, path string) {
+	t.Helper()
+	dir, err := os.MkdirTemp("/tmp", "edr-refused-") // nobody comes to t.TempDir
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	path = filepath.Join(dir, "edr-sensor.yaml")
+	content := fmt.Sprintf("agent: {state_dir: %[1]s/state}\ncontrol: {socket: %[1]s/control.sock}\nhttp: {listen: \"\"}\nlog: {format: json}\nsensor: {scope: \"tree:%[2]d\"}\n", dir, os.Getpid())
+	if err := errors.Join(os.Chmod(dir, 0o777), os.WriteFile(path, []byte(content), 0o644)); err != nil {
+		t.Fatal(err)
+	}
+	return dir, path
+}
+
 // handicapped runs edr-sensor with a handicap.
 func handicapped(t *testing.T, what string, attr *syscall.SysProcAttr, args ...string) (code int, out, errs string) {
 	t.Helper()
@@ -186,4 +199,56 @@ func handicapped(t *testing.T, what string, attr *syscall.SysProcAttr, args ...s
 		t.Fatal(err)
 	}
 	return cmd.ProcessState.ExitCode(), stdout.String(), stderr.String()
+}
+
+// TestRunAsUser runs the sensor as systemd does: as a user with a few capabilities and
+// nothing of root's.
+func TestRunAsUser(t *testing.T) {
+	needRoot(t)
+	if _, err := os.Stat("/sys/kernel/btf/vmlinux"); err != nil {
+		t.Skip(err)
+	}
+	attr := &syscall.SysProcAttr{
+		Credential: &syscall.Credential{Uid: 1000, Gid: 1000},
+		// The last is for Linux 5.10.
+		AmbientCaps: []uintptr{unix.CAP_BPF, unix.CAP_PERFMON, unix.CAP_SYS_PTRACE, unix.CAP_DAC_READ_SEARCH, unix.CAP_SYS_RESOURCE},
+	}
+	if !strings.HasPrefix(sensor.NewPreflight().Release, "5.10.") {
+		attr.AmbientCaps = attr.AmbientCaps[:4]
+	}
+	dir, path := configForAll(t)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, "/proc/self/exe", "run", "--config", path)
+	cmd.Env = append(os.Environ(), handicapEnv+"=none")
+	cmd.SysProcAttr = attr
+	logged, err := cmd.StderrPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	var said strings.Builder
+	started := false
+	for lines := bufio.NewScanner(logged); lines.Scan(); {
+		fmt.Fprintln(&said, lines.Text())
+		var line struct{ Msg string }
+		if err := json.Unmarshal(lines.Bytes(), &line); err != nil {
+			t.Errorf("%v: %s", err, lines.Text())
+		}
+		if line.Msg == "started" {
+			started = true
+			socket, err := os.Stat(filepath.Join(dir, "control.sock"))
+			if err != nil || socket.Sys().(*syscall.Stat_t).Uid != 1000 {
+				t.Errorf("control socket: %v", err)
+			}
+			if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if err := cmd.Wait(); err != nil || !started {
+		t.Errorf("%v, started %t:\n%s", err, started, said.String())
+	}
 }

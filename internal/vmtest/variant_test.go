@@ -38,7 +38,8 @@ func asUser(capabilities, run string) suite {
 	}
 }
 
-func refused(name, before, run string) suite {
+// built is the tests of the built edr-sensor.
+func built(name, before, run string) suite {
 	return suite{dir: command, name: name, before: before, run: run, env: "EDR_BINARY=/bin/edr-sensor"}
 }
 
@@ -49,15 +50,15 @@ func variants() []variant {
 	return []variant{
 		{kernel: "5.10", name: "user", suites: []suite{
 			asUser(fiveCapabilities, "TestRoot(AllowedHooks|Coverage|Exec|TCPConnection)$"),
-			refused("locked-memory", "", "TestRefused/locked_memory"),
+			built("binary", "", "TestRefused/locked_memory|TestRunAsUser"),
 		}},
-		{kernel: "6.1", name: "user", suites: []suite{asUser(fourCapabilities, "Root")}},
-		{kernel: "6.12", name: "user", suites: []suite{asUser(fourCapabilities, "Root")}},
+		{kernel: "6.1", name: "user", suites: []suite{asUser(fourCapabilities, "Root"), built("binary", "", "TestRunAsUser")}},
+		{kernel: "6.12", name: "user", suites: []suite{asUser(fourCapabilities, "Root"), built("binary", "", "TestRunAsUser")}},
 		{kernel: "6.12", name: "without bpf in lsm=", lsm: "lockdown,capability,landlock,yama,apparmor", suites: []suite{
 			allowed("told", ""),
 			allowed("self-test", "umount /sys/kernel/security"), // so that nobody tells
-			refused("refused", "mount -t securityfs securityfs /sys/kernel/security", "TestRefused"),
-			refused("locked-down", "echo confidentiality >/sys/kernel/security/lockdown", "TestRefused/lockdown"),
+			built("refused", "mount -t securityfs securityfs /sys/kernel/security", "TestRefused"),
+			built("locked-down", "echo confidentiality >/sys/kernel/security/lockdown", "TestRefused/lockdown"),
 		}},
 	}
 }

@@ -178,3 +178,22 @@ func hasForm(hook string, forms []string) bool {
 	}
 	return true
 }
+
+// TestAsUser has some of the tests run as a user here, too; the kernels that have
+// better hooks run all of them so in a virtual machine.
+func TestAsUser(t *testing.T) {
+	require(t, "root")
+	require(t, "btf")
+	if os.Getenv(capabilitiesEnv) != "" {
+		return // they all do
+	}
+	cmd := exec.CommandContext(t.Context(), "/proc/self/exe", "-test.run=TestRoot(AllowedHooks|Coverage|Understand|Snapshot|ScopeCgroup|TCPConnection)$")
+	capabilities := "CAP_BPF CAP_PERFMON CAP_SYS_PTRACE CAP_DAC_READ_SEARCH"
+	if NewPreflight().before(5, 11) {
+		capabilities += " CAP_SYS_RESOURCE" // for locked memory
+	}
+	cmd.Env = append(os.Environ(), capabilitiesEnv+"="+capabilities)
+	if out, err := cmd.CombinedOutput(); err != nil {
+		t.Errorf("%v\n%s", err, out)
+	}
+}

@@ -18,7 +18,7 @@ type caseRequest struct {
 	covered chan []int // takes the answer without waiting
 }
 
-// SetCases makes list, oldest first and at most enrich.MaxCases long, the open cases:
+// SetCases makes list, oldest first and at most event.MaxCases long, the open cases:
 // every event from the worker's next turn on that one of them covers carries its ids.
 // The channel then gets how many running processes each covers; nothing when a later
 // call came first, or the worker has ended. Safe for concurrent use; the list and

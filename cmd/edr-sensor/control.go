@@ -3,7 +3,9 @@
 package main
 
 import (
+	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -11,6 +13,7 @@ import (
 	"net"
 	"net/http"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -47,7 +50,30 @@ func unreadable(path string) bool { return errors.Is(unix.Access(path, unix.R_OK
 
 // get opens an answer; the caller closes it. It ends with ctx.
 func (c *control) get(ctx context.Context, path string) (io.ReadCloser, error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://sensor"+path, http.NoBody)
+	return c.do(ctx, http.MethodGet, path, http.NoBody)
+}
+
+// ask sends a value as JSON and reads the answer into another.
+func (c *control) ask(ctx context.Context, method, path string, request, answer any) error {
+	ctx, cancel := context.WithTimeout(ctx, 15*time.Second)
+	defer cancel()
+	b, err := json.Marshal(request)
+	if err != nil {
+		return err
+	}
+	body, err := c.do(ctx, method, path, bytes.NewReader(b))
+	if err != nil {
+		return err
+	}
+	defer body.Close()
+	if err := json.NewDecoder(io.LimitReader(body, 1<<20)).Decode(answer); err != nil {
+		return fmt.Errorf("read the sensor's answer: %w", err)
+	}
+	return nil
+}
+
+func (c *control) do(ctx context.Context, method, path string, send io.Reader) (io.ReadCloser, error) {
+	req, err := http.NewRequestWithContext(ctx, method, "http://sensor"+path, send)
 	if err != nil {
 		return nil, err
 	}
@@ -57,9 +83,22 @@ func (c *control) get(ctx context.Context, path string) (io.ReadCloser, error) {
 	}
 	if resp.StatusCode != http.StatusOK {
 		text, _ := io.ReadAll(io.LimitReader(resp.Body, 4096))
-		return nil, errors.Join(&exit{exitFailure, fmt.Errorf("ask the sensor for %s: %s: %s", path, resp.Status, strings.TrimSpace(string(text))), ""}, resp.Body.Close())
+		return nil, errors.Join(refusal(path, resp, strings.TrimSpace(string(text))), resp.Body.Close())
 	}
 	return resp.Body, nil
+}
+
+// refusal says what the sensor said, as far as that is meant for people.
+func refusal(path string, resp *http.Response, text string) error {
+	switch {
+	case resp.StatusCode == http.StatusNotFound && text == "404 page not found":
+		return &exit{exitFailure, fmt.Errorf("the sensor that runs does not know %s: it is of another version", path), "systemctl restart edr-sensor, after an upgrade"}
+	case resp.StatusCode == http.StatusForbidden:
+		return &exit{exitPrivilege, errors.New(text), ""}
+	case resp.StatusCode >= 400 && resp.StatusCode < 500:
+		return &exit{exitFailure, errors.New(text), ""}
+	}
+	return &exit{exitFailure, fmt.Errorf("ask the sensor for %s: %s: %s", path, resp.Status, text), ""}
 }
 
 // explain turns the three ways in which a socket refuses into what to do.

@@ -26,6 +26,7 @@ type sensorStatus struct {
 	Scope    string            `json:"scope"`
 	Context  map[string]string `json:"context"`
 	Errors   []string          `json:"errors"`
+	Cases    []sensorCase      `json:"cases"`
 	Coverage []struct {
 		Event    string   `json:"event"`
 		Hook     string   `json:"hook"`
@@ -130,6 +131,13 @@ func (s *sensorStatus) screen(now time.Time, colour bool) string {
 	row("scope", "%s", safe(s.Scope))
 	for _, key := range sorted(s.Context) {
 		row(key, "%s", safe(s.Context[key]))
+	}
+	for _, c := range s.Cases {
+		text := fmt.Sprintf("%s on %s %s for %s, %s events", c.ID, c.Scope.Kind, c.Scope.Value, left(now, c.Until), thousands(c.Tagged))
+		if c.Collect == "deep" {
+			text += ", deep"
+		}
+		row("case", "%s", cut(safe(text), 200))
 	}
 
 	var missing []string

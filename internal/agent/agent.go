@@ -27,6 +27,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/aurorasoc/edr-sensor/buffer"
+	"github.com/aurorasoc/edr-sensor/internal/cases"
 	"github.com/aurorasoc/edr-sensor/internal/config"
 	"github.com/aurorasoc/edr-sensor/internal/logging"
 	"github.com/aurorasoc/edr-sensor/sensor"
@@ -57,6 +58,8 @@ type Agent struct {
 	sender   *transport.Sender // nil without Redis
 	mode     *modeMachine
 	tap      *tap
+	cases    *caseKeeper
+	resume   func(context.Context) // tells what became of the cases of the run before
 	http     net.Listener
 	control  net.Listener
 	started  atomic.Bool
@@ -177,6 +180,7 @@ func (a *Agent) build(ctx context.Context, version string) error {
 	}
 	a.defers("sensor", func(context.Context) error { return a.sensor.Close() })
 	current.Store(a.sensor)
+	a.openCases(host.BootID)
 
 	if a.cfg.Transport.Address != "" {
 		if a.sender, err = a.newSender(ctx); err != nil {
@@ -187,6 +191,15 @@ func (a *Agent) build(ctx context.Context, version string) error {
 		return err
 	}
 	return a.sensor.Attach()
+}
+
+// openCases opens the cases of the run before again.
+func (a *Agent) openCases(bootID string) {
+	set, ended, damage := cases.Load(a.cfg.Agent.StateDir, bootID, time.Now())
+	r := cases.Resolver{Proc: "/proc", Cgroup: "/sys/fs/cgroup", BootID: bootID}
+	a.cases = newCaseKeeper(a.registry, set, r, a.sensor.SetCases, a.decide)
+	a.resume = func(ctx context.Context) { a.cases.resumed(ctx, ended, damage) }
+	a.defers("cases", func(context.Context) error { return a.cases.save() })
 }
 
 // bind puts the run's identity on every log line below.
@@ -272,6 +285,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	}
 
 	a.notifyStart(ctx)
+	a.resume(ctx)
 	watch, stopWatching := context.WithCancel(ctx)
 	defer stopWatching()
 	monitored := make(chan struct{})

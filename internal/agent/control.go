@@ -154,8 +154,15 @@ func writeJSON(w http.ResponseWriter, v any) {
 // controlHandler is what the control socket serves. Each line says who may.
 func (a *Agent) controlHandler(ctx context.Context) *control {
 	c := newControl(uint32(os.Geteuid()), a.controlGroup(ctx), a.decide)
-	c.handle("GET /status", rightStatus, a.serveStatus)
+	c.handle("GET /status", rightStatus, func(w http.ResponseWriter, _ *http.Request) {
+		s := a.status()
+		s.Cases = a.cases.list() // who is investigated is told to nobody over HTTP
+		writeJSON(w, s)
+	})
 	c.handle("GET /tap", rightContent, a.serveTap)
+	c.handle("GET /cases", rightStatus, a.serveCases)
+	c.handle("POST /cases/open", rightCases, a.serveCaseOpen)
+	c.handle("POST /cases/close", rightCases, a.serveCaseClose)
 	return c
 }
 

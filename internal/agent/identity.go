@@ -11,6 +11,8 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+
+	"github.com/aurorasoc/edr-sensor/internal/durable"
 )
 
 // agentID returns the configured id, or the one kept in the state directory,
@@ -32,7 +34,7 @@ func agentID(configured, stateDir string) (string, error) {
 		return "", fmt.Errorf("agent id: %w", err)
 	}
 	id := newUUID()
-	if err := writeFile(path, id+"\n"); err != nil {
+	if err := durable.WriteFile(path, []byte(id+"\n")); err != nil {
 		return "", fmt.Errorf("agent id: %w", err)
 	}
 	return id, nil
@@ -46,25 +48,4 @@ func newUUID() string {
 	u[8] = u[8]&0x3f | 0x80
 	h := hex.EncodeToString(u[:])
 	return h[:8] + "-" + h[8:12] + "-" + h[12:16] + "-" + h[16:20] + "-" + h[20:]
-}
-
-// writeFile makes a file appear whole or not at all, and durable.
-func writeFile(path, content string) error {
-	f, err := os.CreateTemp(filepath.Dir(path), ".new-*")
-	if err != nil {
-		return err
-	}
-	defer os.Remove(f.Name())
-	_, err = f.WriteString(content)
-	if err = errors.Join(err, f.Sync(), f.Close()); err != nil {
-		return err
-	}
-	if err := os.Rename(f.Name(), path); err != nil {
-		return err
-	}
-	dir, err := os.Open(filepath.Dir(path))
-	if err != nil {
-		return err
-	}
-	return errors.Join(dir.Sync(), dir.Close())
 }

@@ -48,6 +48,7 @@ func (a *Agent) monitor(ctx context.Context) {
 			status = s
 			notifySystemd(s)
 		}
+		a.cases.expire(ctx)
 		if f.stuck == "" {
 			notifySystemd(daemon.SdNotifyWatchdog)
 		}

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/aurorasoc/edr-sensor/buffer"
+	"github.com/aurorasoc/edr-sensor/internal/cases"
 	"github.com/aurorasoc/edr-sensor/internal/logging"
 	"github.com/aurorasoc/edr-sensor/sensor"
 	"github.com/aurorasoc/edr-sensor/transport"
@@ -22,6 +23,7 @@ type Status struct {
 	Problems  []Problem         `json:"problems"` // worst first; the first one made the mode
 	Scope     string            `json:"scope"`
 	Context   map[string]string `json:"context,omitempty"` // the case the whole run belongs to
+	Cases     []cases.Case      `json:"cases,omitempty"`   // on the control socket only
 	Coverage  []Covered         `json:"coverage"`
 	Sensor    sensor.Stats      `json:"sensor"`
 	Buffer    BufferStatus      `json:"buffer"`

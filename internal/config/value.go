@@ -303,6 +303,15 @@ func printable(s string) *fault {
 	return nil
 }
 
+// Identifier checks an id that comes from elsewhere by the rule for the ids in the
+// configuration. The empty one passes.
+func Identifier(s string) error {
+	if f := identifier(s); f != nil {
+		return fmt.Errorf("%s: %s", f.what, f.remedy)
+	}
+	return nil
+}
+
 // identifier accepts what is safe in a Redis key, a field and a file name.
 func identifier(s string) *fault {
 	const most = 128

@@ -10,9 +10,6 @@ import (
 	"github.com/aurorasoc/edr-sensor/sensor/event"
 )
 
-// MaxCases is how many cases can be open at the same time.
-const MaxCases = 16
-
 // shortContainerID is how much of a container's id people are shown.
 const shortContainerID = 12
 
@@ -24,7 +21,7 @@ type caseSet uint16
 // noted in its table entry. Or its attributes match, which is found out once for
 // each image it runs.
 type cases struct {
-	slots      [MaxCases]*event.Case
+	slots      [event.MaxCases]*event.Case
 	order      []int   // the slots in use, that of the oldest case first
 	rooted     caseSet // a process, or a subtree
 	inherited  caseSet // a subtree: children are members, too
@@ -33,7 +30,7 @@ type cases struct {
 	deep       caseSet
 	generation uint32 // of the set: what was found out about processes before is void
 	deepen     func(pid uint32, d Deep)
-	matched    [MaxCases]*event.Case
+	matched    [event.MaxCases]*event.Case
 }
 
 // Deep says how much of a process is collected for a case.
@@ -46,13 +43,13 @@ const (
 	DeepSubtree      // of this process and of those it forks
 )
 
-// SetCases makes list, of at most MaxCases and oldest first, the open cases. It
+// SetCases makes list, of at most event.MaxCases and oldest first, the open cases. It
 // returns how many running processes each of them covers. Deepen, if set, is told of
 // running processes of which a case wants everything, and when it does no more.
 func (e *Enricher) SetCases(list []*event.Case, deepen func(pid uint32, d Deep)) (covered []int) {
 	c := &e.cases
 	c.deepen = deepen
-	gone := c.replace(list[:min(len(list), MaxCases)])
+	gone := c.replace(list[:min(len(list), event.MaxCases)])
 	c.generation++
 	e.table.forget(gone)
 	e.table.seed()

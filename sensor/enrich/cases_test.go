@@ -306,20 +306,20 @@ func TestSetCasesTakesNoMoreThanItCan(t *testing.T) {
 	h := newHost(t, nil)
 	f := h.family()
 	var list []*event.Case
-	for i := range MaxCases + 3 {
+	for i := range event.MaxCases + 3 {
 		list = append(list, &event.Case{ID: fmt.Sprint(i), Scope: scopeOf(event.CaseProcess, f.root)})
 	}
 	if n := len(h.SetCases(list, nil)); n != len(list) {
 		t.Errorf("%d answers", n)
 	}
-	if n := len(h.connect(f.root).Cases); n != MaxCases {
-		t.Errorf("%d cases, want %d", n, MaxCases)
+	if n := len(h.connect(f.root).Cases); n != event.MaxCases {
+		t.Errorf("%d cases, want %d", n, event.MaxCases)
 	}
 }
 
 // BenchmarkCases measures what open cases add to an event; compare with 0.
 func BenchmarkCases(b *testing.B) {
-	for _, n := range []int{0, 1, MaxCases} {
+	for _, n := range []int{0, 1, event.MaxCases} {
 		b.Run(fmt.Sprint(n), func(b *testing.B) {
 			h := newHost(b, nil)
 			f := h.family()
@@ -354,12 +354,12 @@ func TestTaggingAllocatesNothing(t *testing.T) {
 	h := newHost(t, nil)
 	f := h.family()
 	var list []*event.Case
-	for i := range MaxCases {
+	for i := range event.MaxCases {
 		list = append(list, &event.Case{ID: fmt.Sprint(i), Scope: scopeOf(event.CaseSubtree, f.root)})
 	}
 	h.SetCases(list, nil)
 	ev := h.at(event.FileModify, f.child)
 	if n := testing.AllocsPerRun(100, func() { h.Apply(ev) }); n != 0 {
-		t.Errorf("%v allocations for an event in %d cases", n, MaxCases)
+		t.Errorf("%v allocations for an event in %d cases", n, event.MaxCases)
 	}
 }

@@ -7,6 +7,9 @@ import (
 	"time"
 )
 
+// MaxCases is how many cases can be open at the same time.
+const MaxCases = 16
+
 // Case is an open case: what its scope covers carries its ids. Once it is handed to
 // the worker it is not written any more, but for Tagged.
 type Case struct {

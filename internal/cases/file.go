@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package cases
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"time"
+
+	"github.com/aurorasoc/edr-sensor/internal/durable"
+	"github.com/aurorasoc/edr-sensor/sensor/event"
+)
+
+const (
+	fileName    = "cases.json"
+	fileVersion = 1
+	fileMax     = 1 << 20
+)
+
+// file is the form in which the cases are kept.
+type file struct {
+	Version int    `json:"version"`
+	Cases   []Case `json:"cases"`
+}
+
+// Ended is a case that did not survive until this start, and why.
+type Ended struct {
+	Case
+	Expired bool // else the host was rebooted, and with it ended the process of the scope
+}
+
+// Load reads the cases that were open when the sensor last ran. A file that is damaged,
+// or of a version that is not known, is set aside: damage tells why and where it is
+// now. The Set is always good.
+func Load(dir, bootID string, now time.Time) (s *Set, ended []Ended, damage error) {
+	s = &Set{path: filepath.Join(dir, fileName), bootID: bootID}
+	list, err := read(s.path)
+	if err != nil {
+		aside := s.path + ".damaged"
+		if moved := os.Rename(s.path, aside); moved != nil {
+			return s, nil, fmt.Errorf("%w; it cannot be set aside either: %w", err, moved)
+		}
+		return s, nil, fmt.Errorf("%w; it is %s now", err, aside)
+	}
+	for _, c := range list {
+		switch {
+		case c.over(now):
+			ended = append(ended, Ended{c, true})
+		case c.Scope.process() && c.Scope.BootID != bootID:
+			ended = append(ended, Ended{c, false})
+		default:
+			s.open = append(s.open, c.start())
+		}
+	}
+	if len(ended) > 0 {
+		damage = s.Save()
+	}
+	return s, ended, damage
+}
+
+// read returns the cases of a file; none when it does not exist.
+func read(path string) ([]Case, error) {
+	f, err := os.Open(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, fileMax+1))
+	if err != nil {
+		return nil, err
+	}
+	list, err := parse(b)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	return list, nil
+}
+
+func parse(b []byte) ([]Case, error) {
+	if len(b) > fileMax {
+		return nil, fmt.Errorf("more than %d bytes", fileMax)
+	}
+	var version struct{ Version int }
+	if err := json.Unmarshal(b, &version); err != nil {
+		return nil, err
+	}
+	if version.Version != fileVersion {
+		return nil, fmt.Errorf("version %d, only %d is known", version.Version, fileVersion)
+	}
+	var f file
+	d := json.NewDecoder(bytes.NewReader(b))
+	d.DisallowUnknownFields()
+	if err := d.Decode(&f); err != nil {
+		return nil, err
+	}
+	if len(f.Cases) > event.MaxCases {
+		return nil, fmt.Errorf("%d cases, at most %d can be", len(f.Cases), event.MaxCases)
+	}
+	seen := map[string]bool{}
+	for i := range f.Cases {
+		c := &f.Cases[i]
+		if err := c.check(); err != nil {
+			return nil, fmt.Errorf("case %d: %w", i+1, err)
+		}
+		if seen[c.ID] {
+			return nil, fmt.Errorf("case %s is there twice", c.ID)
+		}
+		seen[c.ID] = true
+	}
+	return f.Cases, nil
+}
+
+// Save writes the file, with how many events were tagged so far.
+func (s *Set) Save() error {
+	b, err := json.MarshalIndent(file{fileVersion, s.List()}, "", "  ")
+	if err != nil {
+		return err
+	}
+	if err := durable.WriteFile(s.path, append(b, '\n')); err != nil {
+		return fmt.Errorf("%w: write %s: %w", ErrFile, s.path, err)
+	}
+	return nil
+}

@@ -35,11 +35,11 @@ SIGINT or SIGTERM and at once at the second.`,
 			if level != "" {
 				c.Log.Level = level
 			}
-			logger, _, err := logging.New(logging.Format(c.Log.Format), c.Log.Level, a.stderr)
+			logs, err := logging.New(agent.LogOptions(c.Log), a.stderr)
 			if err != nil {
 				return usage(cmd, "--log-level: %w", err)
 			}
-			ctx := logging.Into(cmd.Context(), logger)
+			ctx := logs.Into(cmd.Context())
 			if err := agent.Run(ctx, c, thisBuild().Version); err != nil && !errors.Is(err, context.Canceled) {
 				return &exit{code: exitCode(err)} // the log says why
 			}
@@ -49,7 +49,7 @@ SIGINT or SIGTERM and at once at the second.`,
 	cmd.Flags().StringVar(&scope, "scope", "", "watch only this: all, tree:PID or cgroup:/PATH (overrides sensor.scope)")
 	cmd.Flags().StringVar(&level, "log-level", "", "debug, info, warn or error (overrides log.level)")
 	_ = cmd.RegisterFlagCompletionFunc("scope", cobra.FixedCompletions([]string{"all", "tree:", "cgroup:/"}, cobra.ShellCompDirectiveNoSpace))
-	_ = cmd.RegisterFlagCompletionFunc("log-level", cobra.FixedCompletions(logging.Levels(), cobra.ShellCompDirectiveNoFileComp))
+	_ = cmd.RegisterFlagCompletionFunc("log-level", cobra.FixedCompletions(logging.LevelNames(), cobra.ShellCompDirectiveNoFileComp))
 	return cmd
 }
 

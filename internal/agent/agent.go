@@ -128,6 +128,8 @@ func (a *Agent) build(ctx context.Context, version string) error {
 		CaseID: a.cfg.Context.CaseID, InvestigationID: a.cfg.Context.InvestigationID, UserID: a.cfg.Context.UserID,
 	}
 	ctx = a.bind(ctx)
+	registerLog(ctx, a.registry)
+
 	host, err := enrich.LoadHost()
 	if err != nil {
 		return fmt.Errorf("read host facts: %w", err)
@@ -348,6 +350,7 @@ func (a *Agent) serve(ctx context.Context, g *errgroup.Group) {
 			return
 		}
 		s := newServer(h)
+		s.ErrorLog = logging.Std(ctx, zap.WarnLevel)
 		s.ConnContext = identify
 		s.BaseContext = func(net.Listener) context.Context { return ctx }
 		g.Go(func() error {

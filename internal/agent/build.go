@@ -134,7 +134,7 @@ func logNotStarted(ctx context.Context, err error) {
 
 // logEnd says what the run amounted to, in the one line that people look for.
 func (a *Agent) logEnd(ctx context.Context, sum summary, err error) {
-	fields := []zap.Field{zap.Uint64("seen", sum.seen), zap.Uint64("sent", sum.sent), zap.Uint64("lost", sum.lost), zap.Uint64("kept", sum.kept)}
+	fields := []zap.Field{zap.String(logging.KeyCode, "STOPPED"), zap.Uint64("seen", sum.seen), zap.Uint64("sent", sum.sent), zap.Uint64("lost", sum.lost), zap.Uint64("kept", sum.kept)}
 	if err != nil {
 		logging.From(ctx).Error("stopped", append(fields, zap.Error(err))...)
 		return

@@ -59,9 +59,13 @@ type Context struct {
 
 // Log says what is written to standard error, and how.
 type Log struct {
-	Level  string // debug, info, warn, error
-	Format string // auto, console, json
+	Level      string // debug, info, warn, error
+	Format     string // auto, console, json, journal
+	Components LogComponents
 }
+
+// LogComponents are the levels of parts of the sensor; empty: Log.Level.
+type LogComponents struct{ Agent, Sensor, Transport string }
 
 // HTTP is the server of /metrics, /healthz, /readyz and /status.
 type HTTP struct {

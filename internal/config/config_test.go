@@ -168,7 +168,7 @@ transport: {db: -1, shard: "{a}", batch_bytes: 64M}
 			`edr-sensor.yaml:6:18: sensor.process_table: "5" is below the minimum of 1024; set 1024 or more`,
 			`edr-sensor.yaml:7:10: sensor.scope: "tree:0" names no process id from 1 to 4194304; write all, tree:PID or cgroup:/PATH`,
 			`edr-sensor.yaml:8:14: log.level: "inof" is not known here; did you mean info? (debug, info, warn, error)`,
-			`edr-sensor.yaml:8:28: log.format: "xml" is not known here; write one of auto, console, json`,
+			`edr-sensor.yaml:8:28: log.format: "xml" is not known here; write one of auto, console, json, journal`,
 			`edr-sensor.yaml:9:16: http.listen: "localhost" is not host:port; write host:port, such as 127.0.0.1:9477`,
 			`edr-sensor.yaml:10:19: control.socket: "control.sock" is not an absolute path; start it with /`,
 			`edr-sensor.yaml:11:13: agent.id: "a b" contains ' '; use letters, digits and . _ : @ -`,

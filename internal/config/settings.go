@@ -20,7 +20,10 @@ func table(c *Config) []setting {
 		text("context.user_id", &c.Context.UserID, identifier),
 
 		text("log.level", &c.Log.Level, oneOf("debug", "info", "warn", "error")),
-		text("log.format", &c.Log.Format, oneOf("auto", "console", "json")),
+		text("log.format", &c.Log.Format, oneOf("auto", "console", "json", "journal")),
+		text("log.components.agent", &c.Log.Components.Agent, optional(oneOf("debug", "info", "warn", "error"))),
+		text("log.components.sensor", &c.Log.Components.Sensor, optional(oneOf("debug", "info", "warn", "error"))),
+		text("log.components.transport", &c.Log.Components.Transport, optional(oneOf("debug", "info", "warn", "error"))),
 
 		text("http.listen", &c.HTTP.Listen, hostPort),
 

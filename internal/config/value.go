@@ -337,6 +337,15 @@ func required(check func(string) *fault) func(string) *fault {
 	}
 }
 
+func optional(check func(string) *fault) func(string) *fault {
+	return func(s string) *fault {
+		if s == "" {
+			return nil
+		}
+		return check(s)
+	}
+}
+
 func oneOf(words ...string) func(string) *fault {
 	return func(s string) *fault {
 		if slices.Contains(words, s) {

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"unicode/utf8"
 
 	"go.uber.org/zap/zapcore"
 )
@@ -46,33 +47,38 @@ func (c *console) Sync() error { return c.out.Sync() }
 func (c *console) Write(e zapcore.Entry, fields []zapcore.Field) error {
 	var b bytes.Buffer
 	if c.journal {
-		b.WriteString(priority(e.Level))
+		b.WriteString("<" + priority(e.Level) + ">")
 	}
 	c.paint(&b, dim, e.Time.Format("15:04:05.000"))
 	b.WriteByte(' ')
 	c.paint(&b, levelColour(e.Level), fmt.Sprintf("%-5s", e.Level.CapitalString()))
 	b.WriteByte(' ')
-	msg := e.Message
-	if e.LoggerName != "" {
-		msg = e.LoggerName + ": " + msg
-	}
-	msg = strings.ReplaceAll(msg, "\n", `\n`) // one line stays one line
-	b.WriteString(msg)
-	if pad := messageWidth - len(msg); pad > 0 && len(c.fields)+len(fields) > 0 {
-		b.WriteString(strings.Repeat(" ", pad))
-	}
-	// What this line adds comes first: bound keys are the same in every line.
-	for _, fs := range [][]zapcore.Field{fields, c.fields} {
-		for _, f := range fs {
-			c.field(&b, f)
-		}
-	}
+	c.body(&b, messageWidth, e, fields, c.fields)
 	b.WriteByte('\n')
 	_, err := c.out.Write(b.Bytes())
 	if e.Level > zapcore.ErrorLevel {
 		return errors.Join(err, c.out.Sync())
 	}
 	return err
+}
+
+// body writes the message, padded to width, and the fields. What this line adds
+// comes first: bound keys are the same in every line.
+func (c *console) body(b *bytes.Buffer, width int, e zapcore.Entry, fields, bound []zapcore.Field) {
+	msg := e.Message
+	if e.LoggerName != "" {
+		msg = e.LoggerName + ": " + msg
+	}
+	msg = printable(msg) // one line stays one line
+	b.WriteString(msg)
+	if pad := width - utf8.RuneCountInString(msg); pad > 0 && len(fields)+len(bound) > 0 {
+		b.WriteString(strings.Repeat(" ", pad))
+	}
+	for _, fs := range [][]zapcore.Field{fields, bound} {
+		for _, f := range fs {
+			c.field(b, f)
+		}
+	}
 }
 
 func (c *console) field(b *bytes.Buffer, f zapcore.Field) {

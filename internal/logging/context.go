@@ -4,6 +4,7 @@ package logging
 
 import (
 	"context"
+	"log" // for libraries only
 	"os"
 
 	"go.uber.org/zap"
@@ -16,12 +17,14 @@ type contextKey struct{}
 // kept apart so that binding a key again replaces its value; zap's own With
 // would write the key twice.
 type bound struct {
+	log    *Log // nil when the logger is a bare one
 	base   *zap.Logger
 	fields []zap.Field
 	logger *zap.Logger // base with fields
 }
 
-// Into returns a context that logs to l. Call it once, where the logger is made.
+// Into returns a context that logs to a logger made elsewhere, as tests do; its
+// levels are its own. A program uses [Log.Into].
 func Into(ctx context.Context, l *zap.Logger) context.Context {
 	return context.WithValue(ctx, contextKey{}, &bound{base: l, logger: l})
 }
@@ -46,7 +49,24 @@ next:
 		}
 		merged = append(merged, f)
 	}
-	return context.WithValue(ctx, contextKey{}, &bound{b.base, merged, b.base.With(merged...)})
+	return context.WithValue(ctx, contextKey{}, &bound{b.log, b.base, merged, b.base.With(merged...)})
+}
+
+// Of returns the Log of ctx, never nil: one without effect where ctx has none.
+func Of(ctx context.Context) *Log {
+	if b, ok := ctx.Value(contextKey{}).(*bound); ok && b.log != nil {
+		return b.log
+	}
+	return &Log{Levels: newLevels(), logger: zap.NewNop()}
+}
+
+// Std returns a logger for a library that knows only the standard one.
+func Std(ctx context.Context, level zapcore.Level) *log.Logger { //nolint:forbidigo // not to write with, but to pass on
+	l, err := zap.NewStdLogAt(From(ctx), level)
+	if err != nil { // no such level
+		return zap.NewStdLog(From(ctx))
+	}
+	return l
 }
 
 // From returns the logger of ctx with all fields bound to it; never nil. When

@@ -4,6 +4,7 @@ package logging
 
 import (
 	"context"
+	"maps"
 	"slices"
 	"sync"
 	"time"
@@ -17,7 +18,9 @@ import (
 const maxLimiterKeys = 256
 
 // Limiter thins repeated lines: at most one per key and interval is written, and
-// the next one that is says how many were not. Safe for concurrent use.
+// the next one that is says how many were not. Who can, calls Settle now and then,
+// and Flush at the end, so that the last count is said too. Safe for concurrent
+// use.
 type Limiter struct {
 	interval time.Duration
 	mu       sync.Mutex
@@ -27,6 +30,7 @@ type Limiter struct {
 type limit struct {
 	last       time.Time
 	suppressed uint64
+	say        func(suppressed uint64) // writes the last line that was suppressed
 }
 
 // NewLimiter makes a Limiter that lets one line per key through in an interval.
@@ -36,7 +40,9 @@ func NewLimiter(interval time.Duration) *Limiter {
 
 // Allow reports whether a line of this key may be written now, and how many
 // were suppressed since the last one that was.
-func (l *Limiter) Allow(key string) (suppressed uint64, ok bool) {
+func (l *Limiter) Allow(key string) (suppressed uint64, ok bool) { return l.allow(key, nil) }
+
+func (l *Limiter) allow(key string, say func(uint64)) (suppressed uint64, ok bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	k := l.keys[key]
@@ -53,20 +59,64 @@ func (l *Limiter) Allow(key string) (suppressed uint64, ok bool) {
 		return suppressed, true
 	}
 	k.suppressed++
+	k.say = say
 	return 0, false
 }
 
 // Log writes the line at the given level if [Limiter.Allow] lets it, with the
-// field suppressed=N when lines of this key were left out before it.
-func (l *Limiter) Log(ctx context.Context, level zapcore.Level, key, msg string, fields ...zap.Field) {
-	n, ok := l.Allow(key)
-	if !ok {
-		return
+// field suppressed=N when lines of this key were left out before it. It reports
+// whether the line was written. The last one left out may be written later, so
+// what the fields refer to must not change.
+func (l *Limiter) Log(ctx context.Context, level zapcore.Level, key, msg string, fields ...zap.Field) bool {
+	log := From(ctx)
+	say := func(n uint64) {
+		if n > 0 {
+			fields = append(slices.Clip(fields), zap.Uint64(KeySuppressed, n))
+		}
+		log.Log(level, msg, fields...)
 	}
-	if n > 0 {
-		fields = append(slices.Clip(fields), zap.Uint64(KeySuppressed, n))
+	n, ok := l.allow(key, say)
+	if ok {
+		say(n)
 	}
-	From(ctx).Log(level, msg, fields...)
+	return ok
+}
+
+// Settle writes, for each key whose interval is over, the last line that was
+// suppressed, and how many there were before it.
+func (l *Limiter) Settle() { l.settle(false) }
+
+// Flush is Settle for all keys, at the end.
+func (l *Limiter) Flush() { l.settle(true) }
+
+func (l *Limiter) settle(all bool) {
+	type due struct {
+		say func(uint64)
+		n   uint64
+	}
+	var lines []due
+	l.mu.Lock()
+	now := time.Now()
+	for _, key := range slices.Sorted(maps.Keys(l.keys)) {
+		k := l.keys[key]
+		if !all && now.Sub(k.last) < l.interval {
+			continue
+		}
+		if k.suppressed == 0 || k.say == nil {
+			// Without a line the next one is the first again; a count that only its
+			// owner can word waits for it.
+			if k.suppressed == 0 {
+				delete(l.keys, key)
+			}
+			continue
+		}
+		lines = append(lines, due{k.say, k.suppressed - 1}) // this one is written now
+		k.suppressed, k.last = 0, now
+	}
+	l.mu.Unlock()
+	for _, d := range lines {
+		d.say(d.n)
+	}
 }
 
 // Forget ends the interval of key, because its cause is gone: the next line of

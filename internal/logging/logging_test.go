@@ -22,14 +22,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-func jsonLogger(t *testing.T, level string) (context.Context, zap.AtomicLevel, func() []map[string]any) {
+func jsonLogger(t *testing.T, level string) (context.Context, *Levels, func() []map[string]any) {
 	t.Helper()
 	var out bytes.Buffer
-	l, lvl, err := New(FormatAuto, level, &out)
+	l, err := New(Options{Format: FormatAuto, Level: level}, &out)
 	if err != nil {
 		t.Fatal(err)
 	}
-	return Into(t.Context(), l), lvl, func() []map[string]any {
+	return l.Into(t.Context()), l.Levels, func() []map[string]any {
 		t.Helper()
 		var lines []map[string]any
 		for line := range strings.Lines(out.String()) {
@@ -76,13 +76,114 @@ func TestChildrenInheritKeys(t *testing.T) {
 }
 
 func TestLevelChangesAtRunTime(t *testing.T) {
-	ctx, lvl, lines := jsonLogger(t, "warn")
-	log := From(With(ctx, zap.String(KeyComponent, "x")))
-	log.Info("hidden")
-	lvl.SetLevel(zapcore.DebugLevel)
-	log.Debug("shown")
-	if got := lines(); len(got) != 1 || got[0]["msg"] != "shown" {
-		t.Errorf("got %v", got)
+	ctx, levels, lines := jsonLogger(t, "warn")
+	sensor, transport := From(With(ctx, zap.String(KeyComponent, "sensor"))), From(With(ctx, zap.String(KeyComponent, "transport")))
+	say := func(what string) {
+		From(ctx).Info(what + ", of no component")
+		sensor.Info(what)
+		transport.Info(what)
+	}
+	must := func(c Change, err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	say("hidden")
+	must(levels.Override("sensor", "debug", 0, nil))
+	say("sensor")
+	must(levels.Override("", "info", 0, nil))
+	must(levels.Override("sensor", "error", 0, nil))
+	say("all but sensor")
+	must(levels.Reset("sensor"))
+	say("all")
+	must(levels.Reset(""))
+	say("hidden again")
+	if err := levels.Configure("error", map[string]string{"transport": "info", "sensor": ""}); err != nil {
+		t.Fatal(err)
+	}
+	say("transport as configured")
+
+	var got []string
+	for _, l := range lines() {
+		c, _ := l["component"].(string)
+		got = append(got, c+": "+l["msg"].(string))
+	}
+	want := []string{
+		"sensor: sensor",
+		": all but sensor, of no component", "transport: all but sensor",
+		": all, of no component", "sensor: all", "transport: all",
+		"transport: transport as configured",
+	}
+	if d := cmp.Diff(want, got); d != "" {
+		t.Errorf("lines (-want +got):\n%s", d)
+	}
+}
+
+// TestOverrideEnds lets the time of a level pass, and of one that was replaced.
+func TestOverrideEnds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		_, levels, _ := jsonLogger(t, "info")
+		ended := make(chan Change, 8)
+		set := func(component, level string, lasts time.Duration) Change {
+			t.Helper()
+			c, err := levels.Override(component, level, lasts, func(c Change) { ended <- c })
+			if err != nil {
+				t.Fatal(err)
+			}
+			return c
+		}
+		set("sensor", "debug", time.Minute)
+		c := set("sensor", "error", 10*time.Minute) // the minute counts no more
+		if c.Before != "debug" || c.After != "error" || time.Until(c.Until) != 10*time.Minute {
+			t.Errorf("change %+v", c)
+		}
+		set("transport", "debug", time.Hour)
+		time.Sleep(9 * time.Minute) //nolint:forbidigo // the bubble's clock
+		synctest.Wait()
+		if len(ended) > 0 {
+			t.Errorf("ended early: %+v", <-ended)
+		}
+		until := c.Until
+		want := []Level{
+			{"", "info", "info", nil},
+			{"agent", "info", "info", nil},
+			{"sensor", "error", "info", &until},
+			{"transport", "debug", "info", levels.List()[3].Until},
+		}
+		if d := cmp.Diff(want, levels.List()); d != "" {
+			t.Errorf("levels (-want +got):\n%s", d)
+		}
+		time.Sleep(time.Minute) //nolint:forbidigo // the bubble's clock
+		synctest.Wait()
+		if d := cmp.Diff(Change{Component: "sensor", Before: "error", After: "info"}, <-ended); d != "" {
+			t.Errorf("end (-want +got):\n%s", d)
+		}
+		if _, err := levels.Reset(""); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(time.Hour) //nolint:forbidigo // the bubble's clock
+		synctest.Wait()
+		if len(ended) > 0 {
+			t.Errorf("ended after a reset: %+v", <-ended)
+		}
+	})
+}
+
+func TestLevelsRefuse(t *testing.T) {
+	_, levels, _ := jsonLogger(t, "info")
+	for _, c := range []struct {
+		err  func() error
+		want string
+	}{
+		{func() error { _, err := levels.Override("worker", "info", 0, nil); return err }, `log component "worker": must be one of agent, sensor, transport`},
+		{func() error { _, err := levels.Override("", "trace", 0, nil); return err }, `log level "trace": must be one of debug, info, warn, error`},
+		{func() error { _, err := levels.Reset("x"); return err }, `log component "x": must be one of agent, sensor, transport`},
+		{func() error { return levels.Configure("info", map[string]string{"sensor": "x"}) }, `component sensor: log level "x": must be one of debug, info, warn, error`},
+	} {
+		if err := c.err(); err == nil || err.Error() != c.want {
+			t.Errorf("error %v, want %s", err, c.want)
+		}
 	}
 }
 
@@ -141,11 +242,11 @@ func TestJournalPrefix(t *testing.T) {
 			if _, err := f.Seek(0, 0); err != nil {
 				t.Fatal(err)
 			}
-			l, _, err := New(FormatAuto, "debug", f)
+			logs, err := New(Options{Format: FormatJSON, Level: "debug"}, f)
 			if err != nil {
 				t.Fatal(err)
 			}
-			l = l.With(zap.String("k", "v"))
+			l := logs.logger.With(zap.String("k", "v"))
 			l.Debug("d")
 			l.Info("two\nlines")
 			l.Warn("w")
@@ -167,14 +268,16 @@ func TestJournalPrefix(t *testing.T) {
 
 func TestConsole(t *testing.T) {
 	var out bytes.Buffer
-	l, _, err := New(FormatConsole, "info", &out)
+	logs, err := New(Options{Format: FormatConsole, Level: "info"}, &out)
 	if err != nil {
 		t.Fatal(err)
 	}
+	l := logs.logger
 	l.Info("plain")
 	l = l.With(zap.String(KeyAgentID, "a-1"))
 	l.Warn("redis is away", zap.Error(errors.New("dial: refused")), zap.Duration("after", 3*time.Second), zap.String("x", ""))
 	l.Named("part").Error("two\nlines")
+	l.Info("\x1b[2Jclear, café")
 	l.Debug("hidden")
 
 	var got []string
@@ -185,6 +288,7 @@ func TestConsole(t *testing.T) {
 		"INFO  plain\n",
 		`WARN  redis is away                        error="dial: refused" after=3s x="" agent_id=a-1` + "\n",
 		`ERROR part: two\nlines                     agent_id=a-1` + "\n",
+		`INFO  \x1b[2Jclear, café                   agent_id=a-1` + "\n",
 	}
 	if d := cmp.Diff(want, got); d != "" {
 		t.Errorf("lines (-want +got):\n%s", d)
@@ -200,10 +304,10 @@ func TestConsole(t *testing.T) {
 
 func TestNewRefuses(t *testing.T) {
 	for _, c := range []struct{ format, level, want string }{
-		{"xml", "info", `log format "xml": must be one of auto, console, json`},
+		{"xml", "info", `log format "xml": must be one of auto, console, json, journal`},
 		{"json", "loud", `log level "loud": must be one of debug, info, warn, error`},
 	} {
-		if _, _, err := New(Format(c.format), c.level, &bytes.Buffer{}); err == nil || err.Error() != c.want {
+		if _, err := New(Options{Format: Format(c.format), Level: c.level}, &bytes.Buffer{}); err == nil || err.Error() != c.want {
 			t.Errorf("New(%q, %q): %v, want %s", c.format, c.level, err, c.want)
 		}
 	}
@@ -236,6 +340,37 @@ func TestLimiterCountsWhatItSuppresses(t *testing.T) {
 	})
 }
 
+// TestLimiterSettles says what was suppressed even when no further line comes.
+func TestLimiterSettles(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		ctx, _, lines := jsonLogger(t, "info")
+		l := NewLimiter(10 * time.Second)
+		for i := range 5 {
+			l.Log(ctx, zapcore.ErrorLevel, "decode", "decode record", zap.Int("n", i))
+		}
+		l.Log(ctx, zapcore.WarnLevel, "once", "once")
+		l.Settle()                   // too early
+		time.Sleep(10 * time.Second) //nolint:forbidigo // the bubble's clock
+		l.Settle()
+		l.Settle() // said already
+		l.Log(ctx, zapcore.ErrorLevel, "decode", "decode record", zap.Int("n", 5))
+		l.Flush()
+		l.Flush()
+		want := []map[string]any{
+			{"level": "error", "msg": "decode record", "n": 0.0},
+			{"level": "warn", "msg": "once"},
+			{"level": "error", "msg": "decode record", "n": 4.0, "suppressed": 3.0},
+			{"level": "error", "msg": "decode record", "n": 5.0},
+		}
+		if d := cmp.Diff(want, lines()); d != "" {
+			t.Errorf("lines (-want +got):\n%s", d)
+		}
+		if len(l.keys) > 1 {
+			t.Errorf("%d keys are kept, though nothing is suppressed", len(l.keys))
+		}
+	})
+}
+
 func TestLimiterIsBounded(t *testing.T) {
 	l := NewLimiter(time.Hour)
 	for i := range 10 * maxLimiterKeys {
@@ -244,4 +379,30 @@ func TestLimiterIsBounded(t *testing.T) {
 	if n := len(l.keys); n > maxLimiterKeys+1 {
 		t.Errorf("%d keys", n)
 	}
+}
+
+// BenchmarkDisabledDebug is what a debug line costs that nobody wants.
+func BenchmarkDisabledDebug(b *testing.B) {
+	logs, err := New(Options{Format: FormatJSON, Level: "info"}, &bytes.Buffer{})
+	if err != nil {
+		b.Fatal(err)
+	}
+	ctx := With(logs.Into(b.Context()), zap.String(KeyAgentID, "a-1"), zap.String(KeyComponent, "sensor"))
+	b.Run("from context", func(b *testing.B) {
+		b.ReportAllocs()
+		for b.Loop() {
+			if l := From(ctx).Check(zapcore.DebugLevel, "batch"); l != nil {
+				l.Write(zap.Int(KeyCount, 1))
+			}
+		}
+	})
+	log := From(ctx)
+	b.Run("logger at hand", func(b *testing.B) {
+		b.ReportAllocs()
+		for b.Loop() {
+			if l := log.Check(zapcore.DebugLevel, "batch"); l != nil {
+				l.Write(zap.Int(KeyCount, 1))
+			}
+		}
+	})
 }

@@ -74,6 +74,7 @@ const (
 	bulkShare   = 32        // of them kept for the bulk ring while the priority ring is never empty
 	flushBytes  = 256 << 10 // handed over before a poll is complete, so that memory stays bounded
 	tickEvery   = time.Second
+	linesEvery  = 10 * time.Second // log lines that a record or a tick repeats
 	maxNotices  = 1024
 )
 
@@ -114,6 +115,7 @@ type Sensor struct {
 	unwritten map[string]uint64        // events that could not become records since the last tick, by reason
 	missed    uint64                   // program runs left out by the kernel, reported so far
 	left      suppressed
+	limiter   *logging.Limiter // of lines that a record or a tick can repeat
 	lastTick  time.Time
 }
 
@@ -124,7 +126,7 @@ func Open(o Options) (*Sensor, error) {
 	if err != nil {
 		return nil, fmt.Errorf("load sensor: %w", err)
 	}
-	s := &Sensor{o: o, kernel: k, metrics: newMetrics(o.Registerer)}
+	s := &Sensor{o: o, kernel: k, metrics: newMetrics(o.Registerer), limiter: logging.NewLimiter(linesEvery)}
 	if err := s.openRings(); err != nil {
 		return nil, errors.Join(fmt.Errorf("open sensor: %w", err), s.Close())
 	}
@@ -291,6 +293,7 @@ func (s *Sensor) drain(ctx context.Context) error {
 	}
 	s.tick(ctx, time.Now())
 	s.reportSuppressed(ctx, time.Now(), true)
+	s.limiter.Flush()
 	s.writeNotices(ctx)
 	s.reportRepeats(ctx, time.Now(), true)
 	return errors.Join(err, s.flush(ctx, true))
@@ -354,7 +357,7 @@ func (s *Sensor) read(ctx context.Context, r *ring, limit uint64, n, most int) (
 		if err := s.dec.decode(rec, ev); err != nil {
 			s.metrics.decodeErrors.Inc()
 			s.discard("UNDECODABLE", 1)
-			logging.From(ctx).Error("decode record", zap.Error(err))
+			s.limiter.Log(ctx, zap.ErrorLevel, "decode", "decode record", zap.Error(err))
 			continue
 		}
 		ev.Hook = s.hooks[ev.Kind]
@@ -378,7 +381,7 @@ func (s *Sensor) write(ctx context.Context, now int64, ev *event.Event, urgent b
 	if err != nil {
 		s.metrics.rejected.Inc()
 		s.discard("TOO_LARGE", 1)
-		logging.From(inCases(ctx, ev)).Error("record rejected", zap.Stringer(logging.KeyEvent, ev.Kind), zap.Int(logging.KeyBytes, len(rec)), zap.Error(err))
+		s.limiter.Log(inCases(ctx, ev), zap.ErrorLevel, "rejected", "record rejected", zap.Stringer(logging.KeyEvent, ev.Kind), zap.Int(logging.KeyBytes, len(rec)), zap.Error(err))
 		return
 	}
 	s.pending = true
@@ -458,6 +461,7 @@ func (s *Sensor) tick(ctx context.Context, now time.Time) {
 	s.reportMissed(ctx, lost)
 	s.reportSuppressed(ctx, now, false)
 	s.reportRepeats(ctx, now, false)
+	s.limiter.Settle()
 }
 
 // reportRepeats makes known how many equal decisions were left out.
@@ -493,7 +497,7 @@ func (s *Sensor) reportSuppressed(ctx context.Context, now time.Time, end bool) 
 func (s *Sensor) reportKernelLoss(ctx context.Context, i event.SelfInfo) {
 	counters, err := s.kernel.counters()
 	if err != nil {
-		logging.From(ctx).Error("read kernel loss counters", zap.Error(err))
+		s.limiter.Log(ctx, zap.ErrorLevel, "counters", "read kernel loss counters", zap.Error(err))
 		return
 	}
 	i.ByKind = map[string]uint64{}

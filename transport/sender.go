@@ -60,7 +60,8 @@ type Sender struct {
 	conn    *conn              // nil while not connected
 	secret  *[sha256.Size]byte // of the password that was accepted last; nil: none was
 	back    backoff
-	failed  int // failures since the last success, of any class
+	failed  int  // failures since the last success, of any class
+	told    bool // a line said that nothing is delivered, and none that it is again
 
 	pos     uint64 // the server has everything up to here
 	acked   uint64 // highest pos ever
@@ -96,6 +97,7 @@ func New(o Options, q Queue) (*Sender, error) {
 		m:       newMetrics(o.Registerer),
 		batch:   newBatch(&o, q.Epoch()),
 		limiter: logging.NewLimiter(time.Minute),
+		told:    true,
 		process: newProcess(""),
 		back:    backoff{first: o.FirstReconnect, base: o.BackoffBase, cap: o.BackoffCap, healthy: o.HealthyAfter},
 		pos:     bounds.Acked,
@@ -154,6 +156,7 @@ func (s *Sender) Drain(ctx context.Context) error {
 func (s *Sender) Close() {
 	s.disconnect()
 	s.m.connected.Set(0)
+	s.limiter.Flush()
 }
 
 // serve connects if needed and delivers until an error; with until > 0 it stops
@@ -166,6 +169,7 @@ func (s *Sender) serve(ctx context.Context, until uint64) error {
 		}
 	}
 	for until == 0 || s.pos < until {
+		s.limiter.Settle()
 		recs, err := s.next(ctx, until == 0)
 		switch {
 		case err != nil:
@@ -473,7 +477,7 @@ func (s *Sender) forfeit(ctx context.Context, hole span) bool {
 	lost := subtract(span{hole.first, min(hole.last, s.acked)}, s.holes)
 	for _, gone := range lost {
 		s.q.Forfeit(gone.first, gone.last, CauseServerLoss)
-		logging.From(ctx).Error("server lost records that the buffer no longer has",
+		s.limiter.Log(ctx, zapcore.ErrorLevel, "forfeit", "server lost records that the buffer no longer has",
 			zap.Uint64(logging.KeyFirst, gone.first), zap.Uint64(logging.KeyLast, gone.last),
 			zap.Uint64(logging.KeyCount, gone.len()))
 	}
@@ -510,9 +514,11 @@ func (s *Sender) fail(ctx context.Context, err error) time.Duration {
 	if p.phase != Retrying {
 		level = zapcore.ErrorLevel
 	}
-	s.limiter.Log(ctx, level, string(p.phase)+string(class), "not delivering, events stay in the buffer",
-		zap.String(logging.KeyClass, string(class)), zap.Error(err), zap.String(logging.KeyRemedy, p.hint),
-		zap.Int(logging.KeyAttempt, s.failed), zap.String(logging.KeyAddress, s.o.Addr))
+	if s.limiter.Log(ctx, level, string(p.phase)+string(class), "not delivering, events stay in the buffer",
+		zap.String(logging.KeyCode, "NOT_DELIVERING"), zap.String(logging.KeyClass, string(class)), zap.Error(err), zap.String(logging.KeyRemedy, p.hint),
+		zap.Int(logging.KeyAttempt, s.failed), zap.String(logging.KeyAddress, s.o.Addr)) {
+		s.told = true
+	}
 	s.set(st)
 	return wait
 }
@@ -522,9 +528,12 @@ func (s *Sender) recover(ctx context.Context) {
 	s.m.connected.Set(1)
 	prev := s.state.Load()
 	st := &State{Phase: Connected, Since: time.Now(), Address: s.o.Addr, Warning: s.warning, Rewinds: prev.Rewinds, Rotations: prev.Rotations}
-	s.limiter.Log(ctx, zapcore.InfoLevel, string(Connected), "delivering",
-		zap.String(logging.KeyAddress, s.o.Addr), zap.Uint64(logging.KeySeq, s.pos), zap.Int(logging.KeyAttempt, s.failed),
-		zap.Duration(logging.KeyDuration, st.Since.Sub(prev.Since)))
+	if s.told {
+		s.told = false
+		logging.From(ctx).Info("delivering", zap.String(logging.KeyCode, "DELIVERING"),
+			zap.String(logging.KeyAddress, s.o.Addr), zap.Uint64(logging.KeySeq, s.pos), zap.Int(logging.KeyAttempt, s.failed),
+			zap.Duration(logging.KeyDuration, st.Since.Sub(prev.Since)))
+	}
 	s.failed = 0
 	s.set(st)
 }

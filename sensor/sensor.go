@@ -381,7 +381,11 @@ func (s *Sensor) write(ctx context.Context, now int64, ev *event.Event, urgent b
 	if err != nil {
 		s.metrics.rejected.Inc()
 		s.discard("TOO_LARGE", 1)
-		s.limiter.Log(inCases(ctx, ev), zap.ErrorLevel, "rejected", "record rejected", zap.Stringer(logging.KeyEvent, ev.Kind), zap.Int(logging.KeyBytes, len(rec)), zap.Error(err))
+		key := "rejected"
+		if len(ev.Cases) > 0 {
+			key += " " + ev.Cases[0].ID // one case's line must not stand for another's
+		}
+		s.limiter.Log(inCases(ctx, ev), zap.ErrorLevel, key, "record rejected", zap.Stringer(logging.KeyEvent, ev.Kind), zap.Int(logging.KeyBytes, len(rec)), zap.Error(err))
 		return
 	}
 	s.pending = true

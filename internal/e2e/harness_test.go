@@ -114,6 +114,7 @@ transport: {address: "%[3]s"}
 		if h.proc != nil {
 			h.kill9()
 		}
+		checkLog(t, h.log.all(), nil)
 		if t.Failed() {
 			t.Logf("last lines of the sensor's log:\n%s", h.log.tail(40))
 		}
@@ -243,6 +244,36 @@ func (l *lines) all() [][]byte {
 func (l *lines) tail(n int) string {
 	all := l.all()
 	return string(bytes.Join(all[max(0, len(all)-n):], []byte("\n")))
+}
+
+// checkLog wants every line of a sensor's log to say which sensor and which part
+// of it speaks, and to carry the context given.
+func checkLog(t *testing.T, lines [][]byte, context map[string]string) {
+	t.Helper()
+	agentID := ""
+	for i, l := range lines {
+		var f map[string]any
+		if err := json.Unmarshal(l, &f); err != nil {
+			// A process that is killed may end within its last line, and the next
+			// start writes on behind it.
+			if !bytes.HasPrefix(l, []byte(`{"level"`)) && !bytes.HasPrefix(l, []byte("edr-sensor: ")) && !bytes.HasPrefix(l, []byte("Try: ")) {
+				t.Errorf("line %d of the log is no JSON: %s", i+1, l)
+			}
+			continue
+		}
+		id, _ := f["agent_id"].(string)
+		if agentID == "" {
+			agentID = id
+		}
+		if part, _ := f["component"].(string); id == "" || id != agentID || part == "" || f["unbound"] != nil {
+			t.Errorf("context is missing in line %d of the log: %s", i+1, l)
+		}
+		for k, want := range context {
+			if f[k] != want {
+				t.Errorf("%s is not %s in line %d of the log: %s", k, want, i+1, l)
+			}
+		}
+	}
 }
 
 // eventually waits for a condition, looking every few milliseconds.

@@ -4,7 +4,6 @@ package e2e
 
 import (
 	"bytes"
-	"encoding/json"
 	"fmt"
 	"net"
 	"os"
@@ -257,16 +256,7 @@ func TestLogContext(t *testing.T) {
 	if len(all) < 5 {
 		t.Fatalf("%d log lines, want more", len(all))
 	}
-	for _, l := range all {
-		var f map[string]any
-		if err := json.Unmarshal(l, &f); err != nil {
-			t.Errorf("not a JSON line: %s", l)
-			continue
-		}
-		if f["agent_id"] != id || f["case_id"] != "C-17" || f["investigation_id"] != "I-4" || f["user_id"] != "ann" || f["component"] == nil || f["unbound"] != nil {
-			t.Errorf("context is missing: %s", l)
-		}
-	}
+	checkLog(t, all, map[string]string{"agent_id": id, "case_id": "C-17", "investigation_id": "I-4", "user_id": "ann"})
 	for _, r := range readStreams(t, server.Client()) {
 		if !bytes.Contains(r.data, []byte("C-17")) || !bytes.Contains(r.data, []byte("I-4")) {
 			t.Errorf("%s without its case: %s", r.event.Metadata.EventCode, r.data)

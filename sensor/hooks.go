@@ -35,6 +35,7 @@ type candidate []string
 // hooks returns every hook in the order of attaching. Fork and exit come first:
 // they keep the process tree of the scope, which the others ask.
 func hooks(files bool, copies int) []hook {
+	preempted := copies > 1
 	list := []hook{
 		{kinds: kinds(event.Fork), required: true, chain: tracepoint("sched_process_fork"), copies: copies},
 		{kinds: kinds(event.Exit), required: true, chain: tracepoint("sched_process_exit"), copies: copies},
@@ -49,7 +50,7 @@ func hooks(files bool, copies int) []hook {
 		return list
 	}
 	dentry := []string{"dentry"}
-	return append(list,
+	list = append(list,
 		hook{kinds: kinds(event.FileModify), syscalls: kinds(event.FileOpenWrite), chain: []candidate{
 			{"lsm_file_open", "lsm_file_release"},
 			{"lsm_file_open", "fentry___fput"},
@@ -79,6 +80,22 @@ func hooks(files bool, copies int) []hook {
 		file(event.Umount, security("sb_umount")),
 		file(event.MountMove, security("move_mount")),
 	)
+	if preempted {
+		for _, h := range list {
+			slices.SortStableFunc(h.chain, func(a, b candidate) int { return trampoline(a) - trampoline(b) })
+		}
+	}
+	return list
+}
+
+// trampoline is 1 for a candidate that the kernel leaves out for a task while another one
+// is preempted inside of it, like those on tracepoints since 7.0. LSM programs have no
+// such guard, and those on kprobes are not preempted.
+func trampoline(c candidate) int {
+	if strings.HasPrefix(c[0], "fentry_") {
+		return 1
+	}
+	return 0
 }
 
 func kinds(list ...event.Kind) []event.Kind { return list }

@@ -3,7 +3,10 @@
 package sensor
 
 import (
+	"fmt"
+	"path/filepath"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 
@@ -126,6 +129,60 @@ func TestRootCopiesNegativeControl(t *testing.T) {
 	t.Logf("%d processes: %d runs left out, %d exits unseen", len(pids), missed, unseen)
 	if err != nil || missed == 0 || unseen > missed {
 		t.Errorf("%d runs left out, %d exits unseen, %v", missed, unseen, err)
+	}
+}
+
+// Of the forms of programs that see files, the kernel leaves out only those that come
+// last where it does that.
+func TestRootPreemptedForms(t *testing.T) {
+	a := startActor(t)
+	if copiesFor(release()) == 1 {
+		t.Skipf("Linux %s does not preempt tracepoints", release())
+	}
+	var workers []*actor
+	for range 4 {
+		workers = append(workers, a.spawn())
+	}
+	dir := t.TempDir()
+	for _, form := range []string{"lsm", "kprobe", "fentry"} {
+		t.Run(form, func(t *testing.T) {
+			k := watchFiles(t, a, FileOptions{}, form)
+			left := func() (n uint64) {
+				for i := range k.attached {
+					if !strings.HasPrefix(k.attached[i].section, form) {
+						continue
+					}
+					missed, err := k.attached[i].missed()
+					if err != nil {
+						t.Fatal(err)
+					}
+					n += missed
+				}
+				return n
+			}
+			if !strings.HasPrefix(k.find(event.FileCreate).section, form) {
+				t.Skipf("this kernel refuses %s for files", form)
+			}
+			round := 0
+			for ; round < mostRounds && left() == 0; round++ {
+				var wg sync.WaitGroup
+				for i, w := range workers {
+					path := filepath.Join(dir, fmt.Sprint(form, i))
+					wg.Go(func() {
+						what := []string{"create", "append", "chmod", "unlink"}
+						if err := w.do(request{Op: "storm of files", Args: what, Env: []string{path}, Count: 200}).Err; err != "" {
+							t.Error(err)
+						}
+					})
+				}
+				wg.Wait()
+			}
+			n := left()
+			t.Logf("left out %d runs in %d rounds", n, round)
+			if (n > 0) != (form == "fentry") {
+				t.Errorf("left out %d runs of %s", n, form)
+			}
+		})
 	}
 }
 

@@ -16,7 +16,6 @@ import (
 	"unsafe"
 
 	"github.com/cilium/ebpf"
-	"github.com/cilium/ebpf/btf"
 	"golang.org/x/sys/unix"
 
 	"github.com/aurorasoc/edr-sensor/sensor/event"
@@ -116,26 +115,22 @@ func fileFlags(path string) uint32 {
 
 // watchFiles is watch with file events, with only the candidates that begin with a
 // form, if one is given. That of LSM is the whole chain: it begins with LSM, which does
-// not have every hook on every kernel.
-func watchFiles(t testing.TB, a *actor, o FileOptions, form string) *kernel {
+// not have every hook on every kernel. With kinds, of the hooks for files only theirs are
+// attached.
+func watchFiles(t testing.TB, a *actor, o FileOptions, form string, only ...event.Kind) *kernel {
 	t.Helper()
-	require(t, "root")
-	require(t, "btf")
 	o.On = true
-	k, err := loadKernel(kernelOptions{
-		Scope: Scope{Mode: ScopeTree, PID: uint32(a.pid)}, PriorityBytes: testRing, BulkBytes: testRing, Files: o,
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := k.close(); err != nil {
-			t.Error(err)
-		}
+	k := prepare(t, kernelOptions{Scope: Scope{Mode: ScopeTree, PID: uint32(a.pid)}, Files: o})
+	k.attached = slices.DeleteFunc(k.attached, func(a attachment) bool {
+		wanted := func(kind event.Kind) bool { return slices.Contains(only, kind) }
+		return len(only) > 0 && len(a.syscalls) > 0 && !slices.ContainsFunc(a.kinds, wanted)
 	})
 	for i := range k.attached {
-		if h := &k.attached[i].hook; form != "" && form != "lsm" && len(h.syscalls) > 0 {
+		switch h := &k.attached[i].hook; {
+		case len(h.syscalls) > 0 && form != "" && form != "lsm":
 			h.chain = slices.DeleteFunc(h.chain, func(c candidate) bool { return !strings.HasPrefix(c[0], form) })
+		case len(h.chain) > 1 && form == "raw":
+			h.chain = h.chain[1:]
 		}
 	}
 	start := time.Now()
@@ -146,49 +141,27 @@ func watchFiles(t testing.TB, a *actor, o FileOptions, form string) *kernel {
 	return k
 }
 
-// lastFile returns the records up to the creation of a file that is there to end them.
+// lastFile returns the records up to that of a directory which is made, or removed when it
+// is there, to end them.
 func lastFile(a *actor, p *tap, dir string) []record {
-	marker := filepath.Join(dir, fmt.Sprintf("marker %d", time.Now().UnixNano()))
-	a.must(request{Op: "file", Args: []string{"mkdir", marker}})
+	marker, op := filepath.Join(dir, "marker"), "mkdir"
+	if _, err := os.Lstat(marker); err == nil {
+		op = "rmdir"
+	}
+	a.must(request{Op: "file", Args: []string{op, marker}})
 	records := p.until("marker", func(r record) bool { return r.file != nil && strings.HasSuffix(r.file.path, marker) })
-	a.must(request{Op: "file", Args: []string{"rmdir", marker}})
-	p.until("end of marker", func(r record) bool { return kindOf(r.SensorEventHeader) == event.FileDelete })
 	return records[:len(records)-1]
 }
 
-// TestRootFiles does each operation under each form of the programs that this kernel
-// takes: none may be found to be broken on the one host that needs it.
-func TestRootFiles(t *testing.T) {
-	for _, form := range []string{"lsm", "fentry", "kprobe", "raw"} {
-		t.Run(form, func(t *testing.T) {
-			a := startActor(t)
-			k := watchFiles(t, a, FileOptions{}, form)
-			available := false
-			for _, c := range k.coverage() {
-				if blind := strings.HasPrefix(c.Hook, "raw_tp/sys"); blind != (c.Blind == "io_uring") {
-					t.Errorf("%s by %s is said to be blind to %q", c.Event, c.Hook, c.Blind)
-				}
-				if c.Kind >= event.FileCreate {
-					t.Logf("%s by %q after %q", c.Event, c.Hook, c.Errs)
-					available = available || strings.HasPrefix(c.Hook, form)
-				}
-			}
-			if !available {
-				t.Skipf("this kernel refuses %s for files", form)
-			}
-			changes(t, a, newTap(t, k.bulk), k)
-		})
-	}
-}
-
-func changes(t *testing.T, a *actor, bulk *tap, k *kernel) {
+// changes does each operation on files in one way.
+func changes(t *testing.T, a *actor, bulk *tap, k *kernel, m *matrix, how way) {
 	// An ordinary directory on a mount of its own, so that there is one to cross.
 	dir := real(t, t.TempDir())
 	a.must(request{Op: "file", Args: []string{"mount", dir}})
 	defer a.do(request{Op: "file", Args: []string{"umount", dir}})
 	at := func(name string) string { return filepath.Join(dir, name) }
 	file, other, link, folder := at("file"), at("other"), at("link"), at("folder")
-	degraded := strings.HasPrefix(k.find(event.FileCreate).section, "raw_tp")
+	degraded := k.systemCallsOnly()
 	a.must(request{Op: "file", Args: []string{"private", dir}})
 	if err := os.Mkdir(at("elsewhere"), 0o755); err != nil {
 		t.Fatal(err)
@@ -270,20 +243,36 @@ func changes(t *testing.T, a *actor, bulk *tap, k *kernel) {
 		t.Run(strings.Join(append([]string{tt.args[0]}, tt.kind.String()), " "), func(t *testing.T) {
 			before := stat(tt.args[1])
 			had = fileFlags(tt.args[1])
-			if err := a.do(request{Op: "file", Args: tt.args}).Err; err != "" {
+			done := a.do(m.request("file", how, tt.args...))
+			if done.Err != "" {
 				switch {
 				case tt.kind == event.FileXattr, tt.kind == event.FileChattr && degraded:
-					t.Skip(err)
+					m.impossible[tt.kind] = true
+					t.Skip(done.Err)
 				case tt.kind == event.FileChattr: // a file system without: the attempt is seen
-					t.Log(err)
+					t.Log(done.Err)
 				default:
-					t.Fatal(err)
+					t.Fatal(done.Err)
 				}
+			}
+			if len(done.Missing) > 0 { // later operations need what this one does
+				a.do(request{Op: "file", Args: tt.args})
+				lastFile(a, bulk, dir)
+				return
+			}
+			pid := a.pid
+			if done.PID != 0 {
+				pid = done.PID
 			}
 			after := stat(tt.args[1])
 			var want []event.Kind
-			for _, kind := range kinds(tt.kind, tt.also) {
+			also := tt.also
+			if tt.kind == event.FileTruncate && how.ring() { // of a file that it opens
+				also = event.FileModify
+			}
+			for _, kind := range kinds(tt.kind, also) {
 				if kind == event.FileModify && degraded {
+					m.done(kind, how) // and not seen
 					kind = event.FileOpenWrite
 				}
 				if kind != event.None {
@@ -293,11 +282,18 @@ func changes(t *testing.T, a *actor, bulk *tap, k *kernel) {
 			if degraded && tt.args[0] == "open" {
 				want = kinds(event.FileOpenWrite)
 			}
+			for _, kind := range want {
+				m.done(kind, how)
+			}
+			if !m.sees(how) {
+				want = nil
+			}
 			var got []event.Kind
 			for _, r := range lastFile(a, bulk, dir) {
 				got = append(got, kindOf(r.SensorEventHeader))
 				e, flags := r.file, event.FileFlags(r.file.Flags)
-				if int(r.Pid) != a.pid || e.CgroupId == 0 || e.MntNs == 0 || flags&event.FileDegraded != 0 != degraded {
+				m.saw(kindOf(r.SensorEventHeader), how)
+				if int(r.Pid) != pid || e.CgroupId == 0 || e.MntNs == 0 || flags&event.FileDegraded != 0 != degraded {
 					t.Errorf("%s of process %d, cgroup %d, mount namespace %d, flags %#x", kindOf(r.SensorEventHeader), r.Pid, e.CgroupId, e.MntNs, flags)
 				}
 				if e.path != tt.args[1] {
@@ -337,10 +333,9 @@ func TestRootFilesOpenBefore(t *testing.T) {
 	a.must(request{Op: "hold", Path: path, Up: 100})
 	stranger.must(request{Op: "hold", Path: filepath.Join(dir, "other"), Up: 100})
 	t.Run("known", func(t *testing.T) {
-		k := watchFiles(t, a, FileOptions{}, "")
-		cache := btf.NewCache()
+		k := watchFiles(t, a, FileOptions{}, "", event.FileModify)
 		if err := k.seed(func(h hook, name string) (*ebpf.Program, *ebpf.ProgramSpec, error) {
-			return k.load(h, name, cache)
+			return k.load(h, name, kernelTypes)
 		}, true); err != nil {
 			t.Fatal(err)
 		}
@@ -361,7 +356,7 @@ func TestRootFilesOpenBefore(t *testing.T) {
 		}
 	})
 	t.Run("closed", func(t *testing.T) {
-		k := watchFiles(t, a, FileOptions{}, "")
+		k := watchFiles(t, a, FileOptions{}, "", event.FileModify)
 		if len(k.find(event.FileModify).programs) == 0 {
 			t.Skip("this kernel refuses every hook for file.write")
 		}
@@ -378,7 +373,7 @@ func TestRootFilesOpenBefore(t *testing.T) {
 func TestRootFilesSuppressed(t *testing.T) {
 	a := startActor(t)
 	b := a.spawn()
-	k := watchFiles(t, a, FileOptions{Rate: 1, Burst: 10}, "")
+	k := watchFiles(t, a, FileOptions{Rate: 1, Burst: 10}, "", event.FileMkdir)
 	bulk := newTap(t, k.bulk)
 	dir := real(t, t.TempDir())
 	for i := range 50 {
@@ -407,7 +402,7 @@ func TestRootFilesExcluded(t *testing.T) {
 	if err := os.MkdirAll(deep, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	k := watchFiles(t, a, FileOptions{ExcludeDirectories: []string{missing, quiet}}, "")
+	k := watchFiles(t, a, FileOptions{ExcludeDirectories: []string{missing, quiet}}, "", event.FileModify, event.FileMkdir)
 	if errs := k.find(event.FileModify).errs; len(errs) == 0 || !strings.Contains(errs[0].Error(), missing) {
 		t.Errorf("nothing is said of %s: %v", missing, errs)
 	}
@@ -429,7 +424,7 @@ func TestRootFilesExcluded(t *testing.T) {
 		t.Errorf("counted %+v", c)
 	}
 	exe := real(t, "/proc/self/exe")
-	k = watchFiles(t, a, FileOptions{ExcludeExecutables: []string{exe}}, "")
+	k = watchFiles(t, a, FileOptions{ExcludeExecutables: []string{exe}}, "", event.FileCreate, event.FileModify)
 	a.must(request{Op: "file", Args: []string{"create", filepath.Join(dir, "file")}})
 	if sums, err = k.counters(); err != nil {
 		t.Fatal(err)
@@ -441,36 +436,6 @@ func TestRootFilesExcluded(t *testing.T) {
 	}
 	if sums[event.FileCreate].Suppressed != 1 {
 		t.Errorf("counted %+v", sums[event.FileCreate])
-	}
-}
-
-// TestRootFilesCost logs what the programs take, by the kernel's own run statistics.
-func TestRootFilesCost(t *testing.T) {
-	worker, stranger := startActor(t), startActor(t)
-	stats, err := ebpf.EnableStats(unix.BPF_STATS_RUN_TIME)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer stats.Close()
-	dir := real(t, t.TempDir())
-	path := filepath.Join(dir, "file")
-	for _, root := range []*actor{worker, stranger} {
-		k := watchFiles(t, root, FileOptions{Rate: 1_000_000, Burst: 1000}, "")
-		worker.must(request{Op: "storm of files", Args: []string{"create", "append", "chmod", "times", "rename", "unlink"}, Env: []string{path, path}, Count: 100})
-		for _, a := range k.attached {
-			for i, program := range a.programs {
-				s, err := program.Stats()
-				if err != nil {
-					t.Fatal(err)
-				}
-				if s.RunCount > 0 {
-					t.Logf("in scope %t: %s %d: %d runs, %d ns each", root == worker, a.section, i, s.RunCount, s.Runtime.Nanoseconds()/int64(s.RunCount))
-				}
-			}
-		}
-		if err := k.close(); err != nil {
-			t.Error(err)
-		}
 	}
 }
 

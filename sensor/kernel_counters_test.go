@@ -18,17 +18,11 @@ import (
 // kind. With decoy set the programs count into a map that nobody reads.
 func storm(t *testing.T, decoy bool) (received [event.Kinds]uint64, counted [event.Kinds]KindCounter) {
 	a := startActor(t)
-	require(t, "root")
-	require(t, "btf")
-	k, err := loadKernel(kernelOptions{
+	k := prepare(t, kernelOptions{
 		Scope:         Scope{Mode: ScopeTree, PID: uint32(a.pid)},
 		PriorityBytes: os.Getpagesize(),
 		BulkBytes:     os.Getpagesize(),
 	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer k.close()
 	if decoy {
 		counters := k.maps["kind_counters"]
 		other, err := ebpf.NewMap(k.spec.Maps["kind_counters"])
@@ -61,7 +55,7 @@ func storm(t *testing.T, decoy bool) (received [event.Kinds]uint64, counted [eve
 		t.Fatal(err)
 	}
 	count()
-	counted, err = k.counters()
+	counted, err := k.counters()
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -37,7 +37,8 @@ type kernelOptions struct {
 	PriorityBytes int // a power of two and a multiple of the page size
 	BulkBytes     int
 	Files         FileOptions
-	Copies        int // of programs on tracepoints; 0 means as many as the running kernel needs
+	Copies        int        // of programs on tracepoints; 0 means as many as the running kernel needs
+	Types         *btf.Cache // of the running kernel; nil means to read them, and to drop them after attaching
 }
 
 // kernel is the sensor's part that lives in the kernel: maps, programs, links.
@@ -48,6 +49,7 @@ type kernel struct {
 	maps     map[string]*ebpf.Map
 	attached []attachment
 	lsm      func() error // whether the kernel runs LSM programs, found out once
+	types    *btf.Cache   // given, or nil
 
 	priority, bulk *ebpf.Map // the rings; owned by the kernel value
 }
@@ -72,7 +74,7 @@ func loadKernel(o kernelOptions) (*kernel, error) {
 	if err := configure(spec, o); err != nil {
 		return nil, err
 	}
-	k := &kernel{scope: o.Scope, spec: spec, maps: make(map[string]*ebpf.Map)}
+	k := &kernel{scope: o.Scope, spec: spec, types: o.Types, maps: make(map[string]*ebpf.Map)}
 	for _, h := range hooks(o.Files.On, o.Copies) {
 		k.attached = append(k.attached, attachment{hook: h})
 	}
@@ -146,7 +148,10 @@ func newMap(spec *ebpf.MapSpec) (*ebpf.Map, error) {
 // hook. The error names the required events that no program sees; all others are in
 // coverage. It then finds the processes and the sockets that are in scope already.
 func (k *kernel) attach() error {
-	cache := btf.NewCache() // parsing the kernel's types takes longer than all the rest
+	cache := k.types
+	if cache == nil {
+		cache = btf.NewCache() // parsing the kernel's types takes longer than all the rest
+	}
 	load := func(h hook, name string) (*ebpf.Program, *ebpf.ProgramSpec, error) {
 		return k.load(h, name, cache)
 	}

@@ -24,11 +24,15 @@ import (
 
 const testRing = 4 << 20
 
-// openKernel loads and attaches within the scope.
-func openKernel(t testing.TB, o kernelOptions) *kernel {
+// kernelTypes are read once for all tests, not for each as by the sensor.
+var kernelTypes = btf.NewCache()
+
+// prepare loads what can be attached.
+func prepare(t testing.TB, o kernelOptions) *kernel {
 	t.Helper()
 	require(t, "root")
 	require(t, "btf")
+	o.Types = kernelTypes
 	if o.PriorityBytes == 0 {
 		o.PriorityBytes = testRing
 	}
@@ -44,6 +48,13 @@ func openKernel(t testing.TB, o kernelOptions) *kernel {
 			t.Error(err)
 		}
 	})
+	return k
+}
+
+// openKernel loads and attaches within the scope.
+func openKernel(t testing.TB, o kernelOptions) *kernel {
+	t.Helper()
+	k := prepare(t, o)
 	if err := k.attach(); err != nil {
 		t.Fatal(err)
 	}
@@ -269,58 +280,17 @@ func TestRootCoverage(t *testing.T) {
 	}
 }
 
-// Both forms of every program must load and see, so that the fallback is not
-// found to be broken on the one host that needs it.
-func TestRootFallback(t *testing.T) {
-	a := startActor(t)
-	require(t, "root")
-	require(t, "btf")
-	k, err := loadKernel(kernelOptions{
-		Scope: Scope{Mode: ScopeTree, PID: uint32(a.pid)}, PriorityBytes: testRing, BulkBytes: testRing,
-	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer k.close()
-	for i := range k.attached {
-		if k.attached[i].kinds[0] != event.Task {
-			k.attached[i].chain[0] = candidate{"not_there"}
-		}
-	}
-	if err := k.attach(); err != nil {
-		t.Fatal(err)
-	}
-	for _, c := range k.coverage() {
-		if c.Kind != event.Task && (!strings.HasPrefix(c.Hook, "raw_tp/") || len(c.Errs) != 1) {
-			t.Errorf("%s by %q after %q", c.Event, c.Hook, c.Errs)
-		}
-	}
-	priority, bulk := newTap(t, k.priority), newTap(t, k.bulk)
-	ran := a.must(request{Op: "run", Path: "/bin/true"})
-	records := priority.until("exit", exited(ran.PID))
-	one(t, records, event.Exec, ran.PID)
-	a.must(request{Op: "tcp", Network: "tcp4", Up: 1})
-	bulk.until("close", func(r record) bool { return kindOf(r.SensorEventHeader) == event.TCPClose })
-}
-
 // The scope is a constant to the verifier, which then sees another program. This
 // loads all that every kernel has and attaches none: a test does not watch the whole
 // host. The others are in TestRootFiles.
 func TestRootEveryProgramLoadsInEveryScope(t *testing.T) {
-	require(t, "root")
-	require(t, "btf")
 	for _, mode := range []ScopeMode{ScopeAll, ScopeTree, ScopeCgroup} {
-		k, err := loadKernel(kernelOptions{Scope: Scope{Mode: mode, PID: 1, CgroupID: 1}, PriorityBytes: testRing, BulkBytes: testRing})
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer k.close()
-		cache := btf.NewCache()
+		k := prepare(t, kernelOptions{Scope: Scope{Mode: mode, PID: 1, CgroupID: 1}})
 		for name, spec := range k.spec.Programs {
 			if family, _, _ := strings.Cut(spec.SectionName, "/"); !slices.Contains([]string{"tp_btf", "raw_tp", "iter"}, family) {
 				continue
 			}
-			program, _, err := k.load(hook{}, name, cache)
+			program, _, err := k.load(hook{}, name, kernelTypes)
 			if err != nil {
 				t.Errorf("scope %d: %s: %v", mode, name, err)
 				continue

@@ -71,6 +71,7 @@ type request struct {
 	Shared   bool   // SO_REUSEPORT
 
 	Multipath bool // MPTCP where the kernel has it, as Go's listeners are by default
+	How       way
 }
 
 // reply is what became of it.
@@ -80,6 +81,8 @@ type reply struct {
 	Output string
 	Local  string
 	Remote string
+
+	Missing []string // what cannot be done in the way asked for
 }
 
 // actor is the test's end of the line to one.
@@ -224,6 +227,7 @@ type company struct {
 	listener net.Listener
 	conn     net.Conn
 	file     *os.File
+	rings    map[way]*uring
 }
 
 func (c *company) play(r request) (reply, error) {
@@ -297,7 +301,12 @@ func (c *company) play(r request) (reply, error) {
 		c.conn = conn
 		return reply{Local: conn.LocalAddr().String()}, nil
 	case "file":
-		return reply{}, change(r.Args)
+		return c.change(r)
+	case "talk":
+		return c.talk(r)
+	case "ring":
+		_, err := c.ring(r.How)
+		return reply{}, err
 	case "hold": // a file open for writing
 		var err error
 		if c.file, err = os.OpenFile(r.Path, os.O_WRONLY|os.O_CREATE, 0o600); err == nil {

@@ -22,6 +22,7 @@ const bootTimeout = 12 * time.Minute
 // machine is a computer to emulate.
 type machine struct {
 	arch     string // as Debian and Go call it
+	arch32   string // that it runs as well
 	emulator string
 	args     []string // with a place to report to on standard output
 	console  string   // for the kernel's messages
@@ -35,7 +36,7 @@ type machine struct {
 func machines() []machine {
 	return []machine{
 		{
-			arch: "amd64", emulator: "qemu-system-x86_64",
+			arch: "amd64", arch32: "386", emulator: "qemu-system-x86_64",
 			args:    []string{"-cpu", "max", "-serial", "stdio"},
 			console: "ttyS0", report: "ttyS1",
 			elf: elf.EM_X86_64, exit: []byte{0x31, 0xff, 0xb8, 60, 0, 0, 0, 0x0f, 0x05},
@@ -43,7 +44,7 @@ func machines() []machine {
 		{
 			// The board has one serial port only. A processor with pointer
 			// authentication takes three times as long.
-			arch: "arm64", emulator: "qemu-system-aarch64",
+			arch: "arm64", arch32: "arm", emulator: "qemu-system-aarch64",
 			args:    []string{"-M", "virt", "-cpu", "cortex-a72", "-chardev", "stdio,id=report", "-device", "pci-serial,chardev=report"},
 			console: "ttyAMA0", report: "ttyS0",
 			elf: elf.EM_AARCH64, exit: []byte{0, 0, 0x80, 0xd2, 0xa8, 0x0b, 0x80, 0xd2, 1, 0, 0, 0xd4},

@@ -49,8 +49,8 @@ const testTimeout = "10m"
 
 // build compiles the test binaries of the suites into dir, with edr-sensor itself for
 // those that run it.
-func build(ctx context.Context, dir, arch string, suites []suite) error {
-	compile := func(args ...string) error {
+func build(ctx context.Context, dir, arch, arch32 string, suites []suite) error {
+	compile := func(arch string, args ...string) error {
 		cmd := exec.CommandContext(ctx, "go", args...)
 		cmd.Dir = module
 		cmd.Env = append(os.Environ(), "CGO_ENABLED=0", "GOOS=linux", "GOARCH="+arch)
@@ -60,9 +60,12 @@ func build(ctx context.Context, dir, arch string, suites []suite) error {
 		return nil
 	}
 	for _, s := range suites {
-		err := compile("test", "-c", "-ldflags=-s -w", "-o", testBinary(dir, s), "./"+s.dir)
+		err := compile(arch, "test", "-c", "-ldflags=-s -w", "-o", testBinary(dir, s), "./"+s.dir)
 		if s.dir == command {
-			err = errors.Join(err, compile("build", "-ldflags=-s -w", "-o", filepath.Join(dir, path.Base(command)), "./"+command))
+			err = errors.Join(err, compile(arch, "build", "-ldflags=-s -w", "-o", filepath.Join(dir, path.Base(command)), "./"+command))
+		}
+		if strings.HasPrefix(actor32, s.dir+"/") {
+			err = errors.Join(err, compile(arch32, "build", "-ldflags=-s -w", "-o", filepath.Join(dir, path.Base(actor32)), "./"+actor32))
 		}
 		if err != nil {
 			return err
@@ -73,6 +76,10 @@ func build(ctx context.Context, dir, arch string, suites []suite) error {
 
 // command is the program's own package.
 const command = "cmd/edr-sensor"
+
+// actor32 is a program that tests of the sensor want for the 32-bit processor that is in
+// the machine's.
+const actor32 = "sensor/testdata/actor32"
 
 func testBinary(dir string, s suite) string {
 	return filepath.Join(dir, strings.ReplaceAll(s.dir, "/", "-")+".test")
@@ -100,6 +107,9 @@ func initramfs(name string, m machine, kernel image, built string, suites []suit
 		if to := path.Join("tests", s.dir); !a.made[path.Join(to, "run.test")] {
 			a.file(path.Join(to, "run.test"), testBinary(built, s), 0o755)
 			a.tree(path.Join(to, "testdata"), filepath.Join(module, s.dir, "testdata"))
+			if strings.HasPrefix(actor32, s.dir+"/") {
+				a.file(path.Join("tests", actor32, path.Base(actor32)), filepath.Join(built, path.Base(actor32)), 0o755)
+			}
 			if s.dir == command {
 				a.file(path.Join("bin", path.Base(command)), filepath.Join(built, path.Base(command)), 0o755)
 			}

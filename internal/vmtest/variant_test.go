@@ -31,7 +31,7 @@ func asUser(capabilities, run string) suite {
 		dir: "sensor", name: "sensor-as-uid-1000", run: run,
 		// Kprobes are refused, as is asking for run statistics, and the rest of these has
 		// nothing to do with privileges and takes long.
-		skip: "FilesCost|FilesExcluded|FilesSuppressed|EveryProgram|^TestRootFiles$/(fentry|kprobe|raw)",
+		skip: "Cost|FilesExcluded|FilesSuppressed|EveryProgram|^TestRootEveryWay$/(fentry|kprobe|raw)",
 
 		before: "echo 3 >/proc/sys/kernel/perf_event_paranoid",
 		env:    "EDR_CAPABILITIES='" + capabilities + "' EDR_HOOKS=lsm/,fentry/",

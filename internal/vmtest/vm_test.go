@@ -113,7 +113,7 @@ func (b *builder) boot(t *testing.T, r release, lsm string, suites []suite) {
 		if slices.Contains(b.done, key) {
 			continue
 		}
-		if err := build(t.Context(), dir, m.arch, []suite{s}); err != nil {
+		if err := build(t.Context(), dir, m.arch, m.arch32, []suite{s}); err != nil {
 			t.Fatal(err)
 		}
 		b.done = append(b.done, key)

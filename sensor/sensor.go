@@ -445,6 +445,9 @@ func (s *Sensor) tick(ctx context.Context, now time.Time) {
 	from := s.lastTick
 	s.lastTick = now
 	s.metrics.rings(s.priority, s.bulk)
+	if l := logging.From(ctx).Check(zap.DebugLevel, "tick"); l != nil {
+		l.Write(zap.Uint64(logging.KeySeq, s.o.Sink.Next()), zap.Uint64("priority_bytes", s.priority.used()), zap.Uint64("bulk_bytes", s.bulk.used()))
+	}
 	lost := event.SelfInfo{Activity: event.ActivityLost, Severity: 4, Failed: true, From: from, To: now}
 	if s.losses = s.o.Sink.Unnamed(s.losses[:0]); len(s.losses) > 0 {
 		i := lost

@@ -344,6 +344,10 @@ func (s *Sender) send(ctx context.Context, recs []buffer.Record) error {
 		}
 		s.m.seconds.Observe(time.Since(start).Seconds())
 		s.m.batches[r.verdict].Inc()
+		if l := logging.From(ctx).Check(zapcore.DebugLevel, "batch answered"); l != nil {
+			l.Write(zap.Uint64(logging.KeyFirst, s.flight.first), zap.Uint64(logging.KeyLast, s.flight.last),
+				zap.String("verdict", string(r.verdict)), zap.Duration(logging.KeyDuration, time.Since(start)))
+		}
 		if err := s.check(r); err != nil {
 			return err
 		}

@@ -163,8 +163,8 @@ func (a *Agent) controlHandler(ctx context.Context) *control {
 	c.handle("GET /cases", rightStatus, a.serveCases)
 	c.handle("POST /cases/open", rightCases, a.serveCaseOpen)
 	c.handle("POST /cases/close", rightCases, a.serveCaseClose)
-	c.handle("GET /log", rightStatus, a.serveLog)
-	c.handle("POST /log", rightChange, a.changeLog)
+	c.handle("GET /log", rightStatus, serveLog)
+	c.handle("POST /log", rightChange, changeLog(a.decide))
 	return c
 }
 

@@ -49,47 +49,49 @@ func registerLog(ctx context.Context, reg prometheus.Registerer) {
 	}, func() float64 { return float64(log.Dropped()) })
 }
 
-func (a *Agent) serveLog(w http.ResponseWriter, r *http.Request) {
+func serveLog(w http.ResponseWriter, r *http.Request) {
 	log := logging.Of(r.Context())
 	writeJSON(w, LogStatus{log.Levels.List(), log.Dropped()})
 }
 
-// changeLog changes a level. Each change is a decision, also the one back when
-// its time is over.
-func (a *Agent) changeLog(w http.ResponseWriter, r *http.Request) {
-	var q LogRequest
-	if !readJSON(w, r, &q) {
-		return
+// changeLog changes levels. Each change is a decision, also the one back when its
+// time is over.
+func changeLog(decide func(context.Context, event.SelfInfo)) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		var q LogRequest
+		if !readJSON(w, r, &q) {
+			return
+		}
+		if q.Seconds < 0 || q.Seconds > maxLogSeconds || q.Level == "" && q.Seconds > 0 {
+			http.Error(w, fmt.Sprintf("seconds %d: must be from 0 to %d, and go with a level", q.Seconds, maxLogSeconds), http.StatusBadRequest)
+			return
+		}
+		ctx := context.WithoutCancel(r.Context()) // the change outlives the request
+		levels := logging.Of(ctx).Levels
+		var change logging.Change
+		var err error
+		if q.Level == "" {
+			change, err = levels.Reset(q.Component)
+		} else {
+			change, err = levels.Override(q.Component, q.Level, time.Duration(q.Seconds)*time.Second, func(back logging.Change) {
+				decide(ctx, levelDecision(levels, back, "the time is over", nil))
+			})
+		}
+		if err != nil {
+			http.Error(w, err.Error(), http.StatusBadRequest)
+			return
+		}
+		attrs := map[string]any{}
+		who := "somebody"
+		if p, ok := peerFrom(ctx); ok {
+			attrs, who = p.attrs(), p.String()
+		}
+		decide(ctx, levelDecision(levels, change, who+" asked for it", attrs))
+		serveLog(w, r)
 	}
-	if q.Seconds < 0 || q.Seconds > maxLogSeconds || q.Level == "" && q.Seconds > 0 {
-		http.Error(w, fmt.Sprintf("seconds %d: must be from 0 to %d, and go with a level", q.Seconds, maxLogSeconds), http.StatusBadRequest)
-		return
-	}
-	ctx := context.WithoutCancel(r.Context()) // the change outlives the request
-	levels := logging.Of(ctx).Levels
-	var change logging.Change
-	var err error
-	if q.Level == "" {
-		change, err = levels.Reset(q.Component)
-	} else {
-		change, err = levels.Override(q.Component, q.Level, time.Duration(q.Seconds)*time.Second, func(back logging.Change) {
-			a.decideLog(ctx, back, "the time of the other level is over", nil)
-		})
-	}
-	if err != nil {
-		http.Error(w, err.Error(), http.StatusBadRequest)
-		return
-	}
-	attrs := map[string]any{}
-	who := "somebody"
-	if p, ok := peerFrom(ctx); ok {
-		attrs, who = p.attrs(), p.String()
-	}
-	a.decideLog(ctx, change, who+" asked for it", attrs)
-	a.serveLog(w, r)
 }
 
-func (a *Agent) decideLog(ctx context.Context, c logging.Change, why string, attrs map[string]any) {
+func levelDecision(levels *logging.Levels, c logging.Change, why string, attrs map[string]any) event.SelfInfo {
 	what := "of all components"
 	if c.Component != "" {
 		what = "of component " + c.Component
@@ -98,11 +100,18 @@ func (a *Agent) decideLog(ctx context.Context, c logging.Change, why string, att
 		attrs = map[string]any{}
 	}
 	attrs["log_component"] = c.Component
+	now := map[string]string{}
+	for _, l := range levels.List() {
+		if l.Component != "" {
+			now[l.Component] = l.Level
+		}
+	}
+	attrs["log_levels"] = now
 	if !c.Until.IsZero() {
 		attrs["until"] = c.Until.UTC().Format(time.RFC3339)
 	}
-	a.decide(ctx, event.SelfInfo{
-		Name: "Log Level", Severity: 1, Code: "LOG_LEVEL", Before: c.Before, After: c.After, Attrs: attrs,
+	return event.SelfInfo{
+		Name: "Log Level Changed", Severity: 1, Code: "LOG_LEVEL", Before: c.Before, After: c.After, Attrs: attrs,
 		Message: fmt.Sprintf("the log level %s was changed: %s", what, why),
-	})
+	}
 }

@@ -1,0 +1,112 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package sensor
+
+import (
+	"errors"
+	"fmt"
+	"path/filepath"
+	"testing"
+
+	"github.com/cilium/ebpf"
+
+	"github.com/aurorasoc/edr-sensor/sensor/enrich"
+	"github.com/aurorasoc/edr-sensor/sensor/event"
+)
+
+// TestRootDeep has processes do more than their token bucket holds: of those that a case
+// wants everything of, and of those they start, nothing is left out; of others it is.
+func TestRootDeep(t *testing.T) {
+	a := startActor(t)
+	inside, outside := a.spawn(), a.spawn()
+	k := watchFiles(t, a, FileOptions{Rate: 1, Burst: 10}, "")
+	k.deepen(uint32(inside.pid), enrich.DeepSubtree)
+	k.deepen(uint32(outside.pid), enrich.DeepProcess)
+	child, other := inside.spawn(), outside.spawn()
+	k.deepen(uint32(outside.pid), enrich.DeepOff)
+	bulk := newTap(t, k.bulk)
+	dir := real(t, t.TempDir())
+	const n = 50
+	next := 0
+	flood := func(a *actor) {
+		t.Helper()
+		for range n {
+			next++
+			a.must(request{Op: "file", Args: []string{"mkdir", filepath.Join(dir, fmt.Sprint(next))}})
+		}
+	}
+	made := map[int]int{}
+	count := func() {
+		for _, r := range bulk.rest() {
+			made[int(r.Pid)]++
+		}
+	}
+	for _, a := range []*actor{inside, child, outside, other} {
+		flood(a)
+	}
+	count()
+	for name, tt := range map[string]struct {
+		a    *actor
+		deep bool
+	}{"in the case": {inside, true}, "its child": {child, true}, "no more": {outside, false}, "child of one process": {other, false}} {
+		if got := made[tt.a.pid]; (got == n) != tt.deep || got < 10 {
+			t.Errorf("%s: %d of %d records", name, got, n)
+		}
+	}
+	sums, err := k.counters()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if c, want := sums[event.FileMkdir], uint64(2*n-made[outside.pid]-made[other.pid]); c.Suppressed != want {
+		t.Errorf("counted %+v, want %d left out", c, want)
+	}
+
+	// A process that ends is taken out: the next one with its pid is no part of it.
+	var mode uint8
+	if err := k.maps["deep_pids"].Lookup(uint32(child.pid), &mode); err != nil || enrich.Deep(mode) != enrich.DeepSubtree {
+		t.Errorf("the child: %d, %v", mode, err)
+	}
+	priority := newTap(t, k.priority)
+	child.do(request{Op: "end"})
+	priority.until("exit of the child", func(r record) bool { return r.exit != nil && int(r.Pid) == child.pid })
+	if err := k.maps["deep_pids"].Lookup(uint32(child.pid), &mode); !errors.Is(err, ebpf.ErrKeyNotExist) {
+		t.Errorf("after its end: %d, %v", mode, err)
+	}
+	k.deepen(uint32(inside.pid), enrich.DeepOff)
+	clear(made)
+	flood(inside)
+	count()
+	if made[inside.pid] > 10 {
+		t.Errorf("%d records after the case ended", made[inside.pid])
+	}
+}
+
+func TestRootDeepLiftsExclusions(t *testing.T) {
+	a := startActor(t)
+	inside, outside := a.spawn(), a.spawn()
+	dir := real(t, t.TempDir())
+	for name, o := range map[string]FileOptions{
+		"executable": {ExcludeExecutables: []string{real(t, "/proc/self/exe")}},
+		"directory":  {ExcludeDirectories: []string{dir}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			k := watchFiles(t, a, o, "")
+			degraded := len(k.find(event.FileMkdir).programs) == 0
+			if name == "directory" && degraded {
+				t.Skip("directories are not excluded where paths come from system calls")
+			}
+			k.deepen(uint32(inside.pid), enrich.DeepProcess)
+			bulk := newTap(t, k.bulk)
+			for _, who := range []*actor{inside, outside} {
+				who.must(request{Op: "file", Args: []string{"create", filepath.Join(dir, fmt.Sprint(name, who.pid))}})
+			}
+			made := map[int]int{}
+			for _, r := range bulk.rest() {
+				made[int(r.Pid)]++
+			}
+			if made[inside.pid] == 0 || made[outside.pid] != 0 {
+				t.Errorf("%d records inside of the case, %d outside, want some and none", made[inside.pid], made[outside.pid])
+			}
+		})
+	}
+}

@@ -304,9 +304,11 @@ type record struct {
 // ocsfEvent is the part of an event that the tests look at.
 type ocsfEvent struct {
 	Metadata struct {
-		EventCode string `json:"event_code"`
-		Sequence  uint64 `json:"sequence"`
-		UID       string `json:"uid"`
+		EventCode   string                         `json:"event_code"`
+		Correlation string                         `json:"correlation_uid"`
+		Tags        []struct{ Name, Value string } `json:"tags"`
+		Sequence    uint64                         `json:"sequence"`
+		UID         string                         `json:"uid"`
 	} `json:"metadata"`
 	ActivityID   int     `json:"activity_id"`
 	ActivityName string  `json:"activity_name"`

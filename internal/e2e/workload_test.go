@@ -6,6 +6,7 @@ import (
 	"bufio"
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -34,10 +35,13 @@ type order struct {
 	Dir     string `json:"dir,omitempty"`
 	PerSec  int    `json:"per_sec,omitempty"`
 	ArgSize int    `json:"arg_size,omitempty"`
+	Name    string `json:"name,omitempty"` // of a shell
+	Script  string `json:"script,omitempty"`
 }
 
 type answer struct {
 	Addr  string `json:"addr,omitempty"`
+	PID   int    `json:"pid,omitempty"` // of the shell
 	Error string `json:"error,omitempty"`
 }
 
@@ -56,11 +60,16 @@ const bigArg = 100 << 10
 
 func runWorkload() {
 	in, out := bufio.NewScanner(os.Stdin), json.NewEncoder(os.Stdout)
+	shells := map[string]*shell{}
 	for in.Scan() {
 		var o order
 		a := answer{}
 		err := json.Unmarshal(in.Bytes(), &o)
-		if err == nil {
+		switch {
+		case err != nil:
+		case o.Op == "shell":
+			a.PID, err = tell(shells, o)
+		default:
 			a.Addr, err = obey(o)
 		}
 		if err != nil {
@@ -68,6 +77,40 @@ func runWorkload() {
 		}
 		_ = out.Encode(a)
 	}
+}
+
+// shell is one that lives on between orders.
+type shell struct {
+	cmd *exec.Cmd
+	in  io.Writer
+	out *bufio.Scanner
+}
+
+// tell has the shell of that name run a script and waits until it has. The first
+// order starts the shell; one whose script makes it exit ends it.
+func tell(shells map[string]*shell, o order) (pid int, err error) {
+	s := shells[o.Name]
+	if s == nil {
+		s = &shell{cmd: exec.Command("/bin/sh")}
+		in, err1 := s.cmd.StdinPipe()
+		out, err2 := s.cmd.StdoutPipe()
+		if err := errors.Join(err1, err2, s.cmd.Start()); err != nil {
+			return 0, err
+		}
+		s.in, s.out = in, bufio.NewScanner(out)
+		shells[o.Name] = s
+	}
+	const done = "edr-e2e-done"
+	if _, err := fmt.Fprintf(s.in, "%s\necho %s\n", o.Script, done); err != nil {
+		return 0, err
+	}
+	for s.out.Scan() {
+		if s.out.Text() == done {
+			return s.cmd.Process.Pid, nil
+		}
+	}
+	delete(shells, o.Name)
+	return s.cmd.Process.Pid, s.cmd.Wait()
 }
 
 func obey(o order) (string, error) {

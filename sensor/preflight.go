@@ -53,6 +53,7 @@ const (
 	btfFile      = "sys/kernel/btf/vmlinux"
 	lsmFile      = "sys/kernel/security/lsm"
 	lockdownFile = "sys/kernel/security/lockdown"
+	statusFile   = "proc/self/status"
 )
 
 // The checks that a refusal can be about.
@@ -85,6 +86,9 @@ func (p Preflight) Refusals() []*Refusal {
 	}
 	self := p.self()
 	switch missing := self.missing(); {
+	case p.read(statusFile) == "":
+		refuse(CheckCapabilities, "/"+statusFile+" cannot be read, so nothing can be said of this process or any other", "mount proc on /proc")
+		return list
 	case len(missing) > 0:
 		refuse(CheckCapabilities, "loading programs into the kernel needs the capabilities CAP_BPF and CAP_PERFMON, and this process lacks "+strings.Join(missing, " and "),
 			"run it as root, or with AmbientCapabilities= in its systemd unit")
@@ -196,7 +200,7 @@ func (p Preflight) self() self {
 	// The first user namespace maps every id to itself.
 	f := strings.Fields(p.read("proc/self/uid_map"))
 	s := self{nested: len(f) > 0 && !slices.Equal(f, []string{"0", "0", "4294967295"})}
-	for line := range strings.Lines(p.read("proc/self/status")) {
+	for line := range strings.Lines(p.read(statusFile)) {
 		switch key, value, _ := strings.Cut(strings.TrimSpace(line), ":\t"); key {
 		case "CapEff":
 			s.capabilities, _ = strconv.ParseUint(value, 16, 64)

@@ -28,7 +28,7 @@ func welcome() (Preflight, fstest.MapFS) {
 		btfFile:             {},
 		lsmFile:             {Data: []byte("lockdown,capability,bpf\n")},
 		lockdownFile:        {Data: []byte("[none] integrity confidentiality\n")},
-		"proc/self/status":  status(allCapabilities, 0),
+		statusFile:          status(allCapabilities, 0),
 		"proc/self/uid_map": {Data: []byte("         0          0 4294967295\n")},
 		"proc/self/limits":  {Data: []byte("Limit  Soft Limit  Hard Limit  Units\nMax locked memory         65536                65536                bytes     \n")},
 	}
@@ -47,8 +47,8 @@ func TestRefusals(t *testing.T) {
 		want   []string // check, and its sentence
 	}{
 		{"nothing", func(*Preflight, fstest.MapFS) {}, nil},
-		{"four capabilities in a systemd sandbox", func(_ *Preflight, root fstest.MapFS) { root["proc/self/status"] = status(fourOfThem, 2) }, nil},
-		{"CAP_SYS_ADMIN contains the others", func(_ *Preflight, root fstest.MapFS) { root["proc/self/status"] = status(1<<unix.CAP_SYS_ADMIN, 0) }, nil},
+		{"four capabilities in a systemd sandbox", func(_ *Preflight, root fstest.MapFS) { root[statusFile] = status(fourOfThem, 2) }, nil},
+		{"CAP_SYS_ADMIN contains the others", func(_ *Preflight, root fstest.MapFS) { root[statusFile] = status(1<<unix.CAP_SYS_ADMIN, 0) }, nil},
 		{"5.10", func(p *Preflight, _ fstest.MapFS) { p.Release = "5.10.0-46-cloud-amd64" }, nil},
 		{"release unknown", func(p *Preflight, _ fstest.MapFS) { p.Release = "" }, nil},
 		{"5.9", func(p *Preflight, _ fstest.MapFS) { p.Release = "5.9.16" }, []string{
@@ -70,11 +70,14 @@ func TestRefusals(t *testing.T) {
 			"kernel.lockdown: lockdown=confidentiality forbids programs to read kernel memory: boot with lockdown=integrity, or none",
 		}},
 		{"no capabilities", func(p *Preflight, root fstest.MapFS) {
-			root["proc/self/status"], p.Enter = status(0, 0), refuse(unix.EPERM)
+			root[statusFile], p.Enter = status(0, 0), refuse(unix.EPERM)
 		}, []string{
 			"privileges.capabilities: loading programs into the kernel needs the capabilities CAP_BPF and CAP_PERFMON, and this process lacks CAP_BPF and CAP_PERFMON: " + run,
 		}},
-		{"no CAP_PERFMON", func(_ *Preflight, root fstest.MapFS) { root["proc/self/status"] = status(1<<unix.CAP_BPF, 0) }, []string{
+		{"no proc", func(_ *Preflight, root fstest.MapFS) { delete(root, statusFile) }, []string{
+			"privileges.capabilities: /proc/self/status cannot be read, so nothing can be said of this process or any other: mount proc on /proc",
+		}},
+		{"no CAP_PERFMON", func(_ *Preflight, root fstest.MapFS) { root[statusFile] = status(1<<unix.CAP_BPF, 0) }, []string{
 			"privileges.capabilities: loading programs into the kernel needs the capabilities CAP_BPF and CAP_PERFMON, and this process lacks CAP_PERFMON: " + run,
 		}},
 		{"user namespace", func(_ *Preflight, root fstest.MapFS) {
@@ -84,7 +87,7 @@ func TestRefusals(t *testing.T) {
 				"run it outside of rootless containers, and without PrivateUsers= in its systemd unit",
 		}},
 		{"seccomp", func(p *Preflight, root fstest.MapFS) {
-			root["proc/self/status"], p.Enter = status(fourOfThem, 2), refuse(unix.EPERM)
+			root[statusFile], p.Enter = status(fourOfThem, 2), refuse(unix.EPERM)
 		}, []string{
 			"kernel.bpf: a seccomp filter refuses the bpf system call (operation not permitted): " +
 				"allow it: SystemCallFilter=bpf in a systemd unit, bpf in a container's seccomp profile",
@@ -112,7 +115,7 @@ func TestRefusals(t *testing.T) {
 		{"several", func(p *Preflight, root fstest.MapFS) {
 			p.Release = "5.4.0"
 			delete(root, btfFile)
-			root["proc/self/status"] = status(0, 0)
+			root[statusFile] = status(0, 0)
 		}, []string{
 			"kernel.release: Linux 5.4.0 is older than the sensor's programs can run on: boot 5.10 or newer",
 			"kernel.btf: this kernel does not describe its types (/sys/kernel/btf/vmlinux is missing), so no program can be fitted to it: " +
@@ -151,7 +154,7 @@ func TestLacking(t *testing.T) {
 	} {
 		p, root := welcome()
 		p.Release = tt.release
-		root["proc/self/status"] = status(tt.capabilities, 0)
+		root[statusFile] = status(tt.capabilities, 0)
 		root["proc/self/limits"] = &fstest.MapFile{Data: []byte("Max locked memory  " + tt.limit + "  " + tt.limit + "  bytes\n")}
 		var got []string
 		for _, l := range p.Lacking() {

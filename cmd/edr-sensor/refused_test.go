@@ -53,6 +53,8 @@ func handicap(what string) error {
 		if sensor.NewPreflight().Lockdown() != "confidentiality" { // else it is true
 			err = hide("/sys/kernel", "security/lockdown")
 		}
+	case "lockdown that is not visible":
+		err = hide("/sys/kernel/security", "")
 	case "locked memory":
 		limit := unix.Rlimit{Cur: 64 << 10, Max: 64 << 10}
 		err = errors.Join(unix.Setrlimit(unix.RLIMIT_MEMLOCK, &limit), unix.Prctl(unix.PR_CAPBSET_DROP, unix.CAP_SYS_RESOURCE, 0, 0, 0))
@@ -119,11 +121,15 @@ func TestRefused(t *testing.T) {
 		{"old release", nil, sensor.CheckRelease, "is older than the sensor's programs can run on: boot 5.10 or newer"},
 		{"no BTF", nil, sensor.CheckBTF, "/sys/kernel/btf/vmlinux is missing"},
 		{"lockdown", nil, sensor.CheckLockdown, "lockdown=confidentiality forbids programs to read kernel memory: boot with lockdown=integrity"},
+		{"lockdown that is not visible", nil, sensor.CheckHooks, "the kernel refuses the programs that the sensor cannot do without"},
 		{"locked memory", nil, sensor.CheckMemlock, "65536 bytes that this process may lock, which count before Linux 5.11: set LimitMEMLOCK=infinity"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
-			if release := sensor.NewPreflight().Release; tt.check == sensor.CheckMemlock && !strings.HasPrefix(release, "5.10.") {
-				t.Skipf("Linux %s does not count maps as locked memory", release)
+			switch host := sensor.NewPreflight(); {
+			case tt.check == sensor.CheckMemlock && !strings.HasPrefix(host.Release, "5.10."):
+				t.Skipf("Linux %s does not count maps as locked memory", host.Release)
+			case tt.check == sensor.CheckHooks && host.Lockdown() != "confidentiality":
+				t.Skip("this kernel is not locked down")
 			}
 			dir, path := configForAll(t)
 			state := filepath.Join(dir, "state")
@@ -135,7 +141,7 @@ func TestRefused(t *testing.T) {
 			if err := json.Unmarshal([]byte(errs), &line); err != nil || line.Level != "error" || line.Msg != "not started" || line.Code != tt.check || !strings.Contains(line.Error, tt.says) {
 				t.Errorf("%v: %+v, want %s: …%s…", err, line, tt.check, tt.says)
 			}
-			if _, err := os.Stat(state); tt.check != sensor.CheckMemlock && !errors.Is(err, os.ErrNotExist) {
+			if _, err := os.Stat(state); tt.check != sensor.CheckMemlock && tt.check != sensor.CheckHooks && !errors.Is(err, os.ErrNotExist) {
 				t.Errorf("the state directory was made: %v", err)
 			}
 
@@ -178,7 +184,7 @@ func configForAll(t *testing.T) (dir, path string) {
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	path = filepath.Join(dir, "edr-sensor.yaml")
-	content := fmt.Sprintf("agent: {state_dir: %[1]s/state}\ncontrol: {socket: %[1]s/control.sock}\nhttp: {listen: \"\"}\nlog: {format: json}\nsensor: {scope: \"tree:%[2]d\"}\n", dir, os.Getpid())
+	content := fmt.Sprintf("agent: {state_dir: %[1]s/state}\nbuffer: {cap: 16MiB}\ncontrol: {socket: %[1]s/control.sock}\nhttp: {listen: \"\"}\nlog: {format: json}\nsensor: {scope: \"tree:%[2]d\"}\n", dir, os.Getpid())
 	if err := errors.Join(os.Chmod(dir, 0o777), os.WriteFile(path, []byte(content), 0o644)); err != nil {
 		t.Fatal(err)
 	}

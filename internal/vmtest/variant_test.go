@@ -26,9 +26,9 @@ const (
 
 // asUser is the sensor's suite, run as uid 1000 under Debian's own setting: perf events,
 // and with them kprobes, are for CAP_SYS_ADMIN. No event may be missing for that.
-func asUser(capabilities, run string) suite {
+func asUser(capabilities string) suite {
 	return suite{
-		dir: "sensor", name: "sensor-as-uid-1000", run: run,
+		dir: "sensor", name: "sensor-as-uid-1000", run: "Root",
 		// Kprobes are refused, as is asking for run statistics, and the rest of these has
 		// nothing to do with privileges and takes long.
 		skip: "Cost|FilesExcluded|FilesSuppressed|EveryProgram|^TestRootEveryWay$/(fentry|kprobe|raw)",
@@ -49,11 +49,11 @@ func variants() []variant {
 	}
 	return []variant{
 		{kernel: "5.10", name: "user", suites: []suite{
-			asUser(fiveCapabilities, "TestRoot(AllowedHooks|Coverage|Exec|TCPConnection)$"),
+			asUser(fiveCapabilities),
 			built("binary", "", "TestRefused/locked_memory|TestRunAsUser"),
 		}},
-		{kernel: "6.1", name: "user", suites: []suite{asUser(fourCapabilities, "Root"), built("binary", "", "TestRunAsUser")}},
-		{kernel: "6.12", name: "user", suites: []suite{asUser(fourCapabilities, "Root"), built("binary", "", "TestRunAsUser")}},
+		{kernel: "6.1", name: "user", suites: []suite{asUser(fourCapabilities), built("binary", "", "TestRunAsUser")}},
+		{kernel: "6.12", name: "user", suites: []suite{asUser(fourCapabilities), built("binary", "", "TestRunAsUser")}},
 		{kernel: "6.12", name: "without bpf in lsm=", lsm: "lockdown,capability,landlock,yama,apparmor", suites: []suite{
 			allowed("told", ""),
 			allowed("self-test", "umount /sys/kernel/security"), // so that nobody tells

@@ -137,8 +137,8 @@ func TestRefused(t *testing.T) {
 			if code != exitPrivilege || out != "" || strings.Count(errs, "\n") != 1 {
 				t.Errorf("exit code %d, want %d and one line:\n%s%s", code, exitPrivilege, out, errs)
 			}
-			var line struct{ Level, Msg, Code, Error string }
-			if err := json.Unmarshal([]byte(errs), &line); err != nil || line.Level != "error" || line.Msg != "not started" || line.Code != tt.check || !strings.Contains(line.Error, tt.says) {
+			var line struct{ Level, Msg, Code, Check, Error string }
+			if err := json.Unmarshal([]byte(errs), &line); err != nil || line.Level != "error" || line.Msg != "not started" || line.Code != "REFUSED" || line.Check != tt.check || !strings.Contains(line.Error, tt.says) {
 				t.Errorf("%v: %+v, want %s: …%s…", err, line, tt.check, tt.says)
 			}
 			if _, err := os.Stat(state); tt.check != sensor.CheckMemlock && tt.check != sensor.CheckHooks && !errors.Is(err, os.ErrNotExist) {

@@ -125,11 +125,12 @@ func ClientTLS(c config.TLS) (*tls.Config, error) {
 
 // logNotStarted says why the sensor does not run, in one line.
 func logNotStarted(ctx context.Context, err error) {
-	log := logging.From(ctx)
+	fields := []zap.Field{zap.String(logging.KeyCode, "NOT_STARTED"), zap.Error(err)}
 	if r := (*sensor.Refusal)(nil); errors.As(err, &r) {
-		log = log.With(zap.String(logging.KeyCode, r.Check))
+		fields[0] = zap.String(logging.KeyCode, "REFUSED")
+		fields = append(fields, zap.String("check", r.Check)) // of edr-sensor doctor
 	}
-	log.Error("not started", zap.Error(err))
+	logging.From(ctx).Error("not started", fields...)
 }
 
 // logEnd says what the run amounted to, in the one line that people look for.

@@ -207,7 +207,7 @@ static __always_inline int opened(struct file *file)
 static __always_inline bool syscall_times(struct file_event *event, __u64 times, __u32 forms)
 {
 	__s32 narrow[4] = {};
-	__s64 t[4] = {}, whole[2];
+	__s64 t[4] = {}, whole[2] = {}; /* before 6.3 nothing else may be read */
 	long err;
 
 	if (!times)

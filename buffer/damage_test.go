@@ -17,7 +17,10 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/prometheus/client_golang/prometheus"
 	bolt "go.etcd.io/bbolt"
+
+	"github.com/aurorasoc/edr-sensor/internal/metricstest"
 )
 
 // filled returns the bytes of a file that has wrapped, and with it what a kill
@@ -69,8 +72,12 @@ func plant(t testing.TB, dir string, data []byte) {
 }
 
 func TestDamagedChunkIsCountedNamedAndSkipped(t *testing.T) {
+	reg := prometheus.NewPedanticRegistry()
 	o := small(t.TempDir())
+	o.Registerer = reg
 	q := open(t, o)
+	o.Registerer = nil // of the queue that is opened again below
+	before := metricstest.Gather(t, reg)
 	for i := range 30 {
 		add(t, q, strings.Repeat(fmt.Sprint(i), 100), "second", "third")
 		if err := q.Flush(t.Context()); err != nil {
@@ -118,6 +125,7 @@ func TestDamagedChunkIsCountedNamedAndSkipped(t *testing.T) {
 		}
 	}
 	check(q)
+	metricstest.Moved(t, before, metricstest.Gather(t, reg), "buffer_corrupt_records_total")
 	closeQueue(t, q)
 	check(open(t, o))
 }
@@ -164,6 +172,10 @@ func TestDamagedFileIsSetAside(t *testing.T) {
 		"counter off by one": func(b []byte) []byte { return tamper(t, b, func(s *state) { s.truncated++ }) },
 		"lease behind acked": func(b []byte) []byte { return tamper(t, b, func(s *state) { s.lease, s.acked = 1, 2 }) },
 	}
+	sound := prometheus.NewPedanticRegistry()
+	o := small(t.TempDir())
+	o.Registerer = sound
+	open(t, o)
 	for _, clean := range []bool{true, false} {
 		data := filled(t, clean)
 		for name, damage := range cases {
@@ -171,7 +183,11 @@ func TestDamagedFileIsSetAside(t *testing.T) {
 				dir := t.TempDir()
 				before := damage(bytes.Clone(data))
 				plant(t, dir, before)
-				q := open(t, small(dir))
+				reg := prometheus.NewPedanticRegistry()
+				o := small(dir)
+				o.Registerer = reg
+				q := open(t, o)
+				metricstest.Moved(t, metricstest.Gather(t, sound), metricstest.Gather(t, reg), "buffer_quarantined_files")
 				s := q.Stats()
 				aside, err := os.ReadFile(s.Quarantined)
 				if err != nil || !bytes.Equal(aside, before) {

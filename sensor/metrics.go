@@ -17,8 +17,6 @@ type metrics struct {
 	decodeErrors prometheus.Counter
 	rejected     prometheus.Counter
 	missed       prometheus.Counter
-	ringUsed     [2]prometheus.Gauge
-	ringSize     [2]prometheus.Gauge
 	attached     *prometheus.GaugeVec
 	tagged       prometheus.Counter
 	latency      prometheus.Histogram
@@ -45,11 +43,6 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 		m.suppressed[k] = suppressed.WithLabelValues(k.String())
 		m.events[k], m.lost[k] = events.WithLabelValues(k.String()), lost.WithLabelValues(k.String())
 	}
-	used := f.NewGaugeVec(prometheus.GaugeOpts{Name: "sensor_ring_used_bytes", Help: "Bytes in the ring that are not yet durable. If it nears sensor_ring_size_bytes, the worker or the disk is too slow and events will be lost: see buffer_append_latency_seconds."}, []string{"ring"})
-	size := f.NewGaugeVec(prometheus.GaugeOpts{Name: "sensor_ring_size_bytes", Help: "Size of the ring. If it is too small for how long the disk stalls, raise sensor.priority_ring or sensor.bulk_ring."}, []string{"ring"})
-	for i, name := range [...]string{"priority", "bulk"} {
-		m.ringUsed[i], m.ringSize[i] = used.WithLabelValues(name), size.WithLabelValues(name)
-	}
 	return m
 }
 
@@ -62,9 +55,15 @@ func (m *metrics) covered(c Coverage) {
 	m.attached.WithLabelValues(c.Event, kind).Set(1)
 }
 
-func (m *metrics) rings(priority, bulk *ring) {
-	for i, r := range [...]*ring{priority, bulk} {
-		m.ringUsed[i].Set(float64(r.used()))
-		m.ringSize[i].Set(float64(r.size()))
-	}
+// exposeRing asks the ring at each scrape: a worker that stands still would not tell.
+func exposeRing(reg prometheus.Registerer, name string, r *ring) {
+	f, labels := promauto.With(reg), prometheus.Labels{"ring": name}
+	f.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "sensor_ring_used_bytes", ConstLabels: labels,
+		Help: "Bytes in the ring that are not yet durable. If it nears sensor_ring_size_bytes, the worker or the disk is too slow and events will be lost: see buffer_append_latency_seconds.",
+	}, func() float64 { return float64(r.used()) })
+	f.NewGauge(prometheus.GaugeOpts{
+		Name: "sensor_ring_size_bytes", ConstLabels: labels,
+		Help: "Size of the ring. If it is too small for how long the disk stalls, raise sensor.priority_ring or sensor.bulk_ring.",
+	}).Set(float64(r.size()))
 }

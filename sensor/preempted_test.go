@@ -10,6 +10,11 @@ import (
 	"sync"
 	"testing"
 
+	"github.com/prometheus/client_golang/prometheus"
+	"go.uber.org/zap"
+
+	"github.com/aurorasoc/edr-sensor/internal/logging"
+	"github.com/aurorasoc/edr-sensor/internal/metricstest"
 	"github.com/aurorasoc/edr-sensor/sensor/event"
 )
 
@@ -130,6 +135,12 @@ func TestRootCopiesNegativeControl(t *testing.T) {
 	if err != nil || missed == 0 || unseen > missed {
 		t.Errorf("%d runs left out, %d exits unseen, %v", missed, unseen, err)
 	}
+	reg := prometheus.NewPedanticRegistry()
+	s := newWorker(reg, &fullSink{})
+	s.kernel = k
+	before := metricstest.Gather(t, reg)
+	s.reportMissed(logging.Into(t.Context(), zap.NewNop()), event.SelfInfo{})
+	metricstest.Moved(t, before, metricstest.Gather(t, reg), "sensor_missed_runs_total")
 }
 
 // Of the forms of programs that see files, the kernel leaves out only those that come

@@ -140,6 +140,8 @@ func (s *Sensor) openRings() (err error) {
 	if s.bulk, err = openRing(s.kernel.bulk); err != nil {
 		return fmt.Errorf("bulk ring: %w", err)
 	}
+	exposeRing(s.o.Registerer, "priority", s.priority)
+	exposeRing(s.o.Registerer, "bulk", s.bulk)
 	if s.wait, err = newWaiter(s.priority, s.bulk); err != nil {
 		return fmt.Errorf("ring waiter: %w", err)
 	}
@@ -444,7 +446,6 @@ func (s *Sensor) writeSelf(ctx context.Context, i *event.SelfInfo, names []event
 func (s *Sensor) tick(ctx context.Context, now time.Time) {
 	from := s.lastTick
 	s.lastTick = now
-	s.metrics.rings(s.priority, s.bulk)
 	if l := logging.From(ctx).Check(zap.DebugLevel, "tick"); l != nil {
 		l.Write(zap.Uint64(logging.KeySeq, s.o.Sink.Next()), zap.Uint64("priority_bytes", s.priority.used()), zap.Uint64("bulk_bytes", s.bulk.used()))
 	}

@@ -20,6 +20,7 @@ import (
 
 	"github.com/aurorasoc/edr-sensor/buffer"
 	"github.com/aurorasoc/edr-sensor/internal/logging"
+	"github.com/aurorasoc/edr-sensor/internal/metricstest"
 	"github.com/aurorasoc/edr-sensor/transport/redistest"
 )
 
@@ -167,10 +168,13 @@ func TestSenderRewindsOverRetainedTail(t *testing.T) {
 	defer c.Close()
 	q := newMemQueue()
 	changes := make(chan State, 16)
+	reg := prometheus.NewPedanticRegistry()
 	o := fast(srv.Addr())
 	o.OnChange = func(st State) { changes <- st }
+	o.Registerer = reg
 	s := start(t, o, q)
 	s.delivered(t, q.add(1000, buffer.Events, false))
+	before := metricstest.Gather(t, reg)
 	if err := c.FlushAll(t.Context()).Err(); err != nil {
 		t.Fatal(err)
 	}
@@ -179,6 +183,7 @@ func TestSenderRewindsOverRetainedTail(t *testing.T) {
 	if got := testutil.ToFloat64(s.m.rewinds); got != 1 {
 		t.Errorf("rewinds = %v, want 1", got)
 	}
+	metricstest.Moved(t, before, metricstest.Gather(t, reg), "transport_rewinds_total")
 	if first, second := <-changes, <-changes; first.Rewinds != 0 || second.Rewinds != 1 || second.Phase != Connected {
 		t.Errorf("changes %+v, %+v", first, second)
 	}
@@ -480,10 +485,15 @@ func TestSenderReportsChanges(t *testing.T) {
 	o := fast(srv.Addr())
 	o.ProbeInterval = 10 * time.Millisecond
 	o.OnChange = func(s State) { changes <- s }
+	reg := prometheus.NewPedanticRegistry()
+	o.Registerer = reg
 	s := start(t, o, q)
 	if st := <-changes; st.Phase != Connected || !strings.Contains(st.Warning, "allkeys-lru") {
 		t.Errorf("first change %+v", st)
 	}
+	calm := prometheus.NewPedanticRegistry()
+	newMetrics(calm)
+	metricstest.Moved(t, metricstest.Gather(t, calm), metricstest.Gather(t, reg), "transport_eviction_risk")
 	srv.Kill9()
 	for st := range changes {
 		if st.Phase == Retrying && st.Class == ClassDial && st.Hint != "" {
@@ -496,6 +506,15 @@ func TestSenderReportsChanges(t *testing.T) {
 			break
 		}
 	}
+	c := srv.Client()
+	defer c.Close()
+	if err := c.ConfigSet(t.Context(), "maxmemory-policy", "noeviction").Err(); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.ClientKillByFilter(t.Context(), "TYPE", "normal").Err(); err != nil {
+		t.Fatal(err)
+	}
+	await(t, text("a server that was set right is no risk"), func() bool { return testutil.ToFloat64(s.m.eviction) == 0 })
 	s.stop(t)
 }
 

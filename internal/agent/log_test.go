@@ -7,15 +7,39 @@ import (
 	"io"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/aurorasoc/edr-sensor/internal/config"
 	"github.com/aurorasoc/edr-sensor/internal/logging"
+	"github.com/aurorasoc/edr-sensor/internal/metricstest"
 	"github.com/aurorasoc/edr-sensor/sensor/event"
 )
+
+func TestDroppedLinesAreAMetric(t *testing.T) {
+	r, w, err := os.Pipe() // that nobody reads
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	defer w.Close()
+	logs, err := logging.New(LogOptions(config.Default().Log), w)
+	if err != nil {
+		t.Fatal(err)
+	}
+	reg := prometheus.NewPedanticRegistry()
+	ctx := logs.Into(t.Context())
+	registerLog(ctx, reg)
+	before := metricstest.Gather(t, reg)
+	for range 2000 {
+		logging.From(ctx).Info(strings.Repeat("x", 100))
+	}
+	metricstest.Moved(t, before, metricstest.Gather(t, reg), "agent_log_lines_dropped_total")
+}
 
 func TestChangeLog(t *testing.T) {
 	logs, err := logging.New(LogOptions(config.Default().Log), io.Discard)

@@ -13,6 +13,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
 
+	"github.com/aurorasoc/edr-sensor/internal/metricstest"
 	"github.com/aurorasoc/edr-sensor/sensor"
 	"github.com/aurorasoc/edr-sensor/sensor/event"
 )
@@ -76,7 +77,8 @@ func readyz(t *testing.T, m *modeMachine) (int, string) {
 // TestReadyRecovers follows a sensor through a bad hour: /readyz fails only while
 // evidence is lost or something is stuck, and comes back by itself.
 func TestReadyRecovers(t *testing.T) {
-	m := newModeMachine(prometheus.NewPedanticRegistry(), facts{}, time.Unix(0, 0))
+	reg := prometheus.NewPedanticRegistry()
+	m := newModeMachine(reg, facts{}, time.Unix(0, 0))
 	if code, body := readyz(t, m); code != 503 {
 		t.Errorf("before the first step: %d %s", code, body)
 	}
@@ -103,7 +105,11 @@ func TestReadyRecovers(t *testing.T) {
 		{"all is well", 25, func() { f.delivering, f.missing = true, nil }, Online, 200},
 	} {
 		step.change()
+		before := metricstest.Gather(t, reg)
 		m.step(f, time.Unix(step.at, 0))
+		if step.name == "the worker hangs" {
+			metricstest.Moved(t, before, metricstest.Gather(t, reg), "agent_stuck", "agent_ready")
+		}
 		code, body := readyz(t, m)
 		if mode := m.current.Load().Mode; code != step.code || mode != step.mode {
 			t.Errorf("%s: %s, %d %s; want %s, %d", step.name, mode, code, body, step.mode, step.code)
@@ -126,6 +132,16 @@ func TestModeKeepsALossForAWhile(t *testing.T) {
 	if got := testutil.ToFloat64(m.changes); got != 2 {
 		t.Errorf("agent_mode_changes_total is %v, want 2", got)
 	}
+}
+
+func TestBuildInfoTellsBuildsApart(t *testing.T) {
+	gather := func(version, kernel string) metricstest.Page {
+		reg := prometheus.NewPedanticRegistry()
+		newMetrics(reg, version, kernel)
+		return metricstest.Gather(t, reg)
+	}
+	metricstest.Moved(t, gather("1.0.0", "6.1"), gather("1.0.1", "6.1"), "agent_build_info")
+	metricstest.Moved(t, gather("1.0.0", "6.1"), gather("1.0.0", "6.12"), "agent_build_info")
 }
 
 func TestUnseen(t *testing.T) {

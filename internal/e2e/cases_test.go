@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/aurorasoc/edr-sensor/internal/metricstest"
 	"github.com/aurorasoc/edr-sensor/transport/redistest"
 )
 
@@ -77,6 +78,7 @@ func TestCases(t *testing.T) {
 	in := tell("in", fmt.Sprintf(`(read line <%[1]s; /bin/true in-orphan; read line <%[1]s; /bin/true in-too-late) >/dev/null 2>&1 &`, fifo))
 	tell("out", "sleep 1000 >/dev/null 2>&1 & stranger=$!")
 	h.start()
+	_, quiet := h.get("/metrics")
 	busy("before")
 
 	h.must("it covers 2 running processes", "case", "open", "--case-id", "C-17", "--investigation-id", "I-4", "--user-id", "mara", "--subtree", fmt.Sprint(in), "--collect", "deep")
@@ -98,6 +100,7 @@ func TestCases(t *testing.T) {
 	tell("out", fmt.Sprintf(`: >%s/file`, secret))
 	tell("in", fmt.Sprintf(`: >%s/both`, secret))
 	_, page := h.get("/metrics")
+	metricstest.Moved(t, metricstest.Parse(quiet), metricstest.Parse(page), "cases_open")
 	if !strings.Contains(page, "\ncases_open 2\n") {
 		t.Error("cases_open is not 2")
 	}

@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/aurorasoc/edr-sensor/internal/metricstest"
 	"github.com/aurorasoc/edr-sensor/transport/redistest"
 )
 
@@ -34,6 +35,8 @@ func TestTruncation(t *testing.T) {
 			h.start()
 			w.do(order{Op: "exec", From: 1, N: 50})
 			h.delivered(30 * time.Second)
+			_, page := h.get("/metrics")
+			before := metricstest.Parse(page)
 			server.Kill9()
 			w.do(order{Op: "exec", From: 90, N: 1}) // an idle sensor asks every 30 s only
 			h.readyz(200, "ready: buffering", "(transport_connected)")
@@ -48,6 +51,8 @@ func TestTruncation(t *testing.T) {
 			fill()
 			eventually(t, 30*time.Second, "records are truncated", func() bool { return h.mustStatus().Buffer.Truncated > 0 })
 			h.readyz(503, "not ready: truncating", "(buffer_truncations_total)", "(transport_connected)")
+			_, page = h.get("/metrics")
+			metricstest.Moved(t, before, metricstest.Parse(page), "buffer_truncations_total")
 			if killed {
 				done := make(chan struct{})
 				go func() {

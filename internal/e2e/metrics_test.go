@@ -17,11 +17,14 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 
+	"github.com/aurorasoc/edr-sensor/internal/metricstest"
 	"github.com/aurorasoc/edr-sensor/sensor/event"
 	"github.com/aurorasoc/edr-sensor/transport"
+	"github.com/aurorasoc/edr-sensor/transport/redistest"
 )
 
 var update = flag.Bool("update", false, "write docs/metrics.md instead of comparing it")
@@ -33,7 +36,11 @@ const moduleRoot = "../.."
 func checkMetricsDoc(t *testing.T, page string) {
 	t.Helper()
 	exposed := parsePage(page)
+	moved := movedMetrics(t)
 	for _, name := range declaredMetrics(t) {
+		if !moved[name] {
+			t.Errorf("no test moves %s: do in one what it counts, and say so with metricstest.Moved", name)
+		}
 		if _, ok := exposed[name]; !ok {
 			t.Errorf("%s is declared in the code and missing in /metrics", name)
 			continue
@@ -214,8 +221,8 @@ func value(t *testing.T, page, name string) float64 {
 	return v
 }
 
-// declaredMetrics lists the names in every prometheus.…Opts literal of the code.
-func declaredMetrics(t *testing.T) (names []string) {
+// inspect visits the syntax of all Go files of ours, tests or the others.
+func inspect(t *testing.T, tests bool, visit func(ast.Node) bool) {
 	t.Helper()
 	err := filepath.WalkDir(moduleRoot, func(path string, d fs.DirEntry, err error) error {
 		if err != nil {
@@ -224,44 +231,130 @@ func declaredMetrics(t *testing.T) (names []string) {
 		if d.IsDir() && (d.Name() == ".git" || d.Name() == "bench") {
 			return filepath.SkipDir
 		}
-		if !strings.HasSuffix(path, ".go") || strings.HasSuffix(path, "_test.go") {
+		if !strings.HasSuffix(path, ".go") || strings.HasSuffix(path, "_test.go") != tests {
 			return nil
 		}
 		f, err := parser.ParseFile(token.NewFileSet(), path, nil, parser.SkipObjectResolution)
 		if err != nil {
 			return err
 		}
-		ast.Inspect(f, func(n ast.Node) bool {
-			lit, ok := n.(*ast.CompositeLit)
-			if !ok {
-				return true
-			}
-			sel, ok := lit.Type.(*ast.SelectorExpr)
-			if !ok || !strings.HasSuffix(sel.Sel.Name, "Opts") {
-				return true
-			}
-			for _, e := range lit.Elts {
-				kv, ok := e.(*ast.KeyValueExpr)
-				if !ok {
-					continue
-				}
-				key, _ := kv.Key.(*ast.Ident)
-				value, _ := kv.Value.(*ast.BasicLit)
-				if key != nil && key.Name == "Name" && value != nil {
-					if name, err := strconv.Unquote(value.Value); err == nil {
-						names = append(names, name)
-					}
-				}
-			}
-			return true
-		})
+		ast.Inspect(f, visit)
 		return nil
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
+}
+
+// movedMetrics lists the names that tests give to metricstest.Moved.
+func movedMetrics(t *testing.T) map[string]bool {
+	t.Helper()
+	names := map[string]bool{}
+	inspect(t, true, func(n ast.Node) bool {
+		call, ok := n.(*ast.CallExpr)
+		if !ok {
+			return true
+		}
+		if sel, ok := call.Fun.(*ast.SelectorExpr); !ok || sel.Sel.Name != "Moved" {
+			return true
+		}
+		for _, a := range call.Args {
+			if lit, ok := a.(*ast.BasicLit); ok {
+				if name, err := strconv.Unquote(lit.Value); err == nil {
+					names[name] = true
+				}
+			}
+		}
+		return true
+	})
+	return names
+}
+
+// declaredMetrics lists the names in every prometheus.…Opts literal of the code.
+func declaredMetrics(t *testing.T) (names []string) {
+	t.Helper()
+	inspect(t, false, func(n ast.Node) bool {
+		lit, ok := n.(*ast.CompositeLit)
+		if !ok {
+			return true
+		}
+		sel, ok := lit.Type.(*ast.SelectorExpr)
+		if !ok || !strings.HasSuffix(sel.Sel.Name, "Opts") {
+			return true
+		}
+		for _, e := range lit.Elts {
+			kv, ok := e.(*ast.KeyValueExpr)
+			if !ok {
+				continue
+			}
+			key, _ := kv.Key.(*ast.Ident)
+			value, _ := kv.Value.(*ast.BasicLit)
+			if key != nil && key.Name == "Name" && value != nil {
+				if name, err := strconv.Unquote(value.Value); err == nil {
+					names = append(names, name)
+				}
+			}
+		}
+		return true
+	})
 	if len(names) < 20 {
 		t.Errorf("%d declared metrics found, the search is broken", len(names))
 	}
 	return names
+}
+
+// TestMetricsMove does what the metrics of a whole sensor count and looks whether they
+// tell: work, a flood, Redis away, a disk that stands still, another configuration.
+func TestMetricsMove(t *testing.T) {
+	requireHost(t)
+	mount := loopMount(t)
+	w := startWorkload(t)
+	server := redistest.Start(t, redistest.Options{AOF: "everysec"})
+	const settings = "buffer: {dir: %q, cap: %s}\nsensor: {scope: \"tree:%d\", priority_ring: %s, bulk_ring: 64KiB, file: {per_process: 50}}"
+	dir := filepath.Join(mount, "buffer")
+	h := newHost(t, w, server.Addr(), fmt.Sprintf(settings, dir, "16MiB", w.pid(), "64KiB"))
+	scrape := func() metricstest.Page {
+		_, page := h.get("/metrics")
+		return metricstest.Parse(page)
+	}
+	h.start()
+	fresh := scrape()
+	w.do(order{Op: "exec", From: 1, N: 20})
+	w.do(order{Op: "create", Dir: t.TempDir(), N: 500})
+	h.delivered(30 * time.Second)
+	eventually(t, 10*time.Second, "what was left out is counted", func() bool {
+		return h.mustStatus().Sensor.Suppressed["file.create"] > 0 && h.mustStatus().Ready
+	})
+	eventually(t, 10*time.Second, "the tick after it", func() bool {
+		return !cmp.Equal(fresh["sensor_suppressed_events_total"], scrape()["sensor_suppressed_events_total"])
+	})
+	worked := scrape()
+	metricstest.Moved(t, fresh, worked,
+		"sensor_events_total", "sensor_suppressed_events_total", "sensor_read_latency_seconds", "enrich_hashes_total",
+		"buffer_append_latency_seconds", "buffer_commit_seconds", "buffer_commits_total", "buffer_bytes", "buffer_records",
+		"transport_batch_seconds", "transport_batches_total", "transport_delivered_records_total",
+		"transport_delivery_latency_seconds", "transport_end_to_end_latency_seconds")
+
+	server.Kill9()
+	w.do(order{Op: "exec", From: 30, N: 20})
+	h.readyz(200, "ready: buffering")
+	away := scrape()
+	metricstest.Moved(t, worked, away, "agent_mode", "agent_mode_changes_total", "transport_connected", "transport_errors_total",
+		"buffer_unsent_bytes", "buffer_unsent_records", "buffer_oldest_unsent_age_seconds")
+
+	thaw := freeze(t, mount)
+	w.do(order{Op: "exec", From: 100, N: 120, ArgSize: 60 << 10})
+	eventually(t, 10*time.Second, "the ring is full", func() bool { return h.mustStatus().Sensor.Lost["process.exec"] > 0 })
+	metricstest.Moved(t, away, scrape(), "sensor_ring_used_bytes")
+	thaw()
+	h.readyz(503, "(sensor_lost_events_total")
+	metricstest.Moved(t, away, scrape(), "sensor_lost_events_total", "agent_ready")
+
+	h.kill9()
+	h = newHost(t, w, server.Addr(), fmt.Sprintf(settings, dir, "20MiB", w.pid(), "128KiB"))
+	h.start()
+	metricstest.Moved(t, worked, scrape(), "agent_config_info", "buffer_capacity_bytes", "sensor_ring_size_bytes")
+	server.Restart()
+	h.delivered(30 * time.Second)
+	h.stop()
 }

@@ -13,6 +13,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
 
+	"github.com/aurorasoc/edr-sensor/internal/metricstest"
 	"github.com/aurorasoc/edr-sensor/sensor/event"
 )
 
@@ -532,7 +533,9 @@ func TestApplyLeavesOwnEventsAlone(t *testing.T) {
 }
 
 func TestTableIsBounded(t *testing.T) {
-	h := newHost(t, func(o *Options) { o.TableSize = 100 })
+	reg := prometheus.NewPedanticRegistry()
+	h := newHost(t, func(o *Options) { o.TableSize, o.Registerer = 100, reg })
+	before := metricstest.Gather(t, reg)
 	parent := key(1, 1)
 	h.exec(parent, event.ProcessKey{}, "/sbin/init")
 	for i := range uint32(1000) {
@@ -552,6 +555,8 @@ func TestTableIsBounded(t *testing.T) {
 	if h.table.use(parent) == nil {
 		t.Error("the parent in use was evicted")
 	}
+	h.connect(key(5000, 1)) // not seen to start
+	metricstest.Moved(t, before, metricstest.Gather(t, reg), "enrich_evicted_total", "enrich_processes", "enrich_partial_processes_total")
 }
 
 func TestMetrics(t *testing.T) {

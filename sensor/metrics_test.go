@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package sensor
+
+import (
+	"context"
+	"errors"
+	"testing"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"go.uber.org/zap"
+
+	"github.com/aurorasoc/edr-sensor/internal/logging"
+	"github.com/aurorasoc/edr-sensor/internal/metricstest"
+	"github.com/aurorasoc/edr-sensor/sensor/event"
+	"github.com/aurorasoc/edr-sensor/sensor/ocsf"
+)
+
+// fullSink refuses every record for ever, or none.
+type fullSink struct{ err error }
+
+func (s *fullSink) Next() uint64                          { return 1 }
+func (s *fullSink) Begin() []byte                         { return nil }
+func (s *fullSink) BeginDecision(event.Decisions) []byte  { return nil }
+func (s *fullSink) End([]byte, bool, []event.Loss) error  { return s.err }
+func (s *fullSink) Size() int                             { return 0 }
+func (s *fullSink) Flush(context.Context, []byte) error   { return nil }
+func (s *fullSink) Unnamed(dst []event.Loss) []event.Loss { return dst }
+
+// newWorker is a Sensor without a kernel.
+func newWorker(reg prometheus.Registerer, sink Sink) *Sensor {
+	return &Sensor{
+		o:         Options{Sink: sink, Encoder: ocsf.New(event.Host{}, event.Agent{ID: "a"})},
+		metrics:   newMetrics(reg),
+		unwritten: map[string]uint64{},
+	}
+}
+
+// TestWhatCannotBecomeARecordIsCounted puts a record into a ring that no program
+// of ours writes, and an event into a sink that takes none.
+func TestWhatCannotBecomeARecordIsCounted(t *testing.T) {
+	ctx := logging.Into(t.Context(), zap.NewNop())
+	reg := prometheus.NewPedanticRegistry()
+	sink := &fullSink{}
+	s := newWorker(reg, sink)
+	before := metricstest.Gather(t, reg)
+
+	m := newMemoryRing(4096)
+	m.put([]byte("what is this?"), 0)
+	if n, err := s.read(ctx, m.open(t), ^uint64(0), 0, pollRecords); n != 0 || err != nil {
+		t.Errorf("%d events, %v", n, err)
+	}
+	sink.err = errors.New("too large")
+	s.write(ctx, 0, &event.Event{Kind: event.Exit}, false, nil)
+	if s.Discarded() != 2 || s.unwritten["UNDECODABLE"] != 1 || s.unwritten["TOO_LARGE"] != 1 {
+		t.Errorf("%d discarded, %v to report", s.Discarded(), s.unwritten)
+	}
+
+	sink.err = nil
+	s.write(ctx, 0, &event.Event{Kind: event.Exit, Cases: []*event.Case{{ID: "C-1"}}}, false, nil)
+	metricstest.Moved(t, before, metricstest.Gather(t, reg),
+		"sensor_decode_errors_total", "sensor_rejected_events_total", "sensor_case_events_total")
+}
+
+func TestCoverageIsAMetric(t *testing.T) {
+	reg := prometheus.NewPedanticRegistry()
+	m := newMetrics(reg)
+	m.covered(Coverage{Event: "net.close", Hook: "tp_btf/inet_sock_set_state"})
+	before := metricstest.Gather(t, reg)
+	m.covered(Coverage{Event: "net.close"})
+	metricstest.Moved(t, before, metricstest.Gather(t, reg), "sensor_hook_attached")
+}

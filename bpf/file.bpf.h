@@ -33,11 +33,7 @@ struct {
  * asks for: newer kernels put a mount's id mapping before them. */
 const volatile __u32 argument_shift = 0;
 
-/* The token bucket of each process: file_interval is what an event costs, file_burst
- * what can be saved up, both in nanoseconds. No interval, no limit. */
-const volatile __u64 file_interval = 0;
-const volatile __u64 file_burst = 0;
-
+/* The token bucket of each process; struct file_filter says what an event costs. */
 struct bucket {
 	__u64 spent; /* the time up to which tokens are used */
 	__u64 suppressed;
@@ -75,25 +71,26 @@ static __always_inline int file_slot_claim(void)
 static __always_inline bool admit(__u32 pid, __u32 *suppressed)
 {
 	__u64 now, n;
+	struct file_filter *filter = file_filter_now();
 	struct bucket *bucket, fresh = {};
 
 	*suppressed = 0;
-	if (!file_interval)
+	if (!filter || !filter->interval)
 		return true;
 	now = bpf_ktime_get_boot_ns();
 	bucket = bpf_map_lookup_elem(&file_buckets, &pid);
 	if (!bucket) {
-		fresh.spent = now + file_interval;
+		fresh.spent = now + filter->interval;
 		bpf_map_update_elem(&file_buckets, &pid, &fresh, BPF_NOEXIST);
 		return true;
 	}
-	if (bucket->spent > now + file_burst) {
+	if (bucket->spent > now + filter->burst) {
 		if (is_deep(pid))
 			return true;
 		__sync_fetch_and_add(&bucket->suppressed, 1);
 		return false;
 	}
-	bucket->spent = (bucket->spent > now ? bucket->spent : now) + file_interval;
+	bucket->spent = (bucket->spent > now ? bucket->spent : now) + filter->interval;
 	n = bucket->suppressed;
 	if (n) {
 		__sync_fetch_and_add(&bucket->suppressed, -n);
@@ -284,11 +281,12 @@ __noinline int find_mount(__u32 index)
 __noinline int file_path_some(__u32 index)
 {
 	struct file_slot *slot = file_slot_at(index);
+	struct file_filter *filter = file_filter_now();
 
 	if (!slot)
 		return WALK_CUT;
 	return walk_some(&slot->walk, slot->data, FILE_STRINGS_MAX,
-			 excluded_directories != 0 && !is_deep(slot->event.header.pid));
+			 filter && filter->directories && !is_deep(slot->event.header.pid));
 }
 
 /* file_path appends the path of slot->walk.dentry on slot->walk.mount, the first or

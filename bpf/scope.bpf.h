@@ -132,8 +132,28 @@ struct {
 	__type(value, __u8);
 } file_exclusions SEC(".maps");
 
-const volatile __u32 excluded_executables = 0;
-const volatile __u32 excluded_directories = 0;
+/* How many file events a process may have, and how many exclusions there are: none
+ * saves looking for them. User space changes it while the programs run. */
+struct file_filter {
+	__u64 interval; /* what an event costs of the process's bucket, ns; 0: no limit */
+	__u64 burst;    /* what can be saved up, ns */
+	__u32 executables;
+	__u32 directories;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct file_filter);
+} file_filter SEC(".maps");
+
+static __always_inline struct file_filter *file_filter_now(void)
+{
+	__u32 only = 0;
+
+	return bpf_map_lookup_elem(&file_filter, &only);
+}
 
 static __always_inline bool is_excluded(struct inode *inode, enum exclusion what)
 {
@@ -148,7 +168,9 @@ static __always_inline bool is_excluded(struct inode *inode, enum exclusion what
 
 static __always_inline bool excluded_task(struct task_struct *task)
 {
-	return excluded_executables &&
+	struct file_filter *filter = file_filter_now();
+
+	return filter && filter->executables &&
 	       is_excluded(BPF_CORE_READ(task, mm, exe_file, f_inode), EXCLUDE_EXECUTABLE) &&
 	       !is_deep(BPF_CORE_READ(task, tgid));
 }

@@ -268,6 +268,7 @@ const (
 	SensorMapExecSlots               = "exec_slots"
 	SensorMapFileBuckets             = "file_buckets"
 	SensorMapFileExclusions          = "file_exclusions"
+	SensorMapFileFilter              = "file_filter"
 	SensorMapFileSlots               = "file_slots"
 	SensorMapFileSyscalls            = "file_syscalls"
 	SensorMapKindCounters            = "kind_counters"
@@ -351,10 +352,6 @@ const (
 	SensorVarArgumentShift           = "argument_shift"
 	SensorVarCopies                  = "copies"
 	SensorVarEarlyFiles              = "early_files"
-	SensorVarExcludedDirectories     = "excluded_directories"
-	SensorVarExcludedExecutables     = "excluded_executables"
-	SensorVarFileBurst               = "file_burst"
-	SensorVarFileInterval            = "file_interval"
 	SensorVarLsmProbePid             = "lsm_probe_pid"
 	SensorVarScopeCgroupId           = "scope_cgroup_id"
 	SensorVarScopeMode               = "scope_mode"
@@ -486,6 +483,7 @@ type SensorMapSpecs struct {
 	ExecSlots      *ebpf.MapSpec `ebpf:"exec_slots"`
 	FileBuckets    *ebpf.MapSpec `ebpf:"file_buckets"`
 	FileExclusions *ebpf.MapSpec `ebpf:"file_exclusions"`
+	FileFilter     *ebpf.MapSpec `ebpf:"file_filter"`
 	FileSlots      *ebpf.MapSpec `ebpf:"file_slots"`
 	FileSyscalls   *ebpf.MapSpec `ebpf:"file_syscalls"`
 	KindCounters   *ebpf.MapSpec `ebpf:"kind_counters"`
@@ -501,18 +499,14 @@ type SensorMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type SensorVariableSpecs struct {
-	ArgumentShift       *ebpf.VariableSpec `ebpf:"argument_shift"`
-	Copies              *ebpf.VariableSpec `ebpf:"copies"`
-	EarlyFiles          *ebpf.VariableSpec `ebpf:"early_files"`
-	ExcludedDirectories *ebpf.VariableSpec `ebpf:"excluded_directories"`
-	ExcludedExecutables *ebpf.VariableSpec `ebpf:"excluded_executables"`
-	FileBurst           *ebpf.VariableSpec `ebpf:"file_burst"`
-	FileInterval        *ebpf.VariableSpec `ebpf:"file_interval"`
-	LsmProbePid         *ebpf.VariableSpec `ebpf:"lsm_probe_pid"`
-	ScopeCgroupId       *ebpf.VariableSpec `ebpf:"scope_cgroup_id"`
-	ScopeMode           *ebpf.VariableSpec `ebpf:"scope_mode"`
-	SlotCount           *ebpf.VariableSpec `ebpf:"slot_count"`
-	SyscallKinds        *ebpf.VariableSpec `ebpf:"syscall_kinds"`
+	ArgumentShift *ebpf.VariableSpec `ebpf:"argument_shift"`
+	Copies        *ebpf.VariableSpec `ebpf:"copies"`
+	EarlyFiles    *ebpf.VariableSpec `ebpf:"early_files"`
+	LsmProbePid   *ebpf.VariableSpec `ebpf:"lsm_probe_pid"`
+	ScopeCgroupId *ebpf.VariableSpec `ebpf:"scope_cgroup_id"`
+	ScopeMode     *ebpf.VariableSpec `ebpf:"scope_mode"`
+	SlotCount     *ebpf.VariableSpec `ebpf:"slot_count"`
+	SyscallKinds  *ebpf.VariableSpec `ebpf:"syscall_kinds"`
 }
 
 // SensorObjects contains all objects after they have been loaded into the kernel.
@@ -540,6 +534,7 @@ type SensorMaps struct {
 	ExecSlots      *ebpf.Map `ebpf:"exec_slots"`
 	FileBuckets    *ebpf.Map `ebpf:"file_buckets"`
 	FileExclusions *ebpf.Map `ebpf:"file_exclusions"`
+	FileFilter     *ebpf.Map `ebpf:"file_filter"`
 	FileSlots      *ebpf.Map `ebpf:"file_slots"`
 	FileSyscalls   *ebpf.Map `ebpf:"file_syscalls"`
 	KindCounters   *ebpf.Map `ebpf:"kind_counters"`
@@ -558,6 +553,7 @@ func (m *SensorMaps) Close() error {
 		m.ExecSlots,
 		m.FileBuckets,
 		m.FileExclusions,
+		m.FileFilter,
 		m.FileSlots,
 		m.FileSyscalls,
 		m.KindCounters,
@@ -574,18 +570,14 @@ func (m *SensorMaps) Close() error {
 //
 // It can be passed to LoadSensorObjects or ebpf.CollectionSpec.LoadAndAssign.
 type SensorVariables struct {
-	ArgumentShift       *ebpf.Variable `ebpf:"argument_shift"`
-	Copies              *ebpf.Variable `ebpf:"copies"`
-	EarlyFiles          *ebpf.Variable `ebpf:"early_files"`
-	ExcludedDirectories *ebpf.Variable `ebpf:"excluded_directories"`
-	ExcludedExecutables *ebpf.Variable `ebpf:"excluded_executables"`
-	FileBurst           *ebpf.Variable `ebpf:"file_burst"`
-	FileInterval        *ebpf.Variable `ebpf:"file_interval"`
-	LsmProbePid         *ebpf.Variable `ebpf:"lsm_probe_pid"`
-	ScopeCgroupId       *ebpf.Variable `ebpf:"scope_cgroup_id"`
-	ScopeMode           *ebpf.Variable `ebpf:"scope_mode"`
-	SlotCount           *ebpf.Variable `ebpf:"slot_count"`
-	SyscallKinds        *ebpf.Variable `ebpf:"syscall_kinds"`
+	ArgumentShift *ebpf.Variable `ebpf:"argument_shift"`
+	Copies        *ebpf.Variable `ebpf:"copies"`
+	EarlyFiles    *ebpf.Variable `ebpf:"early_files"`
+	LsmProbePid   *ebpf.Variable `ebpf:"lsm_probe_pid"`
+	ScopeCgroupId *ebpf.Variable `ebpf:"scope_cgroup_id"`
+	ScopeMode     *ebpf.Variable `ebpf:"scope_mode"`
+	SlotCount     *ebpf.Variable `ebpf:"slot_count"`
+	SyscallKinds  *ebpf.Variable `ebpf:"syscall_kinds"`
 }
 
 // SensorPrograms contains all programs after they have been loaded into the kernel.

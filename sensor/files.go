@@ -32,26 +32,25 @@ type FileOptions struct {
 // fileSlots is FILE_SLOTS in bpf/file.bpf.h.
 const fileSlots = 4
 
-// configureFiles puts the options into the maps' sizes and the programs' constants.
-func configureFiles(spec *ebpf.CollectionSpec, o FileOptions, slots uint32) (constants map[string]any) {
+// configureFiles puts the options into the maps' sizes.
+func configureFiles(spec *ebpf.CollectionSpec, o FileOptions, slots uint32) {
 	spec.Maps["file_slots"].MaxEntries = slots * fileSlots
 	if !o.On {
-		for _, name := range []string{"file_slots", "written_files", "file_buckets", "file_exclusions"} {
+		for _, name := range []string{"file_slots", "written_files", "file_buckets"} {
 			spec.Maps[name].MaxEntries = 1
 		}
 	}
-	constants = map[string]any{
-		"excluded_executables": uint32(len(o.ExcludeExecutables)),
-		"excluded_directories": uint32(len(o.ExcludeDirectories)),
-	}
-	spec.Maps["file_exclusions"].MaxEntries = uint32(max(1, len(o.ExcludeExecutables)+len(o.ExcludeDirectories)))
-	if o.Rate > 0 {
-		interval := uint64(time.Second) / uint64(o.Rate)
-		constants["file_interval"] = interval
-		constants["file_burst"] = interval * uint64(max(o.Burst, 1)-1)
-	}
-	return constants
+	spec.Maps["file_exclusions"].MaxEntries = uint32(max(fileExclusions, len(o.ExcludeExecutables)+len(o.ExcludeDirectories)))
 }
+
+// fileExclusions is how many exclusions there may be at least without a restart.
+const fileExclusions = 512
+
+// Values of enum exclusion in bpf/scope.bpf.h.
+const (
+	excludeExecutable = 1
+	excludeDirectory  = 2
+)
 
 // exclusionKey is struct exclusion_key of bpf/scope.bpf.h.
 type exclusionKey struct {
@@ -60,24 +59,79 @@ type exclusionKey struct {
 	What uint32
 }
 
-// exclude puts files and directories into the map of exclusions. One that is not
-// there cannot be excluded, which the error says; the others are.
-func exclude(m *ebpf.Map, o FileOptions) error {
-	var errs []error
-	for what, paths := range [][]string{1: o.ExcludeExecutables, 2: o.ExcludeDirectories} {
-		for _, path := range paths {
-			var st unix.Stat_t
-			if err := unix.Stat(path, &st); err != nil {
-				errs = append(errs, fmt.Errorf("exclude %s: %w", path, err))
-				continue
-			}
-			key := exclusionKey{Ino: st.Ino, Dev: unix.Major(st.Dev)<<20 | unix.Minor(st.Dev), What: uint32(what)}
-			if err := m.Put(key, uint8(1)); err != nil {
-				errs = append(errs, fmt.Errorf("exclude %s: %w", path, err))
+// fileFilter is struct file_filter of bpf/scope.bpf.h.
+type fileFilter struct {
+	Interval, Burst          uint64
+	Executables, Directories uint32
+}
+
+// filter has the programs leave out what o says, from now on. What is not there
+// cannot be excluded: it is returned, and the others are excluded. With an error
+// everything is as it was.
+func (k *kernel) filter(o FileOptions) (missing []error, err error) {
+	wanted, missing := exclusions(o)
+	m := k.maps["file_exclusions"]
+	var old []exclusionKey
+	var key exclusionKey
+	var value uint8
+	for it := m.Iterate(); it.Next(&key, &value); {
+		old = append(old, key)
+	}
+	var f fileFilter
+	for _, key := range wanted {
+		if !slices.Contains(old, key) {
+			err = errors.Join(err, m.Put(key, uint8(1)))
+		}
+		if key.What == excludeExecutable {
+			f.Executables++
+		} else {
+			f.Directories++
+		}
+	}
+	if o.Rate > 0 {
+		f.Interval = uint64(time.Second) / uint64(o.Rate)
+		f.Burst = f.Interval * uint64(max(o.Burst, 1)-1)
+	}
+	if err == nil {
+		err = k.maps["file_filter"].Put(uint32(0), f)
+	}
+	gone := old
+	if err != nil {
+		gone, wanted = wanted, old
+	}
+	for _, key := range gone {
+		if !slices.Contains(wanted, key) {
+			if derr := m.Delete(key); derr != nil && !errors.Is(derr, ebpf.ErrKeyNotExist) {
+				err = errors.Join(err, derr)
 			}
 		}
 	}
-	return errors.Join(errs...)
+	if err != nil {
+		return nil, fmt.Errorf("set file filter of %d exclusions: %w", len(wanted), err)
+	}
+	return missing, nil
+}
+
+// exclusions looks up what is to be left out.
+func exclusions(o FileOptions) (keys []exclusionKey, missing []error) {
+	for what, paths := range [][]string{excludeExecutable: o.ExcludeExecutables, excludeDirectory: o.ExcludeDirectories} {
+		for _, path := range paths {
+			var st unix.Stat_t
+			if err := unix.Stat(path, &st); err != nil {
+				missing = append(missing, fmt.Errorf("exclude %s: %w", path, err))
+				continue
+			}
+			keys = append(keys, exclusionKey{Ino: st.Ino, Dev: unix.Major(st.Dev)<<20 | unix.Minor(st.Dev), What: uint32(what)})
+		}
+	}
+	return keys, missing
+}
+
+// Filter changes what file events leave out, while the sensor runs: the rate, the
+// burst and the exclusions of o. What is not there cannot be excluded; missing says
+// so of each. With an error nothing has changed.
+func (s *Sensor) Filter(o FileOptions) (missing []error, err error) {
+	return s.kernel.filter(o)
 }
 
 // kernelFunction is the function whose parameters a program gets, if any.

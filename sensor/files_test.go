@@ -444,3 +444,66 @@ func TestArgumentShiftIgnoresWhatHasNoParameters(t *testing.T) {
 		t.Errorf("%d, %v", shift, err)
 	}
 }
+
+// TestRootFilterChangesLive changes the filter under running programs, also to one
+// that does not fit, which must change nothing.
+func TestRootFilterChangesLive(t *testing.T) {
+	a := startActor(t)
+	dir := real(t, t.TempDir())
+	k := watchFiles(t, a, FileOptions{}, "")
+	exe := real(t, "/proc/self/exe")
+	n := 0
+	counted := func(what string, times int, seen, suppressed uint64) {
+		t.Helper()
+		before, err := k.counters()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for range times {
+			n++
+			a.must(request{Op: "file", Args: []string{"mkdir", filepath.Join(dir, fmt.Sprint("made ", n))}})
+		}
+		after, err := k.counters()
+		if err != nil {
+			t.Fatal(err)
+		}
+		b, c := before[event.FileMkdir], after[event.FileMkdir]
+		if c.Attempts-b.Attempts != seen || c.Suppressed-b.Suppressed != suppressed {
+			t.Errorf("%s: %d seen, %d suppressed; want %d and %d", what, c.Attempts-b.Attempts, c.Suppressed-b.Suppressed, seen, suppressed)
+		}
+	}
+	set := func(o FileOptions, absent int) {
+		t.Helper()
+		missing, err := k.filter(o)
+		if err != nil || len(missing) != absent {
+			t.Errorf("filter %+v: missing %v, %v", o, missing, err)
+		}
+	}
+	counted("at first", 2, 2, 0)
+	set(FileOptions{ExcludeExecutables: []string{exe, "/no/such/file"}}, 1)
+	counted("executable excluded", 2, 0, 2)
+
+	var many []string
+	for i := range fileExclusions {
+		many = append(many, filepath.Join(dir, fmt.Sprint("excluded ", i)))
+		if err := os.Mkdir(many[i], 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := k.filter(FileOptions{ExcludeDirectories: many}); err == nil {
+		t.Error("more exclusions than fit beside those that are there were accepted")
+	}
+	counted("after a filter that does not fit", 2, 0, 2)
+
+	set(FileOptions{ExcludeExecutables: []string{"/bin/sh"}}, 0)
+	counted("another executable excluded", 2, 2, 0)
+	set(FileOptions{Rate: 1, Burst: 1}, 0)
+	counted("limited", 5, 1, 4)
+	set(FileOptions{}, 0)
+	counted("unlimited", 5, 5, 0)
+	var key exclusionKey
+	var value uint8
+	if k.maps["file_exclusions"].Iterate().Next(&key, &value) {
+		t.Errorf("exclusion %+v is left", key)
+	}
+}

@@ -87,8 +87,12 @@ func loadKernel(o kernelOptions) (*kernel, error) {
 		}
 	}
 	k.priority, k.bulk = k.maps["priority_ring"], k.maps["bulk_ring"]
-	if err := exclude(k.maps["file_exclusions"], o.Files); err != nil {
-		k.find(event.FileModify).errs = []error{err}
+	missing, err := k.filter(o.Files)
+	if err != nil {
+		return nil, errors.Join(err, k.close())
+	}
+	if a := k.find(event.FileModify); a != nil { // nil without file events
+		a.errs = missing
 	}
 	return k, nil
 }
@@ -116,8 +120,8 @@ func configure(spec *ebpf.CollectionSpec, o kernelOptions) error {
 		// back as many as a hundred free ones.
 		spec.Maps["reported"].MaxEntries = 8192 + slots*256
 	}
-	constants := configureFiles(spec, o.Files, slots)
-	constants["scope_mode"], constants["scope_cgroup_id"], constants["slot_count"] = uint32(o.Scope.Mode), o.Scope.CgroupID, slots
+	configureFiles(spec, o.Files, slots)
+	constants := map[string]any{"scope_mode": uint32(o.Scope.Mode), "scope_cgroup_id": o.Scope.CgroupID, "slot_count": slots}
 	constants["lsm_probe_pid"] = uint32(os.Getpid())
 	constants["copies"] = uint32(o.Copies)
 	for name, value := range constants {

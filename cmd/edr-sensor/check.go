@@ -135,7 +135,7 @@ func (a *app) summarise(path string, c config.Config, settings []config.Setting)
 	row("hash", "%s", c.Hash())
 	for _, s := range settings {
 		if s.Source != "default" {
-			row("set", "%s = %s  (%s)", s.Key, s.Value, s.Source)
+			row("set", "%s = %s  (%s%s)", s.Key, s.Value, s.Source, map[bool]string{true: "; a reload applies it"}[s.Live])
 		}
 	}
 	_, err := fmt.Fprint(a.stdout, b.String())

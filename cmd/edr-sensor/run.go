@@ -5,8 +5,12 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
+	"os"
+	"os/signal"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"github.com/aurorasoc/edr-sensor/internal/agent"
 	"github.com/aurorasoc/edr-sensor/internal/config"
@@ -23,24 +27,39 @@ func (a *app) runCommand() *cobra.Command {
 SIGINT or SIGTERM and at once at the second.`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			c, err := a.load()
-			if err != nil {
-				return err
-			}
+			var watched *config.Scope
 			if scope != "" {
-				if c.Sensor.Scope, err = config.ParseScope(scope); err != nil {
+				s, err := config.ParseScope(scope)
+				if err != nil {
 					return usage(cmd, "--scope: %w", err)
 				}
+				watched = &s
 			}
-			if level != "" {
-				c.Log.Level = level
+			l, err := a.loadAll(watched, level)
+			if err != nil {
+				return &exit{exitConfig, fmt.Errorf("configuration:\n%w", err), "edr-sensor check" + a.configFlag()}
 			}
+			c := l.Config
+			load := func() (agent.Loaded, error) {
+				l, err := a.loadAll(watched, level)
+				if err != nil {
+					return l, err
+				}
+				var problems []error
+				for _, p := range missingFiles(l.Config) {
+					problems = append(problems, p)
+				}
+				return l, errors.Join(problems...)
+			}
+			hangup := make(chan os.Signal, 1) // caught from now on, so that it ends nothing
+			signal.Notify(hangup, unix.SIGHUP)
+			defer signal.Stop(hangup)
 			logs, err := logging.New(agent.LogOptions(c.Log), a.stderr)
 			if err != nil {
 				return usage(cmd, "--log-level: %w", err)
 			}
 			ctx := logs.Into(cmd.Context())
-			if err := agent.Run(ctx, c, thisBuild().Version); err != nil && !errors.Is(err, context.Canceled) {
+			if err := agent.Run(ctx, agent.Options{Loaded: l, Version: thisBuild().Version, Load: load, Reload: hangup}); err != nil && !errors.Is(err, context.Canceled) {
 				return &exit{code: exitCode(err)} // the log says why
 			}
 			return nil
@@ -60,4 +79,29 @@ func exitCode(err error) int {
 		return exitPrivilege
 	}
 	return exitFailure
+}
+
+// loadAll reads the configuration with what the command line sets over it. The
+// error joins all problems.
+func (a *app) loadAll(scope *config.Scope, level string) (agent.Loaded, error) {
+	c, settings, err := config.Explain(a.configFile(), a.environ)
+	if err != nil {
+		return agent.Loaded{}, err
+	}
+	override := func(key, value, flag string) {
+		for i := range settings {
+			if settings[i].Key == key {
+				settings[i].Value, settings[i].Source = value, flag
+			}
+		}
+	}
+	if scope != nil {
+		c.Sensor.Scope = *scope
+		override("sensor.scope", scope.String(), "--scope")
+	}
+	if level != "" {
+		c.Log.Level = level
+		override("log.level", level, "--log-level")
+	}
+	return agent.Loaded{Config: c, Settings: settings}, nil
 }

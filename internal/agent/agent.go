@@ -18,6 +18,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -49,7 +50,13 @@ const (
 
 // Agent is one running sensor.
 type Agent struct {
-	cfg      config.Config
+	cfg     config.Config // of the start
+	running atomic.Pointer[Loaded]
+	load    func() (Loaded, error)
+	hangup  <-chan os.Signal
+
+	reloading sync.Mutex
+
 	identity event.Agent
 	registry *prometheus.Registry
 	metrics  *metrics
@@ -68,6 +75,17 @@ type Agent struct {
 	cleanups []cleanup     // in order of building; undone in reverse
 }
 
+// Options are what an Agent is made of.
+type Options struct {
+	Loaded
+	Version string
+	// Load reads the configuration again and checks all of it, as it was done for
+	// Loaded. Its error joins one *config.Problem per defect. Nil: there is none to read.
+	Load func() (Loaded, error)
+	// Reload asks for that, as SIGHUP does.
+	Reload <-chan os.Signal
+}
+
 type cleanup struct {
 	name string
 	undo func(context.Context) error
@@ -75,8 +93,8 @@ type cleanup struct {
 
 // Run builds the sensor, runs it until ctx ends, and stops it in order. Errors
 // name the stage, what it worked on and the remedy; the log has said them already.
-func Run(ctx context.Context, cfg config.Config, version string) error {
-	a, err := New(ctx, cfg, version)
+func Run(ctx context.Context, o Options) error {
+	a, err := New(ctx, o)
 	if err != nil {
 		logNotStarted(ctx, err)
 		return err
@@ -86,9 +104,13 @@ func Run(ctx context.Context, cfg config.Config, version string) error {
 
 // New builds every stage and attaches the programs; nothing is read yet. On an
 // error everything built so far is undone.
-func New(ctx context.Context, cfg config.Config, version string) (*Agent, error) {
-	a := &Agent{cfg: cfg, registry: prometheus.NewRegistry(), tap: &tap{}, ending: make(chan struct{})}
-	if err := a.build(ctx, version); err != nil {
+func New(ctx context.Context, o Options) (*Agent, error) {
+	if o.Load == nil {
+		o.Load = func() (Loaded, error) { return o.Loaded, nil }
+	}
+	a := &Agent{cfg: o.Config, load: o.Load, hangup: o.Reload, registry: prometheus.NewRegistry(), tap: &tap{}, ending: make(chan struct{})}
+	a.running.Store(&o.Loaded)
+	if err := a.build(ctx, o.Version); err != nil {
 		return nil, errors.Join(err, a.undo(ctx))
 	}
 	return a, nil
@@ -292,6 +314,8 @@ func (a *Agent) Run(ctx context.Context) error {
 	defer stopWatching()
 	monitored := make(chan struct{})
 	go func() { defer close(monitored); a.monitor(watch) }()
+	reloaded := make(chan struct{})
+	go func() { defer close(reloaded); a.reloads(watch) }()
 	a.started.Store(true)
 	notifySystemd(daemon.SdNotifyReady)
 
@@ -301,6 +325,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	a.beginStop(ctx)
 	stopWatching()
 	<-monitored
+	<-reloaded
 
 	end, cancel := context.WithTimeout(context.WithoutCancel(ctx), deliverWithin)
 	defer cancel()

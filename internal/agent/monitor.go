@@ -134,6 +134,7 @@ func (a *Agent) notifyStart(ctx context.Context) {
 			"binary_sha256": sum, "epoch": a.queue.Epoch(), "buffer_cap_bytes": a.cfg.Buffer.Cap, "pid": os.Getpid(),
 		},
 	})
+	a.decideLoaded(ctx)
 	fields := []zap.Field{zap.String(logging.KeyVersion, a.identity.Version), zap.Stringer(logging.KeyScope, a.cfg.Sensor.Scope)}
 	if addr := a.Addr(); addr != nil {
 		fields = append(fields, zap.Stringer("http", addr))

@@ -232,6 +232,7 @@ type Setting struct {
 	Key    string `json:"key"`
 	Value  string `json:"value"`
 	Source string `json:"source"` // "default", file:line:column, or the variable
+	Live   bool   `json:"live"`   // a reload applies it; others need a restart
 }
 
 // Explain loads like [Load] and lists every setting in the order of the default
@@ -247,9 +248,38 @@ func Explain(path string, environ []string) (Config, []Setting, error) {
 		if pos, ok := l.set[s.key]; ok {
 			src = pos.String()
 		}
-		out = append(out, Setting{s.key, s.show(), src})
+		out = append(out, Setting{s.key, s.show(), src, s.live})
 	}
 	return c, out, err
+}
+
+// Change is a setting that two configurations have different values for.
+type Change struct {
+	Key    string `json:"key"`
+	Before string `json:"before"`
+	After  string `json:"after"`
+	Live   bool   `json:"live"` // a reload applies it; others need a restart
+}
+
+// Diff lists what differs between two configurations, in the order of the default
+// file.
+func Diff(before, after Config) []Change {
+	var out []Change
+	b, a := table(&before), table(&after)
+	for i := range b {
+		if x, y := b[i].show(), a[i].show(); x != y {
+			out = append(out, Change{b[i].key, x, y, b[i].live})
+		}
+	}
+	return out
+}
+
+// Adopt returns c with the settings that need no restart taken from next.
+func (c Config) Adopt(next Config) Config {
+	c.Log.Level, c.Log.Components = next.Log.Level, next.Log.Components
+	f := next.Sensor.File
+	c.Sensor.File.PerProcess, c.Sensor.File.ExcludePaths, c.Sensor.File.ExcludeExecutables = f.PerProcess, f.ExcludePaths, f.ExcludeExecutables
+	return c
 }
 
 // Keys lists every key, in the order of the default file.

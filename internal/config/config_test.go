@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -431,5 +432,60 @@ func TestDecisionsKeysFollowTheFirst(t *testing.T) {
 		if d, err := Load(again, nil); err != nil || d.Hash() != c.Hash() {
 			t.Errorf("%s: read back: %v", yaml, err)
 		}
+	}
+}
+
+// TestAdoptTakesWhatIsLive changes every setting and looks what a reload takes over:
+// those that the table calls live, which are those that the default file marks.
+func TestAdoptTakesWhatIsLive(t *testing.T) {
+	base, next := Default(), Default()
+	other := map[string]string{
+		"log.level": "debug", "log.format": "json", "sensor.scope": "tree:1", "transport.address": "h:1", "transport.prefix": "p", "transport.shard": "s1",
+		"http.listen": "h:2", "sensor.priority_ring": "32MiB", "sensor.bulk_ring": "32MiB",
+	}
+	for _, s := range table(&next) {
+		was := s.show()
+		for _, text := range []string{other[s.key], "/other", "other", "true", "false", "7", "4321", "77777", "7s", "700ms", "77ms", "33MiB", "99KiB", "2GiB", "warn"} {
+			if text == "" {
+				continue
+			}
+			if s.parse(node{shape: shapeText, text: text}) == nil && s.show() != was {
+				break
+			}
+		}
+		if s.show() == was {
+			t.Fatalf("%s: no other value than %s", s.key, was)
+		}
+	}
+	adopted := base.Adopt(next)
+	text, err := os.ReadFile(shipped)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range Diff(base, next) {
+		inBase := slices.ContainsFunc(Diff(base, adopted), func(x Change) bool { return x.Key == c.Key })
+		inNext := slices.ContainsFunc(Diff(adopted, next), func(x Change) bool { return x.Key == c.Key })
+		if inBase != c.Live || inNext == c.Live {
+			t.Errorf("%s, live %v: adopted %v, left as it was %v", c.Key, c.Live, inBase, inNext)
+		}
+		// The mark stands above the key, or above its section for all in it.
+		path := strings.Split(c.Key, ".")
+		marked := false
+		for i, name := range path[1:] {
+			comment := `#` // before a key; a section has none
+			if i < len(path)-2 {
+				comment = ``
+			}
+			block := regexp.MustCompile(`(?m)((?:^ *# .*\n)*)^ *` + comment + name + `:`)
+			for _, m := range block.FindAllStringSubmatch(string(text), -1) {
+				marked = marked || strings.Contains(m[1], "[reload]")
+			}
+		}
+		if marked != c.Live {
+			t.Errorf("%s: live %v, marked [reload] in %s %v", c.Key, c.Live, shipped, marked)
+		}
+	}
+	if len(Diff(base, base)) != 0 || adopted.Hash() == base.Hash() {
+		t.Error("a difference where there is none, or none where there is one")
 	}
 }

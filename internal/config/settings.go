@@ -19,11 +19,11 @@ func table(c *Config) []setting {
 		text("context.investigation_id", &c.Context.InvestigationID, identifier),
 		text("context.user_id", &c.Context.UserID, identifier),
 
-		text("log.level", &c.Log.Level, oneOf("debug", "info", "warn", "error")),
+		live(text("log.level", &c.Log.Level, oneOf("debug", "info", "warn", "error"))),
 		text("log.format", &c.Log.Format, oneOf("auto", "console", "json", "journal")),
-		text("log.components.agent", &c.Log.Components.Agent, optional(oneOf("debug", "info", "warn", "error"))),
-		text("log.components.sensor", &c.Log.Components.Sensor, optional(oneOf("debug", "info", "warn", "error"))),
-		text("log.components.transport", &c.Log.Components.Transport, optional(oneOf("debug", "info", "warn", "error"))),
+		live(text("log.components.agent", &c.Log.Components.Agent, optional(oneOf("debug", "info", "warn", "error")))),
+		live(text("log.components.sensor", &c.Log.Components.Sensor, optional(oneOf("debug", "info", "warn", "error")))),
+		live(text("log.components.transport", &c.Log.Components.Transport, optional(oneOf("debug", "info", "warn", "error")))),
 
 		text("http.listen", &c.HTTP.Listen, hostPort),
 
@@ -36,9 +36,9 @@ func table(c *Config) []setting {
 		integer("sensor.process_table", &s.ProcessTable, 1024, 4194304),
 		boolean("sensor.fork_events", &s.ForkEvents),
 		boolean("sensor.file.enabled", &s.File.Enabled),
-		integer("sensor.file.per_process", &s.File.PerProcess, 0, 1000000),
-		list("sensor.file.exclude_paths", &s.File.ExcludePaths, excludable),
-		list("sensor.file.exclude_executables", &s.File.ExcludeExecutables, required(absolute)),
+		live(integer("sensor.file.per_process", &s.File.PerProcess, 0, 1000000)),
+		live(list("sensor.file.exclude_paths", &s.File.ExcludePaths, excludable)),
+		live(list("sensor.file.exclude_executables", &s.File.ExcludeExecutables, required(absolute))),
 		boolean("sensor.hash.enabled", &s.Hash.Enabled),
 		size("sensor.hash.max_size", &s.Hash.MaxSize, KiB, 16*GiB, nil),
 		integer("sensor.hash.per_second", &s.Hash.PerSecond, 1, 100000),

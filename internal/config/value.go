@@ -22,6 +22,14 @@ type setting struct {
 	parse func(node) *fault // stores the value, or says what is wrong with it
 	show  func() string     // the value as one would type it
 	plain bool              // needs no quotes in YAML
+	live  bool              // a reload applies it
+}
+
+// live marks a setting that a running sensor takes over when it reloads its
+// configuration; all others need a restart.
+func live(s setting) setting {
+	s.live = true
+	return s
 }
 
 func (s setting) yaml() string {

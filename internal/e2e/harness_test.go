@@ -362,11 +362,15 @@ type endpoint struct {
 	Port int    `json:"port"`
 }
 
-// readStreams returns every entry of all streams, each stream in its order.
-func readStreams(t *testing.T, c *redis.Client) []record {
+// readStreams returns every entry of the streams, of all if none is named, each
+// stream in its order.
+func readStreams(t *testing.T, c *redis.Client, keys ...string) []record {
 	t.Helper()
 	var out []record
-	for _, key := range []string{eventsKey, decisionsKey, agentsKey, approvalsKey} {
+	if len(keys) == 0 {
+		keys = []string{eventsKey, decisionsKey, agentsKey, approvalsKey}
+	}
+	for _, key := range keys {
 		from := "-"
 		for {
 			msgs, err := c.XRangeN(t.Context(), key, from, "+", 500).Result()

@@ -87,6 +87,7 @@ func DecisionTable() []Decision {
 			nothing,
 		},
 
+		{"CASES_DAMAGED", "Cases Set Aside", DecisionsSystem, "The file of the open cases could not be read at the start, so none that was in it is open any more.", "Open the cases again; find out what wrote to the state directory."},
 		{
 			"RECORDS_LOST", "Lost Events", DecisionsSystem,
 			"Records that had a sequence number will not be delivered. `unmapped.lost.ranges` names each range: `truncated` (the buffer was full), `corrupt` (damaged on disk), `server_loss` (Redis lost what it had confirmed, and the buffer no longer has it).",
@@ -169,6 +170,8 @@ func DecisionTable() []Decision {
 		{"CASE_OPENED", "Case Opened", DecisionsApprovals, "An operator opened a case: who, on what, until when, with which collection.", nothing},
 		{"CASE_CLOSED", "Case Closed", DecisionsApprovals, "An operator closed a case.", nothing},
 		{"CASE_EXPIRED", "Case Expired", DecisionsApprovals, "A case has reached its end and was closed by the sensor.", "Open it again with a longer `--ttl` where it is still needed."},
+		{"CASE_RESUMED", "Case Resumed", DecisionsApprovals, "The sensor was started while a case was open, and goes on with it.", nothing},
+		{"CASE_REJECTED", "Case Rejected", DecisionsApprovals, "Somebody asked to open or close a case in a way that makes no sense; the message says why.", "Ask again as the message says."},
 		{"CONTROL_REFUSED", "Control Refused", DecisionsApprovals, "Somebody asked the control socket for something without the right to: who, as the kernel vouches for, and what.", "Add the user to the group named by `control.group` where the request was right; look into it where it was not."},
 	}
 }

@@ -17,6 +17,9 @@ type variant struct {
 	suites []suite
 }
 
+// withoutBPF has LSM programs load, attach and never run.
+const withoutBPF = "lockdown,capability,landlock,yama,apparmor"
+
 // Privileges of a systemd unit, as the tests of the sensor take them.
 const (
 	fourCapabilities = "CAP_BPF CAP_PERFMON CAP_SYS_PTRACE CAP_DAC_READ_SEARCH"
@@ -26,7 +29,7 @@ const (
 
 // asUser is the sensor's suite, run as uid 1000 under Debian's own setting: perf events,
 // and with them kprobes, are for CAP_SYS_ADMIN. No event may be missing for that.
-func asUser(capabilities string) suite {
+func asUser(capabilities, hooks string) suite {
 	return suite{
 		dir: "sensor", name: "sensor-as-uid-1000", run: "Root",
 		// Kprobes are refused, as is asking for run statistics, and the rest of these has
@@ -34,7 +37,7 @@ func asUser(capabilities string) suite {
 		skip: "Cost|FilesExcluded|FilesSuppressed|EveryProgram|^TestRootEveryWay$/(fentry|kprobe|raw)",
 
 		before: "echo 3 >/proc/sys/kernel/perf_event_paranoid",
-		env:    "EDR_CAPABILITIES='" + capabilities + "' EDR_HOOKS=lsm/,fentry/",
+		env:    "EDR_CAPABILITIES='" + capabilities + "' EDR_HOOKS=" + hooks,
 	}
 }
 
@@ -48,13 +51,13 @@ func variants() []variant {
 		return suite{dir: "sensor", name: name, run: "TestRootAllowedHooks", before: before, env: "EDR_HOOKS=fentry/"}
 	}
 	return []variant{
-		{kernel: "5.10", name: "user", suites: []suite{
-			asUser(fiveCapabilities),
+		{kernel: "5.10", name: "user without bpf in lsm=", lsm: withoutBPF, suites: []suite{ // as Debian boots it
+			asUser(fiveCapabilities, "fentry/"),
 			built("binary", "", "TestRefused/locked_memory|TestRunAsUser"),
 		}},
-		{kernel: "6.1", name: "user", suites: []suite{asUser(fourCapabilities), built("binary", "", "TestRunAsUser")}},
-		{kernel: "6.12", name: "user", suites: []suite{asUser(fourCapabilities), built("binary", "", "TestRunAsUser")}},
-		{kernel: "6.12", name: "without bpf in lsm=", lsm: "lockdown,capability,landlock,yama,apparmor", suites: []suite{
+		{kernel: "6.1", name: "user", suites: []suite{asUser(fourCapabilities, "lsm/,fentry/"), built("binary", "", "TestRunAsUser")}},
+		{kernel: "6.12", name: "user", suites: []suite{asUser(fourCapabilities, "lsm/,fentry/"), built("binary", "", "TestRunAsUser")}},
+		{kernel: "6.12", name: "without bpf in lsm=", lsm: withoutBPF, suites: []suite{
 			allowed("told", ""),
 			allowed("self-test", "umount /sys/kernel/security"), // so that nobody tells
 			built("refused", "mount -t securityfs securityfs /sys/kernel/security", "TestRefused"),

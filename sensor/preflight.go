@@ -13,6 +13,9 @@ import (
 	"strings"
 	"unsafe"
 
+	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/features"
 	"golang.org/x/sys/unix"
 )
 
@@ -37,15 +40,16 @@ type Preflight struct {
 	Root    fs.FS // the root directory
 	Release string
 	// Enter makes the bpf system call with a bad pointer, which the kernel answers with
-	// EFAULT once the call has reached it. Create makes the smallest map.
-	Enter, Create func() error
+	// EFAULT once the call has reached it. Create makes the smallest map. Peek loads a
+	// program that reads kernel memory; without that, it returns ebpf.ErrNotSupported.
+	Enter, Create, Peek func() error
 }
 
 // NewPreflight looks at this host and this process.
 func NewPreflight() Preflight {
 	var u unix.Utsname
 	_ = unix.Uname(&u) // fails for bad pointers only
-	return Preflight{Root: os.DirFS("/"), Release: unix.ByteSliceToString(u.Release[:]), Enter: enterBPF, Create: createMap}
+	return Preflight{Root: os.DirFS("/"), Release: unix.ByteSliceToString(u.Release[:]), Enter: enterBPF, Create: createMap, Peek: peekKernel}
 }
 
 // The files that are looked at, below the root.
@@ -109,7 +113,11 @@ func (p Preflight) Refusals() []*Refusal {
 		return list
 	}
 	if err := p.Create(); err != nil {
-		list = append(list, p.mapRefused("the smallest map", err))
+		return append(list, p.mapRefused("the smallest map", err))
+	}
+	if p.Lockdown() == "" && errors.Is(p.Peek(), ebpf.ErrNotSupported) {
+		refuse(CheckLockdown, "the kernel forbids programs to read its memory, as lockdown=confidentiality does (/"+lockdownFile+" is not there to say so)",
+			"boot with lockdown=integrity, or none")
 	}
 	return list
 }
@@ -248,6 +256,11 @@ func orUnknown(s string) string {
 func enterBPF() error {
 	_, _, errno := unix.Syscall(unix.SYS_BPF, unix.BPF_MAP_CREATE, 0, 8)
 	return errno
+}
+
+// peekKernel reports whether programs may read kernel memory.
+func peekKernel() error {
+	return features.HaveProgramHelper(ebpf.RawTracepoint, asm.FnProbeReadKernel)
 }
 
 // createMap makes a map of one byte and drops it.

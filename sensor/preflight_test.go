@@ -8,6 +8,7 @@ import (
 	"testing"
 	"testing/fstest"
 
+	"github.com/cilium/ebpf"
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
 )
@@ -34,7 +35,7 @@ func welcome() (Preflight, fstest.MapFS) {
 	}
 	return Preflight{
 		Root: root, Release: "6.1.0-56-cloud-amd64",
-		Enter: func() error { return unix.EFAULT }, Create: func() error { return nil },
+		Enter: func() error { return unix.EFAULT }, Create: func() error { return nil }, Peek: func() error { return nil },
 	}, root
 }
 
@@ -69,6 +70,17 @@ func TestRefusals(t *testing.T) {
 		}, []string{
 			"kernel.lockdown: lockdown=confidentiality forbids programs to read kernel memory: boot with lockdown=integrity, or none",
 		}},
+		{"lockdown that is not visible", func(p *Preflight, root fstest.MapFS) {
+			delete(root, lockdownFile)
+			p.Peek = refuse(fmt.Errorf("helper: %w", ebpf.ErrNotSupported))
+		}, []string{
+			"kernel.lockdown: the kernel forbids programs to read its memory, as lockdown=confidentiality does (/sys/kernel/security/lockdown is not there to say so): " +
+				"boot with lockdown=integrity, or none",
+		}},
+		{"nobody knows", func(p *Preflight, root fstest.MapFS) {
+			delete(root, lockdownFile)
+			p.Peek = refuse(unix.EPERM)
+		}, nil},
 		{"no capabilities", func(p *Preflight, root fstest.MapFS) {
 			root[statusFile], p.Enter = status(0, 0), refuse(unix.EPERM)
 		}, []string{

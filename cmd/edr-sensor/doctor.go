@@ -335,14 +335,15 @@ func dirSize(dir string) (n int64) {
 	return n
 }
 
-// report writes one line per finding, remedies below.
+// report writes one line per finding, remedies below; one that helps several in a row is
+// below the last.
 func (d *doctor) report(colour bool) string {
 	b := lineBuilder{colour: colour}
-	for _, f := range d.findings {
+	for i, f := range d.findings {
 		paint := map[verdict]string{pass: green, warn: yellow, fail: red}[f.Verdict]
 		b.add(paint, string(f.Verdict))
 		b.add(plain, fmt.Sprintf("  %-27s %s\n", f.ID, safe(f.Found)))
-		if f.Remedy != "" {
+		if last := i+1 == len(d.findings) || d.findings[i+1].Remedy != f.Remedy; last && f.Remedy != "" {
 			b.add(dim, fmt.Sprintf("      %-27s → %s", "", safe(f.Remedy)))
 			b.add(plain, "\n")
 		}

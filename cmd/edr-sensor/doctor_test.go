@@ -44,7 +44,7 @@ func examined(t *testing.T, change func(*doctor, fstest.MapFS, *config.Config)) 
 	d := &doctor{
 		host: sensor.Preflight{
 			Root: host, Release: "6.1.0-28-amd64",
-			Enter: func() error { return unix.EFAULT }, Create: func() error { return nil },
+			Enter: func() error { return unix.EFAULT }, Create: func() error { return nil }, Peek: func() error { return nil },
 		},
 		hooks: func() ([]sensor.Coverage, error) {
 			return []sensor.Coverage{{Event: "process.exec", Required: true, Hook: "tp_btf/sched_process_exec"}, {Event: "net.close", Hook: "raw_tp/inet_sock_set_state", Errs: []string{"load x: EPERM"}}}, nil
@@ -270,5 +270,25 @@ func TestDoctorCommand(t *testing.T) {
 	code, out, _ = run(t, "doctor", "--config", path)
 	if code != exitFailure || !strings.Contains(out, "FAIL  redis.reachable") || !strings.Contains(out, " failed\n") {
 		t.Errorf("exit code %d:\n%s", code, out)
+	}
+}
+
+func TestDoctorReportSaysARemedyOnce(t *testing.T) {
+	d := doctor{findings: []finding{
+		{"a.a", warn, "first", "mend it"},
+		{"a.b", warn, "second", "mend it"},
+		{"a.c", pass, "third", ""},
+		{"a.d", fail, "fourth", "mend it"},
+	}}
+	const want = `WARN  a.a                         first
+WARN  a.b                         second
+                                  → mend it
+PASS  a.c                         third
+FAIL  a.d                         fourth
+                                  → mend it
+1 passed, 2 warnings, 1 failed
+`
+	if diff := cmp.Diff(want, d.report(false)); diff != "" {
+		t.Errorf("(-want +got):\n%s", diff)
 	}
 }

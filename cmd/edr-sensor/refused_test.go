@@ -121,14 +121,14 @@ func TestRefused(t *testing.T) {
 		{"old release", nil, sensor.CheckRelease, "is older than the sensor's programs can run on: boot 5.10 or newer"},
 		{"no BTF", nil, sensor.CheckBTF, "/sys/kernel/btf/vmlinux is missing"},
 		{"lockdown", nil, sensor.CheckLockdown, "lockdown=confidentiality forbids programs to read kernel memory: boot with lockdown=integrity"},
-		{"lockdown that is not visible", nil, sensor.CheckHooks, "the kernel refuses the programs that the sensor cannot do without"},
+		{"lockdown that is not visible", nil, sensor.CheckLockdown, "the kernel forbids programs to read its memory, as lockdown=confidentiality does"},
 		{"locked memory", nil, sensor.CheckMemlock, "65536 bytes that this process may lock, which count before Linux 5.11: set LimitMEMLOCK=infinity"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			switch host := sensor.NewPreflight(); {
 			case tt.check == sensor.CheckMemlock && !strings.HasPrefix(host.Release, "5.10."):
 				t.Skipf("Linux %s does not count maps as locked memory", host.Release)
-			case tt.check == sensor.CheckHooks && host.Lockdown() != "confidentiality":
+			case strings.HasPrefix(tt.name, "lockdown that") && host.Lockdown() != "confidentiality":
 				t.Skip("this kernel is not locked down")
 			}
 			dir, path := configForAll(t)
@@ -141,7 +141,7 @@ func TestRefused(t *testing.T) {
 			if err := json.Unmarshal([]byte(errs), &line); err != nil || line.Level != "error" || line.Msg != "not started" || line.Code != "REFUSED" || line.Check != tt.check || !strings.Contains(line.Error, tt.says) {
 				t.Errorf("%v: %+v, want %s: …%s…", err, line, tt.check, tt.says)
 			}
-			if _, err := os.Stat(state); tt.check != sensor.CheckMemlock && tt.check != sensor.CheckHooks && !errors.Is(err, os.ErrNotExist) {
+			if _, err := os.Stat(state); tt.check != sensor.CheckMemlock && !errors.Is(err, os.ErrNotExist) {
 				t.Errorf("the state directory was made: %v", err)
 			}
 

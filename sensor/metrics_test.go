@@ -33,6 +33,7 @@ func newWorker(reg prometheus.Registerer, sink Sink) *Sensor {
 		o:         Options{Sink: sink, Encoder: ocsf.New(event.Host{}, event.Agent{ID: "a"})},
 		metrics:   newMetrics(reg),
 		unwritten: map[string]uint64{},
+		limiter:   logging.NewLimiter(linesEvery),
 	}
 }
 

@@ -4,6 +4,7 @@ package sensor
 
 import (
 	"context"
+	"time"
 
 	"go.uber.org/zap"
 
@@ -45,6 +46,21 @@ func (s *Sensor) applyCases() {
 func (s *Sensor) seedCases() {
 	if len(s.open) > 0 {
 		s.o.Enricher.SetCases(s.open, s.kernel.deepen)
+	}
+}
+
+// rootsEvery is how often what cases need in the next run is told: a process whose
+// parent ended since the last time is lost to a case when the sensor is killed.
+const rootsEvery = 5 * time.Second
+
+// tellRoots tells what the open cases need in the next run.
+func (s *Sensor) tellRoots(now time.Time, end bool) {
+	if s.o.CaseRoots == nil || len(s.open) == 0 || !end && now.Sub(s.rooted) < rootsEvery {
+		return
+	}
+	s.rooted = now
+	if roots := s.o.Enricher.CaseRoots(); roots != nil {
+		s.o.CaseRoots(roots)
 	}
 }
 

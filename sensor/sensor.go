@@ -67,6 +67,9 @@ type Options struct {
 	Sink          Sink
 	Mark          []byte // stored with the last durable commit of the run before, if any
 	Registerer    prometheus.Registerer
+	// CaseRoots, if set, is given every few seconds, and at the end of Run, what the
+	// cases of subtrees need to go on in the next run. The worker waits for it.
+	CaseRoots func(map[*event.Case][]event.ProcessKey)
 }
 
 const (
@@ -95,6 +98,7 @@ type Sensor struct {
 	self    event.Event
 	losses  []event.Loss
 	open    []*event.Case // as applied last
+	rooted  time.Time     // when CaseRoots was given its last
 	mark    mark
 	markBuf []byte
 	pending bool // records ended since the last Flush
@@ -295,6 +299,7 @@ func (s *Sensor) drain(ctx context.Context) error {
 	}
 	s.tick(ctx, time.Now())
 	s.reportSuppressed(ctx, time.Now(), true)
+	s.tellRoots(time.Now(), true)
 	s.limiter.Flush()
 	s.writeNotices(ctx)
 	s.reportRepeats(ctx, time.Now(), true)
@@ -468,6 +473,7 @@ func (s *Sensor) tick(ctx context.Context, now time.Time) {
 	s.reportKernelLoss(ctx, lost)
 	s.reportMissed(ctx, lost)
 	s.reportSuppressed(ctx, now, false)
+	s.tellRoots(now, false)
 	s.reportRepeats(ctx, now, false)
 	s.limiter.Settle()
 }

@@ -198,6 +198,7 @@ func (a *Agent) build(ctx context.Context, version string) error {
 		Scope: scope, PriorityBytes: int(a.cfg.Sensor.PriorityRing), BulkBytes: int(a.cfg.Sensor.BulkRing), ForkEvents: a.cfg.Sensor.ForkEvents,
 		Files: filesOf(a.cfg.Sensor.File),
 		Host:  host, Encoder: encoder, Enricher: enricher, Sink: newSink(a.queue, a.tap), Mark: a.queue.Mark(), Registerer: a.registry,
+		CaseRoots: func(all map[*event.Case][]event.ProcessKey) { a.cases.setRoots(all) },
 	})
 	if err != nil {
 		return err
@@ -223,7 +224,7 @@ func (a *Agent) openCases(bootID string) {
 	r := cases.Resolver{Proc: "/proc", Cgroup: "/sys/fs/cgroup", BootID: bootID}
 	a.cases = newCaseKeeper(a.registry, set, r, a.sensor.SetCases, a.decide)
 	a.resume = func(ctx context.Context) { a.cases.resumed(ctx, ended, damage) }
-	a.defers("cases", func(context.Context) error { return a.cases.save() })
+	a.defers("cases", a.cases.save)
 }
 
 // bind puts the run's identity on every log line below.

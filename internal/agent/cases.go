@@ -10,6 +10,7 @@ import (
 	"maps"
 	"net/http"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -34,6 +35,8 @@ type caseKeeper struct {
 	now      func() time.Time
 	gauge    prometheus.Gauge
 	rejects  *logging.Limiter
+
+	roots atomic.Pointer[map[*event.Case][]event.ProcessKey] // from the worker, the newest
 
 	mu  sync.Mutex
 	set *cases.Set
@@ -170,6 +173,7 @@ func (k *caseKeeper) expire(ctx context.Context) {
 		return
 	}
 	defer k.mu.Unlock()
+	k.keepRoots(ctx)
 	over, err := k.set.Expire(k.now())
 	if len(over) == 0 {
 		return
@@ -239,17 +243,27 @@ func (k *caseKeeper) reject(ctx context.Context, p peer, id, by string, err erro
 	k.decide(ctx, i)
 }
 
-// unwritten tells that a case is closed now, and might not be after a restart.
+// unwritten tells that a restart might find other cases open than are.
 func (k *caseKeeper) unwritten(ctx context.Context, err error) {
 	if err != nil {
 		logging.From(ctx).Error("keep the set of open cases", zap.Error(err))
 	}
 }
 
-// save keeps how many events were tagged.
-func (k *caseKeeper) save() error {
+// setRoots takes what the worker tells of subtrees, without waiting.
+func (k *caseKeeper) setRoots(all map[*event.Case][]event.ProcessKey) { k.roots.Store(&all) }
+
+func (k *caseKeeper) keepRoots(ctx context.Context) {
+	if all := k.roots.Swap(nil); all != nil {
+		k.unwritten(ctx, k.set.SetRoots(*all))
+	}
+}
+
+// save keeps how many events were tagged, and what belongs to subtrees.
+func (k *caseKeeper) save(ctx context.Context) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	k.keepRoots(ctx)
 	if k.set.Len() == 0 {
 		return nil
 	}

@@ -57,8 +57,19 @@ type Case struct {
 	// counts from what was known when the set of cases last changed.
 	Tagged uint64 `json:"tagged"`
 
+	// Roots are what is left of a subtree where parents have ended.
+	Roots []Root `json:"roots,omitempty"`
+
 	live *event.Case // what the worker has
 }
+
+// Root is a process by which a part of a subtree is found again.
+type Root struct {
+	PID       uint32 `json:"pid"`
+	StartTime uint64 `json:"start_time"` // nanoseconds since boot
+}
+
+const maxRoots = 1024 // of a case
 
 // String names the case for people.
 func (c *Case) String() string { return fmt.Sprintf("case %s on %s", c.ID, c.Scope) }
@@ -78,6 +89,9 @@ func (c *Case) check() error {
 	}
 	if ttl := c.Until.Sub(c.Opened); ttl < MinTTL || ttl > MaxTTL {
 		return fmt.Errorf("ttl %v: write one from %v to %v", ttl, MinTTL, MaxTTL)
+	}
+	if len(c.Roots) > maxRoots {
+		return fmt.Errorf("%d roots, at most %d are kept", len(c.Roots), maxRoots)
 	}
 	_, err := c.Scope.event()
 	return err
@@ -118,6 +132,9 @@ func (c Case) start() *Case {
 		ID: c.ID, InvestigationID: c.InvestigationID, UserID: c.UserID, Opened: c.Opened, Deep: c.Collect == Deep, Scope: scope,
 	}
 	c.live.Tagged.Store(c.Tagged)
+	for _, r := range c.Roots {
+		c.live.Roots = append(c.live.Roots, event.ProcessKey{PID: r.PID, StartTime: r.StartTime})
+	}
 	return &c
 }
 
@@ -152,11 +169,35 @@ func (s *Set) Expire(now time.Time) (over []Case, err error) {
 
 func (c *Case) over(now time.Time) bool { return !now.Before(c.Until) }
 
+// SetRoots keeps by which processes the cases of subtrees are found again in the next
+// run. The file is written when something changed.
+func (s *Set) SetRoots(all map[*event.Case][]event.ProcessKey) error {
+	changed := false
+	for _, c := range s.open {
+		keys, ok := all[c.live]
+		if !ok {
+			continue
+		}
+		roots := make([]Root, 0, len(keys))
+		for _, k := range keys[:min(len(keys), maxRoots)] {
+			roots = append(roots, Root{k.PID, k.StartTime})
+		}
+		if !slices.Equal(roots, c.Roots) {
+			c.Roots, changed = roots, true
+		}
+	}
+	if !changed {
+		return nil
+	}
+	return s.Save()
+}
+
 // List returns the open cases, the oldest first.
 func (s *Set) List() []Case {
 	list := make([]Case, len(s.open))
 	for i, c := range s.open {
 		list[i] = c.view()
+		list[i].Roots = nil // the sensor's own business
 	}
 	return list
 }

@@ -58,6 +58,10 @@ func TestSetSurvivesARestart(t *testing.T) {
 	if c, err := s.Close("b"); err != nil || c.ID != "b" {
 		t.Fatal(c, err)
 	}
+	orphan := event.ProcessKey{PID: 12, StartTime: 34}
+	if err := s.SetRoots(map[*event.Case][]event.ProcessKey{s.Events()[0]: {orphan}, {}: {orphan}}); err != nil {
+		t.Fatal(err)
+	}
 	again, ended := load(t, dir, bootID, start().Add(time.Minute))
 	if len(ended) > 0 {
 		t.Errorf("ended: %v", ended)
@@ -67,6 +71,9 @@ func TestSetSurvivesARestart(t *testing.T) {
 	}
 	live := again.Events()
 	want := event.CaseScope{Kind: event.CaseSubtree, PID: 7, StartTicks: 5}
+	if got := live[0].Roots; len(got) != 1 || got[0] != orphan {
+		t.Errorf("roots: %v", got)
+	}
 	if len(live) != 2 || live[1].ID != "c" || live[1].Tagged.Load() != 42 || live[1].Scope != want {
 		t.Errorf("for the worker: %+v", live)
 	}
@@ -201,6 +208,7 @@ func TestDamagedFileIsSetAside(t *testing.T) {
 		{"wrong case", `{"version":1,"cases":[` + strings.Replace(good, "/x", "x", 1) + `]}`, "case 1: scope path"},
 		{"twice", `{"version":1,"cases":[` + good + "," + good + `]}`, "case a is there twice"},
 		{"many", `{"version":1,"cases":[` + strings.Repeat(good+",", 16) + good + `]}`, "17 cases"},
+		{"with too many roots", `{"version":1,"cases":[` + strings.Replace(good, `"tagged":0`, `"roots":[`+strings.Repeat(`{"pid":1,"start_time":1},`, maxRoots)+`{"pid":1,"start_time":1}]`, 1) + `]}`, "1025 roots"},
 		{"huge", strings.Repeat(" ", fileMax+1), "more than"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

@@ -20,7 +20,7 @@ import (
 const (
 	fileName    = "cases.json"
 	fileVersion = 1
-	fileMax     = 1 << 20
+	fileMax     = 4 << 20
 )
 
 // file is the form in which the cases are kept.
@@ -121,7 +121,11 @@ func parse(b []byte) ([]Case, error) {
 
 // Save writes the file, with how many events were tagged so far.
 func (s *Set) Save() error {
-	b, err := json.MarshalIndent(file{fileVersion, s.List()}, "", "  ")
+	f := file{Version: fileVersion, Cases: make([]Case, len(s.open))}
+	for i, c := range s.open {
+		f.Cases[i] = c.view()
+	}
+	b, err := json.MarshalIndent(f, "", "  ")
 	if err != nil {
 		return err
 	}

@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
 )
 
 // The workload is this test binary, started again: the root of the process tree
@@ -87,14 +88,16 @@ type shell struct {
 }
 
 // tell has the shell of that name run a script and waits until it has. The first
-// order starts the shell; one whose script makes it exit ends it.
+// order starts the shell; one whose script makes it exit ends it. Orphans are handed
+// to the workload: elsewhere a sensor that starts later would not take them for its.
 func tell(shells map[string]*shell, o order) (pid int, err error) {
 	s := shells[o.Name]
 	if s == nil {
 		s = &shell{cmd: exec.Command("/bin/sh")}
 		in, err1 := s.cmd.StdinPipe()
 		out, err2 := s.cmd.StdoutPipe()
-		if err := errors.Join(err1, err2, s.cmd.Start()); err != nil {
+		err3 := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+		if err := errors.Join(err1, err2, err3, s.cmd.Start()); err != nil {
 			return 0, err
 		}
 		s.in, s.out = in, bufio.NewScanner(out)

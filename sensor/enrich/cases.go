@@ -3,6 +3,7 @@
 package enrich
 
 import (
+	"cmp"
 	"math/bits"
 	"slices"
 	"strings"
@@ -30,7 +31,10 @@ type cases struct {
 	deep       caseSet
 	generation uint32 // of the set: what was found out about processes before is void
 	deepen     func(pid uint32, d Deep)
-	matched    [event.MaxCases]*event.Case
+	// known are members that are not in the table: from an earlier run of the sensor,
+	// or dropped from a full table while they run.
+	known   map[event.ProcessKey]caseSet
+	matched [event.MaxCases]*event.Case
 }
 
 // Deep says how much of a process is collected for a case.
@@ -50,6 +54,11 @@ func (e *Enricher) SetCases(list []*event.Case, deepen func(pid uint32, d Deep))
 	c := &e.cases
 	c.deepen = deepen
 	gone := c.replace(list[:min(len(list), event.MaxCases)])
+	for key := range c.known {
+		if e.table.byKey[key] == nil && !e.proc.is(key) {
+			delete(c.known, key) // it ended when nobody looked
+		}
+	}
 	c.generation++
 	e.table.forget(gone)
 	e.table.seed()
@@ -82,7 +91,13 @@ func (c *cases) replace(list []*event.Case) (gone caseSet) {
 			held[k] = slot
 		}
 	}
-	*c = cases{slots: c.slots, generation: c.generation, deepen: c.deepen}
+	known := c.known
+	for key, set := range known {
+		if known[key] = set &^ gone; known[key] == 0 {
+			delete(known, key)
+		}
+	}
+	*c = cases{slots: c.slots, generation: c.generation, deepen: c.deepen, known: known}
 	for _, k := range list {
 		slot, ok := held[k]
 		for !ok {
@@ -92,6 +107,11 @@ func (c *cases) replace(list []*event.Case) (gone caseSet) {
 			}
 		}
 		c.put(slot, k)
+		if _, ok := held[k]; !ok {
+			for _, key := range k.Roots {
+				c.know(key, 1<<slot)
+			}
+		}
 	}
 	return gone
 }
@@ -117,8 +137,20 @@ func (c *cases) put(slot int, k *event.Case) {
 	}
 }
 
-// roots are the cases whose root the process is.
+// know remembers a member that is not in the table, as long as there is room.
+func (c *cases) know(key event.ProcessKey, set caseSet) {
+	const most = 65536
+	if c.known == nil {
+		c.known = map[event.ProcessKey]caseSet{}
+	}
+	if len(c.known) < most || c.known[key] != 0 {
+		c.known[key] |= set
+	}
+}
+
+// roots are the cases whose root the process is, or of which it was a member before.
 func (c *cases) roots(key event.ProcessKey) (set caseSet) {
+	set = c.known[key]
 	for left := c.rooted; left != 0; left &= left - 1 {
 		slot := bits.TrailingZeros16(uint16(left))
 		if s := &c.slots[slot].Scope; s.PID == key.PID && s.StartTicks == key.StartTime/tick {
@@ -241,6 +273,43 @@ func (e *Enricher) tag(ev *event.Event, subject, creator *entry) {
 		}
 	}
 	ev.Cases, ev.Deep = c.matched[:n:n], set&c.deep != 0
+}
+
+// CaseRoots returns the running processes by which the members of each case of a
+// subtree are found again in a new run: those whose parent is no member.
+func (e *Enricher) CaseRoots() map[*event.Case][]event.ProcessKey {
+	c := &e.cases
+	if c.inherited == 0 {
+		return nil
+	}
+	all := map[*event.Case][]event.ProcessKey{}
+	add := func(key event.ProcessKey, set caseSet) {
+		for left := set & c.inherited; left != 0; left &= left - 1 {
+			k := c.slots[bits.TrailingZeros16(uint16(left))]
+			all[k] = append(all[k], key)
+		}
+	}
+	for _, p := range e.table.byKey {
+		if p.Exited || p.member == 0 {
+			continue
+		}
+		above := caseSet(0)
+		if parent := e.table.byKey[p.Parent]; parent != nil && !parent.Exited {
+			above = parent.member
+		}
+		add(p.Key, p.member&^above)
+	}
+	for key, set := range c.known {
+		if e.table.byKey[key] == nil {
+			add(key, set)
+		}
+	}
+	for _, keys := range all {
+		slices.SortFunc(keys, func(a, b event.ProcessKey) int {
+			return cmp.Or(cmp.Compare(a.StartTime, b.StartTime), cmp.Compare(a.PID, b.PID))
+		})
+	}
+	return all
 }
 
 // forget takes the members out of cases that are closed.

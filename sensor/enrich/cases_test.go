@@ -4,6 +4,7 @@ package enrich
 
 import (
 	"fmt"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -131,6 +132,77 @@ func TestCaseBeforeItsProcesses(t *testing.T) {
 		t.Errorf("covered %s", diff)
 	}
 	want(t, h.connect(grandchild), "c")
+}
+
+// TestCaseGoesOnInAnotherRun has a process of which no ancestor in the case is left, as
+// an earlier run knew it, and another one that has its pid now.
+func TestCaseGoesOnInAnotherRun(t *testing.T) {
+	h := newHost(t, nil)
+	f := h.family()
+	c := &event.Case{ID: "c", Scope: scopeOf(event.CaseSubtree, f.child)}
+	h.SetCases([]*event.Case{c, {ID: "one", Scope: scopeOf(event.CaseProcess, f.stranger)}}, nil)
+	young, _ := h.fork(f.grandchild, 13)
+	roots := func(want ...event.ProcessKey) {
+		t.Helper()
+		if diff := cmp.Diff(map[*event.Case][]event.ProcessKey{c: want}, h.CaseRoots()); diff != "" {
+			t.Errorf("roots (-want +got):\n%s", diff)
+		}
+	}
+	roots(f.child)
+	h.exit(f.child, f.root)
+	roots(f.grandchild)
+	other, _ := h.fork(f.grandchild, 14)
+	h.exit(f.grandchild, f.root)
+	roots(young, other)
+
+	next := newHost(t, nil)
+	next.now = h.now
+	init := key(1, tick)
+	stat := filepath.Join(next.proc, fmt.Sprint(young.PID), "stat")
+	if err := os.Mkdir(filepath.Dir(stat), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	writeFile(t, stat, statLine("sh", "1", fmt.Sprint(young.StartTime/tick)))
+	c2 := &event.Case{ID: "c", Scope: c.Scope, Roots: []event.ProcessKey{young, key(15, 3*tick)}}
+	next.SetCases([]*event.Case{c2}, nil)
+	snapshot := func(k event.ProcessKey) *event.Event {
+		ev := next.execEvent(k, init, "/bin/sh")
+		ev.Kind = event.Task
+		return next.apply(ev)
+	}
+	snapshot(init)
+	want(t, snapshot(young), "c")
+	want(t, snapshot(key(15, 4*tick))) // who has the pid now
+	want(t, next.exec(young, init, "/bin/true"), "c")
+	last, ev := next.fork(young, 16)
+	want(t, ev, "c")
+	if diff := cmp.Diff(map[*event.Case][]event.ProcessKey{c2: {young}}, next.CaseRoots()); diff != "" {
+		t.Errorf("roots (-want +got):\n%s", diff)
+	}
+	want(t, next.exit(young, init), "c")
+	want(t, next.connect(last), "c")
+	next.SetCases(nil, nil)
+	want(t, next.connect(last))
+	if n := len(next.cases.known); n != 0 || next.CaseRoots() != nil {
+		t.Errorf("%d processes are known after the case", n)
+	}
+}
+
+// TestCaseOutlivesAFullTable: a member that is dropped from the table is one when it is
+// met again, though its parent is gone.
+func TestCaseOutlivesAFullTable(t *testing.T) {
+	h := newHost(t, func(o *Options) { o.TableSize = 1 }) // the least there is
+	f := h.family()
+	h.SetCases([]*event.Case{{ID: "c", Scope: scopeOf(event.CaseSubtree, f.root)}}, nil)
+	for i := range uint32(2 * tableMin) {
+		h.exec(key(1000+i, 100*tick), event.ProcessKey{}, "/bin/sh")
+	}
+	if h.table.byKey[f.grandchild] != nil {
+		t.Fatal("the table is not full")
+	}
+	want(t, h.connect(f.grandchild), "c")
+	want(t, h.exit(f.child, f.root), "c")
+	want(t, h.connect(f.stranger))
 }
 
 func TestCaseByAttributes(t *testing.T) {

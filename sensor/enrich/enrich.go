@@ -398,6 +398,7 @@ func (e *Enricher) exit(ev *event.Event) *entry {
 		e.table.adopt(p, ev.Exit.Parent)
 	}
 	e.table.exit(p, ev.KTime)
+	delete(e.cases.known, p.Key)
 	if p.deep != DeepOff {
 		e.deepen(p)
 	}

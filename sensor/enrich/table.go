@@ -178,6 +178,9 @@ func (t *table) evict() {
 	for _, l := range [...]*order{&t.held, &t.exited, &t.live} {
 		if e := l.front; e != nil {
 			t.evicted(l == &t.live)
+			if l == &t.live && e.member != 0 {
+				t.cases.know(e.Key, e.member)
+			}
 			t.remove(e)
 			return
 		}

@@ -16,8 +16,11 @@ type Case struct {
 	ID, InvestigationID, UserID string
 	Opened                      time.Time
 	Scope                       CaseScope
-	Deep                        bool          // report everything the sensor can see of the scope
-	Tagged                      atomic.Uint64 // records that carry its ids
+	// Roots are processes of a CaseSubtree that an earlier run of the sensor knew to
+	// belong to it, though their parents are gone.
+	Roots  []ProcessKey
+	Deep   bool          // report everything the sensor can see of the scope
+	Tagged atomic.Uint64 // records that carry its ids
 }
 
 // CaseScopeKind says by what a [CaseScope] recognises what it covers.

@@ -375,10 +375,7 @@ func (a *Agent) serve(ctx context.Context, g *errgroup.Group) {
 		if l == nil {
 			return
 		}
-		s := newServer(h)
-		s.ErrorLog = logging.Std(ctx, zap.WarnLevel)
-		s.ConnContext = identify
-		s.BaseContext = func(net.Listener) context.Context { return ctx }
+		s := newServer(ctx, h)
 		g.Go(func() error {
 			if err := s.Serve(l); !errors.Is(err, http.ErrServerClosed) && !errors.Is(err, net.ErrClosed) {
 				return fmt.Errorf("serve %s: %w", l.Addr(), err)

@@ -108,8 +108,7 @@ func serveControl(t testing.TB, c *control) (path string) {
 	if err := errors.Join(os.Chmod(dir, 0o755), os.Chmod(path, 0o666)); err != nil {
 		t.Fatal(err)
 	}
-	s := newServer(c)
-	s.ConnContext = identify
+	s := newServer(t.Context(), c)
 	done := make(chan error, 1)
 	go func() { done <- s.Serve(l) }()
 	t.Cleanup(func() {

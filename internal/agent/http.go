@@ -3,11 +3,16 @@
 package agent
 
 import (
+	"context"
 	"fmt"
+	"net"
 	"net/http"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus/promhttp"
+	"go.uber.org/zap"
+
+	"github.com/aurorasoc/edr-sensor/internal/logging"
 )
 
 // handler serves what operators and Prometheus ask over HTTP on the loopback.
@@ -24,9 +29,14 @@ func (a *Agent) handler() http.Handler {
 	return mux
 }
 
-// newServer returns a server that no slow or silent client can hold open.
-func newServer(h http.Handler) *http.Server {
-	return &http.Server{Handler: h, ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second, IdleTimeout: time.Minute, MaxHeaderBytes: 16 << 10}
+// newServer returns a server that no slow or silent client can hold open. Requests
+// inherit what ctx binds, and on the control socket they know who asks.
+func newServer(ctx context.Context, h http.Handler) *http.Server {
+	return &http.Server{
+		Handler: h, ErrorLog: logging.Std(ctx, zap.WarnLevel),
+		BaseContext: func(net.Listener) context.Context { return ctx }, ConnContext: identify,
+		ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second, IdleTimeout: time.Minute, MaxHeaderBytes: 16 << 10,
+	}
 }
 
 // readyz answers 200 while events are seen and kept, delivered or not. A line

@@ -16,6 +16,8 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+
+	"github.com/aurorasoc/edr-sensor/internal/logging"
 )
 
 var update = flag.Bool("update", false, "write docs/decisions.md")
@@ -35,7 +37,7 @@ func TestDecisionsDocs(t *testing.T) {
 		fmt.Fprintf(&b, "| [`%s`](#%s) | %s | `decisions:%s` |\n", d.Code, strings.ToLower(d.Code), d.Name, d.Stream)
 	}
 	for _, d := range DecisionTable() {
-		fmt.Fprintf(&b, "\n### %s\n\n%s\n\n**What to do:** %s\n", d.Code, d.Meaning, d.Remedy)
+		fmt.Fprintf(&b, "\n### %s\n\n%s\n\n**What to do:** %s\n\nIn the journal: `MESSAGE_ID=%s`\n", d.Code, d.Meaning, d.Remedy, logging.MessageID(d.Code))
 	}
 	if *update {
 		if err := os.WriteFile(decisionsFile, b.Bytes(), 0o644); err != nil {

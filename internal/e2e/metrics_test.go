@@ -207,10 +207,32 @@ func checkScrapeCost(t *testing.T, h *host) {
 	}
 }
 
-// value is that of a series without labels.
+// checkLatency holds the way of each record against the count of those delivered, and
+// against what cannot be: longer than the whole test, or no time at all.
+func checkLatency(t *testing.T, h *host) {
+	t.Helper()
+	const name = "transport_end_to_end_latency_seconds"
+	h.delivered(30 * time.Second)
+	var n, sum float64
+	eventually(t, 10*time.Second, "each delivered record has its latency", func() bool {
+		_, page := h.get("/metrics")
+		var delivered float64
+		for _, stream := range closedSets()["stream"] {
+			delivered += value(t, page, `transport_delivered_records_total{stream="`+stream+`"}`)
+		}
+		n, sum = value(t, page, name+"_count"), value(t, page, name+"_sum")
+		return n == delivered
+	})
+	if sum <= 0 || sum/n > 60 {
+		t.Errorf("%v latencies of %v s in all", n, sum)
+	}
+	t.Logf("kernel to Redis: %.0f ms on average over %v records, those that ran before the sensor included", 1e3*sum/n, n)
+}
+
+// value is that of one series.
 func value(t *testing.T, page, name string) float64 {
 	t.Helper()
-	m := regexp.MustCompile(`(?m)^` + name + ` (\S+)$`).FindStringSubmatch(page)
+	m := regexp.MustCompile(`(?m)^` + regexp.QuoteMeta(name) + ` (\S+)$`).FindStringSubmatch(page)
 	if m == nil {
 		t.Fatalf("no %s in /metrics", name)
 	}

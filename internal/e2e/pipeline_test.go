@@ -288,6 +288,7 @@ func TestMetrics(t *testing.T) {
 	checkSeries(t, page)
 	checkExpressions(t, page)
 	checkScrapeCost(t, h)
+	checkLatency(t, h)
 }
 
 // TestSecondSignal ends a stop that waits for Redis; what was seen is safe.

@@ -96,14 +96,13 @@ type cleanup struct {
 func Run(ctx context.Context, o Options) error {
 	a, err := New(ctx, o)
 	if err != nil {
-		logNotStarted(ctx, err)
 		return err
 	}
 	return a.Run(ctx)
 }
 
 // New builds every stage and attaches the programs; nothing is read yet. On an
-// error everything built so far is undone.
+// error everything built so far is undone, and the log says what is wrong.
 func New(ctx context.Context, o Options) (*Agent, error) {
 	if o.Load == nil {
 		o.Load = func() (Loaded, error) { return o.Loaded, nil }
@@ -111,7 +110,10 @@ func New(ctx context.Context, o Options) (*Agent, error) {
 	a := &Agent{cfg: o.Config, load: o.Load, hangup: o.Reload, registry: prometheus.NewRegistry(), tap: &tap{}, ending: make(chan struct{})}
 	a.running.Store(&o.Loaded)
 	if err := a.build(ctx, o.Version); err != nil {
-		return nil, errors.Join(err, a.undo(ctx))
+		ctx = a.bind(ctx)
+		err = errors.Join(err, a.undo(ctx))
+		logNotStarted(ctx, err)
+		return nil, err
 	}
 	return a, nil
 }
@@ -229,9 +231,10 @@ func (a *Agent) openCases(bootID string) {
 
 // bind puts the run's identity on every log line below.
 func (a *Agent) bind(ctx context.Context) context.Context {
-	fields := []zap.Field{zap.String(logging.KeyAgentID, a.identity.ID)}
+	var fields []zap.Field
 	for key, value := range map[string]string{
-		logging.KeyCaseID: a.identity.CaseID, logging.KeyInvestigationID: a.identity.InvestigationID, logging.KeyUserID: a.identity.UserID,
+		logging.KeyAgentID: a.identity.ID, // empty when the start failed before it was known
+		logging.KeyCaseID:  a.identity.CaseID, logging.KeyInvestigationID: a.identity.InvestigationID, logging.KeyUserID: a.identity.UserID,
 	} {
 		if value != "" {
 			fields = append(fields, zap.String(key, value))

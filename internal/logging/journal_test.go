@@ -335,3 +335,32 @@ func TestJournalAway(t *testing.T) {
 		t.Errorf("%d dropped", logs.Dropped())
 	}
 }
+
+// TestJournalIsChosen by JOURNAL_STREAM, as under systemd; what does not reach the
+// journal keeps its priority on standard error.
+func TestJournalIsChosen(t *testing.T) {
+	f, err := os.Create(filepath.Join(t.TempDir(), "stderr"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	var st syscall.Stat_t
+	if err := syscall.Fstat(int(f.Fd()), &st); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("JOURNAL_STREAM", fmt.Sprintf("%d:%d", st.Dev, st.Ino))
+	logs, err := newLog(Options{Format: FormatAuto, Level: "info"}, f, filepath.Join(t.TempDir(), "no journal"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if l, ok := logs.logger.Core().(*filter); !ok {
+		t.Fatalf("the outermost core is %T", logs.logger.Core())
+	} else if _, ok := l.Core.(*journalCore); !ok {
+		t.Errorf("lines go to %T", l.Core)
+	}
+	From(logs.Into(t.Context())).Warn("hello")
+	b, err := os.ReadFile(f.Name())
+	if err != nil || !bytes.HasPrefix(b, []byte(`<4>{"level":"warn"`)) {
+		t.Errorf("standard error has %q, %v", b, err)
+	}
+}

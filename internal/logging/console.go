@@ -86,7 +86,7 @@ func (c *console) field(b *bytes.Buffer, f zapcore.Field) {
 	f.AddTo(m)
 	for _, k := range sortedKeys(m.Fields) {
 		b.WriteByte(' ')
-		c.paint(b, dim, k+"=")
+		c.paint(b, dim, printable(k)+"=")
 		s := fmt.Sprint(m.Fields[k])
 		if s == "" || strings.ContainsAny(s, " =\"") || strconv.Quote(s) != `"`+s+`"` {
 			s = strconv.Quote(s)

@@ -99,6 +99,7 @@ func TestMessageIDs(t *testing.T) {
 func FuzzJournalEntry(f *testing.F) {
 	f.Add("redis is away", "error", "dial: refused\nMESSAGE_ID=0")
 	f.Add("x\ny", "", "")
+	f.Add("0", "\x00", "0")
 	f.Add("", "_pid", "\x00\xff=\n\n")
 	f.Add("\x1b[31m", "message", strings.Repeat("é", 300))
 	f.Fuzz(func(t *testing.T, msg, key, value string) {

@@ -88,6 +88,11 @@ generate:
 generate-metrics: deps
 	$(GO) test -count=1 ./internal/e2e -run TestMetrics -args -update
 
+## generate-coverage: write docs/coverage.md from the kernels' tests; KERNEL=6.1 for that one's part
+.PHONY: generate-coverage
+generate-coverage: deps
+	KERNEL=$(KERNEL) $(GO) test -count=1 -timeout 25m -run TestVM/ ./internal/vmtest -args -update
+
 ## check-generated: fail when the committed BPF objects differ from their sources
 .PHONY: check-generated
 check-generated:

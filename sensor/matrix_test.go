@@ -150,7 +150,9 @@ func (m *matrix) done(kind event.Kind, how way) {
 	if m.tried[kind] == nil {
 		m.tried[kind] = map[way]bool{}
 	}
-	m.tried[kind][how] = m.tried[kind][how] // stays what it is, or false
+	if !m.tried[kind][how] {
+		m.tried[kind][how] = false // and no longer missing
+	}
 }
 
 func (m *matrix) saw(kind event.Kind, how way) {

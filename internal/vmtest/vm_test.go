@@ -87,10 +87,16 @@ func selected(t *testing.T) []release {
 func TestVM(t *testing.T) {
 	seeSources(t)
 	b := builder{dir: t.TempDir()}
+	covered := map[string][]seen{}
 	for _, r := range selected(t) {
 		t.Run(r.name(), func(t *testing.T) {
-			b.boot(t, r, securityModules, suites())
+			if list := b.boot(t, r, securityModules, suites()); len(list) > 0 {
+				covered[r.name()] = list
+			}
 		})
+	}
+	if !t.Failed() {
+		compareCoverage(t, covered)
 	}
 }
 
@@ -100,8 +106,8 @@ type builder struct {
 	done []string // architecture and suite
 }
 
-// boot runs suites on a kernel.
-func (b *builder) boot(t *testing.T, r release, lsm string, suites []suite) {
+// boot runs suites on a kernel and returns what they say is seen.
+func (b *builder) boot(t *testing.T, r release, lsm string, suites []suite) []seen {
 	t.Helper()
 	m, kernel := requireVM(t, r)
 	if !strings.HasPrefix(kernel.version(), r.series+".") {
@@ -122,7 +128,7 @@ func (b *builder) boot(t *testing.T, r release, lsm string, suites []suite) {
 	if err := initramfs(initrd, m, kernel, dir, suites); err != nil {
 		t.Fatal(err)
 	}
-	boots(t, m, kernel, initrd, lsm)
+	return boots(t, m, kernel, initrd, lsm)
 }
 
 // The machine must end, and say why, when its kernel does.
@@ -146,8 +152,8 @@ func TestVMPanic(t *testing.T) {
 	}
 }
 
-// boots boots a kernel and replays what its tests said.
-func boots(t *testing.T, m machine, kernel image, initrd, lsm string) {
+// boots boots a kernel, replays what its tests said, and returns what they say is seen.
+func boots(t *testing.T, m machine, kernel image, initrd, lsm string) []seen {
 	start := time.Now()
 	out, console, err := boot(t.Context(), t.TempDir(), m, kernel, initrd, lsm)
 	for range 2 {
@@ -157,8 +163,9 @@ func boots(t *testing.T, m machine, kernel image, initrd, lsm string) {
 		t.Logf("booting again, since the emulator failed: %v\n%s", err, tail(console, 30))
 		out, console, err = boot(t.Context(), t.TempDir(), m, kernel, initrd, lsm)
 	}
-	tell(t, out, console, err)
+	covered := tell(t, out, console, err)
 	t.Logf("over after %s", time.Since(start).Round(100*time.Millisecond))
+	return covered
 }
 
 // again reports whether the emulator is to blame: a machine hung, or its clock ran away,
@@ -174,7 +181,7 @@ func again(out, console []byte, err error) bool {
 }
 
 // tell has the tests of a machine end here as they ended there.
-func tell(t *testing.T, out, console []byte, err error) {
+func tell(t *testing.T, out, console []byte, err error) (covered []seen) {
 	r, errParse := parse(out)
 	if err := errors.Join(err, errParse); err != nil {
 		t.Error(err)
@@ -190,6 +197,11 @@ func tell(t *testing.T, out, console []byte, err error) {
 				t.Fatal(err)
 			}
 			tests.count(sums)
+			list, err := coverageOf(tests)
+			if err != nil {
+				t.Error(err)
+			}
+			covered = append(covered, list...)
 			for _, test := range tests.subs {
 				t.Run(test.name, test.replay)
 			}
@@ -205,6 +217,7 @@ func tell(t *testing.T, out, console []byte, err error) {
 		})
 	}
 	t.Logf("Linux %s (%s): %d passed, %d failed, %d skipped", r.kernel, r.security, sums["pass"], sums["fail"]+sums[""], sums["skip"])
+	return covered
 }
 
 // slowest lists what takes the time.

@@ -30,7 +30,7 @@ type seen struct {
 func forms() []struct{ name, title, text string } {
 	return []struct{ name, title, text string }{
 		{"lsm", "The best there is", "What the sensor chooses by itself on a kernel that has `bpf` in its `lsm=`. Debian's 5.10 leaves it out there, as do other old kernels; the tests put it in."},
-		{"fentry", "Without LSM programs", "What it falls back to where `bpf` is not in `lsm=`."},
+		{"fentry", "Without LSM programs", "What it falls back to where `bpf` is not in `lsm=`; since Linux 7.0 after kprobes, of which the kernel leaves no runs out."},
 		{"kprobe", "Without LSM and fentry programs", "arm64 has fentry since 6.0 only; some policies refuse both."},
 		{"raw", "System calls alone", "What remains where all of these are refused, for processes and connections without `tp_btf` as well."},
 	}

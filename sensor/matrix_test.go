@@ -61,10 +61,15 @@ func (c *company) change(r request) (reply, error) {
 	if err != nil {
 		return reply{}, err
 	}
-	if err := u.change(r.Args); !errors.Is(err, errMissing) {
+	switch err := u.change(r.Args); {
+	case errors.Is(err, errMissing):
+		return reply{Missing: r.Args[:1]}, nil
+	case err != nil:
 		return reply{}, err
 	}
-	return reply{Missing: r.Args[:1]}, nil
+	// The thread that polls lets a file go after it has said so, and before it does more.
+	_, err = u.do(sqe{Opcode: opNop})
+	return reply{}, err
 }
 
 // talk connects to a listener of its own and to nobody.

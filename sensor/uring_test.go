@@ -17,6 +17,7 @@ import (
 
 // The numbers of io_uring(7) that tests need.
 const (
+	opNop       = 0
 	opAccept    = 13
 	opConnect   = 16
 	opOpenat    = 18

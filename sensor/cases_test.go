@@ -19,7 +19,7 @@ import (
 func TestRootDeep(t *testing.T) {
 	a := startActor(t)
 	inside, outside := a.spawn(), a.spawn()
-	k := watchFiles(t, a, FileOptions{Rate: 1, Burst: 10}, "")
+	k := watchFiles(t, a, FileOptions{Rate: 1, Burst: 10}, "", event.FileMkdir)
 	k.deepen(uint32(inside.pid), enrich.DeepSubtree)
 	k.deepen(uint32(outside.pid), enrich.DeepProcess)
 	child, other := inside.spawn(), outside.spawn()
@@ -90,7 +90,7 @@ func TestRootDeepLiftsExclusions(t *testing.T) {
 		"directory":  {ExcludeDirectories: []string{dir}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			k := watchFiles(t, a, o, "")
+			k := watchFiles(t, a, o, "", event.FileCreate, event.FileMkdir)
 			degraded := len(k.find(event.FileMkdir).programs) == 0
 			if name == "directory" && degraded {
 				t.Skip("directories are not excluded where paths come from system calls")

@@ -450,7 +450,7 @@ func TestArgumentShiftIgnoresWhatHasNoParameters(t *testing.T) {
 func TestRootFilterChangesLive(t *testing.T) {
 	a := startActor(t)
 	dir := real(t, t.TempDir())
-	k := watchFiles(t, a, FileOptions{}, "")
+	k := watchFiles(t, a, FileOptions{}, "", event.FileMkdir, event.FileModify)
 	exe := real(t, "/proc/self/exe")
 	n := 0
 	counted := func(what string, times int, seen, suppressed uint64) {

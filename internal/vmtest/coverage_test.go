@@ -168,6 +168,9 @@ func compareCoverage(t *testing.T, booted map[string][]seen) {
 	}
 }
 
+// The page is what its tables and the introduction make, without any kernel.
+func TestCoveragePage(t *testing.T) { compareCoverage(t, nil) }
+
 func TestCoveragePageIsReadBack(t *testing.T) {
 	kernels := []string{"1", "2", "3"}
 	by := map[string][]seen{

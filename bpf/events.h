@@ -56,7 +56,8 @@ enum event_kind {
 	EVENT_KIND_MOUNT_MOVE = 24,
 	EVENT_KIND_FILE_OPEN_WRITE = 25, /* degraded only: no hook tells whether a write followed */
 	EVENT_KIND_FILE_CHATTR = 26,     /* file flags, such as immutable and append-only */
-	EVENT_KIND_COUNT = 27,
+	EVENT_KIND_HEARTBEAT = 27,       /* the sensor's own, through each ring; no event */
+	EVENT_KIND_COUNT = 28,
 };
 
 /* event_header: how long the record is, what it is, when, and which process acted. */
@@ -254,6 +255,26 @@ struct file_event {
 	__u32 path2_len; /* path: RENAME, LINK, MOUNT_MOVE new path; text: SYMLINK target, MOUNT source */
 	__u32 name_len; /* text: xattr name, file system type */
 	__u32 mnt_ns;
+};
+
+/* heartbeat: EVENT_KIND_HEARTBEAT, when a thread ended that the sensor had announced. */
+struct heartbeat {
+	struct event_header header; /* names no process */
+	__u64 serial;               /* as announced */
+};
+
+enum announced_for {
+	ANNOUNCED_HEARTBEAT = 0, /* at its end both rings get a struct heartbeat */
+	ANNOUNCED_EXERCISE = 1,  /* what it does to files is counted, and not reported */
+	ANNOUNCED_COUNT = 2,
+};
+
+/* announced: a thread of the sensor, by its number in its own pid namespace, since a
+ * process in a container does not know any other. */
+struct announced {
+	__u64 serial;
+	__u32 pid_ns; /* inode number of the namespace */
+	__u32 tid;    /* 0: none */
 };
 
 /* kind_counter: per CPU and kind; attempts = emitted + lost at any quiet moment. */

@@ -112,6 +112,10 @@ __noinline int file_begin(__u32 kind, __u32 pid)
 	__u32 suppressed;
 	int index;
 
+	if (exercises(task)) {
+		count_exercised(kind);
+		return -1;
+	}
 	if (!pid) {
 		if (!task_in_scope(task))
 			return -1;
@@ -678,7 +682,7 @@ static __always_inline void fill_written(struct written *written, struct inode *
 	written->pid = BPF_CORE_READ(task, tgid);
 	written->tid = BPF_CORE_READ(task, pid);
 	written->mnt_ns = BPF_CORE_READ(task, nsproxy, mnt_ns, ns.inum);
-	written->excluded = excluded_task(task);
+	written->excluded = excluded_task(task) && !exercises(task);
 }
 
 /* is_written tells whether a file is one whose close is to be reported. */
@@ -705,7 +709,7 @@ static __always_inline int handle_file_open(const __u64 *args)
 	if (!is_written(file))
 		return 0;
 	task = current_task();
-	if (!task_in_scope(task)) {
+	if (!task_in_scope(task) && !exercises(task)) {
 		/* An open that failed later may have left its own behind. */
 		bpf_map_delete_elem(&written_files, &key);
 		return 0;

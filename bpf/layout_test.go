@@ -38,6 +38,8 @@ func TestLayout(t *testing.T) {
 		{"exit_event", unsafe.Sizeof(bpf.SensorExitEvent{})},
 		{"tcp_event", unsafe.Sizeof(bpf.SensorTcpEvent{})},
 		{"file_event", unsafe.Sizeof(bpf.SensorFileEvent{})},
+		{"heartbeat", unsafe.Sizeof(bpf.SensorHeartbeat{})},
+		{"announced", unsafe.Sizeof(bpf.SensorAnnounced{})},
 		{"kind_counter", unsafe.Sizeof(bpf.SensorKindCounter{})},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -93,7 +95,7 @@ func TestEventKinds(t *testing.T) {
 		"FILE_MKDIR": event.FileMkdir, "FILE_CHMOD": event.FileChmod, "FILE_CHOWN": event.FileChown,
 		"FILE_TRUNCATE": event.FileTruncate, "FILE_XATTR": event.FileXattr, "FILE_TIMES": event.FileTimes,
 		"MOUNT": event.Mount, "UMOUNT": event.Umount, "MOUNT_MOVE": event.MountMove,
-		"FILE_OPEN_WRITE": event.FileOpenWrite, "FILE_CHATTR": event.FileChattr,
+		"FILE_OPEN_WRITE": event.FileOpenWrite, "FILE_CHATTR": event.FileChattr, "HEARTBEAT": event.Heartbeat,
 	}
 	for name, number := range constants(t, "event_kind") {
 		short := strings.TrimPrefix(name, "EVENT_KIND_")

@@ -18,6 +18,7 @@ union priority_record {
 	struct exec_event exec;
 	struct fork_event fork;
 	struct exit_event exit;
+	struct heartbeat heartbeat;
 	enum process_flags flags;
 };
 

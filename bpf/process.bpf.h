@@ -6,6 +6,7 @@
 #ifndef EDR_PROCESS_H
 #define EDR_PROCESS_H
 
+#include "self.bpf.h"
 #include "walk.bpf.h"
 
 #define TMPFS_MAGIC 0x01021994
@@ -25,16 +26,7 @@ static __always_inline void fill_header(struct event_header *header, enum event_
 /* ns_pid returns the task's tgid in its own pid namespace and that namespace's number. */
 static __always_inline __u32 ns_pid(struct task_struct *task, __u32 *inum)
 {
-	struct pid *pid = BPF_CORE_READ(task, group_leader, thread_pid);
-	__u32 level = BPF_CORE_READ(pid, level);
-	struct pid_namespace *ns;
-	struct upid *upid;
-
-	upid = (void *)pid + bpf_core_field_offset(struct pid, numbers) +
-	       level * bpf_core_type_size(struct upid);
-	ns = BPF_CORE_READ(upid, ns);
-	*inum = BPF_CORE_READ(ns, ns.inum);
-	return BPF_CORE_READ(upid, nr);
+	return pid_in_ns(BPF_CORE_READ(task, group_leader, thread_pid), inum);
 }
 
 static __always_inline void fill_cred(struct cred_info *info, struct task_struct *task)
@@ -457,7 +449,11 @@ static __always_inline int handle_exit(struct task_struct *task)
 	struct exit_event *event;
 	__u32 code, tgid;
 
-	if (BPF_CORE_READ(signal, live.counter) != 0 || !task_in_scope(task))
+	if (BPF_CORE_READ(signal, live.counter) != 0) {
+		handle_heartbeat(task); /* the sensor itself goes on */
+		return 0;
+	}
+	if (!task_in_scope(task))
 		return 0;
 	leader = BPF_CORE_READ(task, group_leader);
 	tgid = BPF_CORE_READ(task, tgid);

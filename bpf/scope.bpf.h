@@ -37,6 +37,20 @@ static __always_inline struct task_struct *current_task(void)
 	return (void *)bpf_get_current_task();
 }
 
+/* pid_in_ns returns the number of a task in its own pid namespace and that namespace's. */
+static __always_inline __u32 pid_in_ns(struct pid *pid, __u32 *inum)
+{
+	__u32 level = BPF_CORE_READ(pid, level);
+	struct pid_namespace *ns;
+	struct upid *upid;
+
+	upid = (void *)pid + bpf_core_field_offset(struct pid, numbers) +
+	       level * bpf_core_type_size(struct upid);
+	ns = BPF_CORE_READ(upid, ns);
+	*inum = BPF_CORE_READ(ns, ns.inum);
+	return BPF_CORE_READ(upid, nr);
+}
+
 static __always_inline struct kernfs_node *task_kernfs(struct task_struct *task)
 {
 	return BPF_CORE_READ(task, cgroups, dfl_cgrp, kn);

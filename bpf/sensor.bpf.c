@@ -62,7 +62,8 @@ int raw_sched_process_exec(__u64 *ctx)
  * Why: fires for every cause of death, and after signal->live was decremented, so
  * zero means the last one. It is called while the address space or what is left of it
  * is torn down: before 6.16 after it, since then before; nothing here reads memory.
- * Ignores: threads that end while others live on; the wait for the zombie.
+ * Ignores: threads that end while others live on, but for the sensor's own heartbeat;
+ * the wait for the zombie.
  */
 SEC("tp_btf/sched_process_exit")
 int on_sched_process_exit(__u64 *ctx)

@@ -13,6 +13,13 @@ import (
 	"github.com/cilium/ebpf"
 )
 
+type SensorAnnounced struct {
+	_      structs.HostLayout
+	Serial uint64
+	PidNs  uint32
+	Tid    uint32
+}
+
 type SensorCredInfo struct {
 	_              structs.HostLayout
 	Uid            uint32
@@ -72,7 +79,8 @@ const (
 	SensorEventKindEVENT_KIND_MOUNT_MOVE         SensorEventKind = 24
 	SensorEventKindEVENT_KIND_FILE_OPEN_WRITE    SensorEventKind = 25
 	SensorEventKindEVENT_KIND_FILE_CHATTR        SensorEventKind = 26
-	SensorEventKindEVENT_KIND_COUNT              SensorEventKind = 27
+	SensorEventKindEVENT_KIND_HEARTBEAT          SensorEventKind = 27
+	SensorEventKindEVENT_KIND_COUNT              SensorEventKind = 28
 )
 
 type SensorExecEvent struct {
@@ -188,6 +196,12 @@ type SensorForkEvent struct {
 	ChildComm      [16]int8
 }
 
+type SensorHeartbeat struct {
+	_      structs.HostLayout
+	Header SensorEventHeader
+	Serial uint64
+}
+
 type SensorKindCounter struct {
 	_          structs.HostLayout
 	Attempts   uint64
@@ -263,9 +277,11 @@ const (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
+	SensorMapAnnouncedThreads        = "announced_threads"
 	SensorMapBulkRing                = "bulk_ring"
 	SensorMapDeepPids                = "deep_pids"
 	SensorMapExecSlots               = "exec_slots"
+	SensorMapExercised               = "exercised"
 	SensorMapFileBuckets             = "file_buckets"
 	SensorMapFileExclusions          = "file_exclusions"
 	SensorMapFileFilter              = "file_filter"
@@ -478,21 +494,23 @@ type SensorProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type SensorMapSpecs struct {
-	BulkRing       *ebpf.MapSpec `ebpf:"bulk_ring"`
-	DeepPids       *ebpf.MapSpec `ebpf:"deep_pids"`
-	ExecSlots      *ebpf.MapSpec `ebpf:"exec_slots"`
-	FileBuckets    *ebpf.MapSpec `ebpf:"file_buckets"`
-	FileExclusions *ebpf.MapSpec `ebpf:"file_exclusions"`
-	FileFilter     *ebpf.MapSpec `ebpf:"file_filter"`
-	FileSlots      *ebpf.MapSpec `ebpf:"file_slots"`
-	FileSyscalls   *ebpf.MapSpec `ebpf:"file_syscalls"`
-	KindCounters   *ebpf.MapSpec `ebpf:"kind_counters"`
-	LsmProbeRuns   *ebpf.MapSpec `ebpf:"lsm_probe_runs"`
-	PriorityRing   *ebpf.MapSpec `ebpf:"priority_ring"`
-	Reported       *ebpf.MapSpec `ebpf:"reported"`
-	ScopePids      *ebpf.MapSpec `ebpf:"scope_pids"`
-	Sockets        *ebpf.MapSpec `ebpf:"sockets"`
-	WrittenFiles   *ebpf.MapSpec `ebpf:"written_files"`
+	AnnouncedThreads *ebpf.MapSpec `ebpf:"announced_threads"`
+	BulkRing         *ebpf.MapSpec `ebpf:"bulk_ring"`
+	DeepPids         *ebpf.MapSpec `ebpf:"deep_pids"`
+	ExecSlots        *ebpf.MapSpec `ebpf:"exec_slots"`
+	Exercised        *ebpf.MapSpec `ebpf:"exercised"`
+	FileBuckets      *ebpf.MapSpec `ebpf:"file_buckets"`
+	FileExclusions   *ebpf.MapSpec `ebpf:"file_exclusions"`
+	FileFilter       *ebpf.MapSpec `ebpf:"file_filter"`
+	FileSlots        *ebpf.MapSpec `ebpf:"file_slots"`
+	FileSyscalls     *ebpf.MapSpec `ebpf:"file_syscalls"`
+	KindCounters     *ebpf.MapSpec `ebpf:"kind_counters"`
+	LsmProbeRuns     *ebpf.MapSpec `ebpf:"lsm_probe_runs"`
+	PriorityRing     *ebpf.MapSpec `ebpf:"priority_ring"`
+	Reported         *ebpf.MapSpec `ebpf:"reported"`
+	ScopePids        *ebpf.MapSpec `ebpf:"scope_pids"`
+	Sockets          *ebpf.MapSpec `ebpf:"sockets"`
+	WrittenFiles     *ebpf.MapSpec `ebpf:"written_files"`
 }
 
 // SensorVariableSpecs contains global variables before they are loaded into the kernel.
@@ -529,28 +547,32 @@ func (o *SensorObjects) Close() error {
 //
 // It can be passed to LoadSensorObjects or ebpf.CollectionSpec.LoadAndAssign.
 type SensorMaps struct {
-	BulkRing       *ebpf.Map `ebpf:"bulk_ring"`
-	DeepPids       *ebpf.Map `ebpf:"deep_pids"`
-	ExecSlots      *ebpf.Map `ebpf:"exec_slots"`
-	FileBuckets    *ebpf.Map `ebpf:"file_buckets"`
-	FileExclusions *ebpf.Map `ebpf:"file_exclusions"`
-	FileFilter     *ebpf.Map `ebpf:"file_filter"`
-	FileSlots      *ebpf.Map `ebpf:"file_slots"`
-	FileSyscalls   *ebpf.Map `ebpf:"file_syscalls"`
-	KindCounters   *ebpf.Map `ebpf:"kind_counters"`
-	LsmProbeRuns   *ebpf.Map `ebpf:"lsm_probe_runs"`
-	PriorityRing   *ebpf.Map `ebpf:"priority_ring"`
-	Reported       *ebpf.Map `ebpf:"reported"`
-	ScopePids      *ebpf.Map `ebpf:"scope_pids"`
-	Sockets        *ebpf.Map `ebpf:"sockets"`
-	WrittenFiles   *ebpf.Map `ebpf:"written_files"`
+	AnnouncedThreads *ebpf.Map `ebpf:"announced_threads"`
+	BulkRing         *ebpf.Map `ebpf:"bulk_ring"`
+	DeepPids         *ebpf.Map `ebpf:"deep_pids"`
+	ExecSlots        *ebpf.Map `ebpf:"exec_slots"`
+	Exercised        *ebpf.Map `ebpf:"exercised"`
+	FileBuckets      *ebpf.Map `ebpf:"file_buckets"`
+	FileExclusions   *ebpf.Map `ebpf:"file_exclusions"`
+	FileFilter       *ebpf.Map `ebpf:"file_filter"`
+	FileSlots        *ebpf.Map `ebpf:"file_slots"`
+	FileSyscalls     *ebpf.Map `ebpf:"file_syscalls"`
+	KindCounters     *ebpf.Map `ebpf:"kind_counters"`
+	LsmProbeRuns     *ebpf.Map `ebpf:"lsm_probe_runs"`
+	PriorityRing     *ebpf.Map `ebpf:"priority_ring"`
+	Reported         *ebpf.Map `ebpf:"reported"`
+	ScopePids        *ebpf.Map `ebpf:"scope_pids"`
+	Sockets          *ebpf.Map `ebpf:"sockets"`
+	WrittenFiles     *ebpf.Map `ebpf:"written_files"`
 }
 
 func (m *SensorMaps) Close() error {
 	return _SensorClose(
+		m.AnnouncedThreads,
 		m.BulkRing,
 		m.DeepPids,
 		m.ExecSlots,
+		m.Exercised,
 		m.FileBuckets,
 		m.FileExclusions,
 		m.FileFilter,

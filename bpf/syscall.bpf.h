@@ -276,7 +276,7 @@ static __always_inline int handle_syscall(struct pt_regs *regs, long result)
 			return 0;
 	}
 	kind = call->kind;
-	if (!kind || !task_in_scope(task))
+	if (!kind || (!task_in_scope(task) && !exercises(task)))
 		return 0;
 	if (call->fd == SYSCALL_RESULT)
 		return opened(file_of(task, result));

@@ -192,13 +192,20 @@ func (k *kernel) probeLSM(load loader) error {
 	return err
 }
 
-// attachSyscalls has system calls tell the events that no program sees otherwise.
+const sysExit = "raw_tp/sys_exit"
+
+// attachSyscalls has system calls tell the events that no program sees otherwise. One
+// program tells them all, so one of before goes.
 func (k *kernel) attachSyscalls(load loader) {
 	var bits uint64
 	var missing []*attachment
+	k.attached = slices.DeleteFunc(k.attached, func(a attachment) bool {
+		return a.section == sysExit && len(a.links) > 0 && a.detach() == nil
+	})
 	for i := range k.attached {
 		a := &k.attached[i]
-		if a.section == "" && len(a.syscalls) > 0 {
+		if len(a.links) == 0 && len(a.syscalls) > 0 {
+			a.section = ""
 			missing = append(missing, a)
 			for _, kind := range a.syscalls {
 				bits |= 1 << kind
@@ -208,13 +215,13 @@ func (k *kernel) attachSyscalls(load loader) {
 	if bits == 0 {
 		return
 	}
-	var a attachment
+	a := attachment{hook: hook{chain: []candidate{{"raw_sys_exit"}}}}
 	err := k.spec.Variables["syscall_kinds"].Set(bits)
 	for number, pair := range syscallTable() {
 		err = errors.Join(err, k.maps["file_syscalls"].Put(number, pair))
 	}
 	if err == nil {
-		err = a.try(candidate{"raw_sys_exit"}, load)
+		err = a.try(a.chain[0], load)
 	}
 	if err != nil {
 		err = errors.Join(err, a.detach())

@@ -140,11 +140,13 @@ type Coverage struct {
 // attachment is what became of a hook.
 type attachment struct {
 	hook
-	section  string // of the programs that run, empty when none does
-	programs []*ebpf.Program
-	spares   []*ebpf.Program // further copies of the only program
-	links    []link.Link     // of programs, then of spares
-	errs     []error
+	candidate int    // of the chain that was taken
+	section   string // of its programs, empty when none was
+	programs  []*ebpf.Program
+	spares    []*ebpf.Program // further copies of the only program
+	links     []link.Link     // of programs, then of spares
+	errs      []error         // against those that are not used
+	lost      error           // why what is attached no longer works
 }
 
 // loader loads the programs of a hook. It returns nil without an error for an
@@ -156,19 +158,29 @@ type loader func(h hook, program string) (*ebpf.Program, *ebpf.ProgramSpec, erro
 // kernel's list of features does not know what a security policy refuses.
 func (h hook) attach(load loader) attachment {
 	a := attachment{hook: h}
-	for _, c := range h.chain {
-		if err := a.try(c, load); err != nil {
+	for i := range h.chain {
+		if err := a.take(i, load); err != nil {
 			a.errs = append(a.errs, errors.Join(err, a.detach()))
 			continue
-		}
-		for n := 2; n <= h.copies; n++ {
-			if err := a.spare(c[0], load); err != nil {
-				a.errs = append(a.errs, fmt.Errorf("copy %d: %w", n, err))
-			}
 		}
 		break
 	}
 	return a
+}
+
+// take attaches a candidate of the chain with its copies. After an error some programs
+// may be attached; without a copy the hook works nevertheless.
+func (a *attachment) take(i int, load loader) error {
+	if err := a.try(a.chain[i], load); err != nil {
+		return err
+	}
+	a.candidate = i
+	for n := 2; n <= a.copies; n++ {
+		if err := a.spare(a.chain[i][0], load); err != nil {
+			a.errs = append(a.errs, fmt.Errorf("copy %d: %w", n, err))
+		}
+	}
+	return nil
 }
 
 // spare attaches one more copy of a program.
@@ -260,14 +272,17 @@ func attachProgram(program *ebpf.Program, spec *ebpf.ProgramSpec) (link.Link, er
 // coverage lists every event of the kernel; before attach all are missing.
 func (k *kernel) coverage() []Coverage {
 	var list []Coverage
-	for _, a := range k.attached {
+	for _, a := range k.hooks() {
 		errs := sentences(a.errs)
+		if a.lost != nil {
+			errs = append(errs, fmt.Sprintf("%s is lost: %s", a.section, a.lost))
+		}
 		blind := ""
-		if strings.HasSuffix(a.section, "/sys_exit") {
+		if a.section == sysExit {
 			blind = "io_uring" // makes no system calls
 		}
 		for _, kind := range a.kinds {
-			list = append(list, Coverage{Event: kind.String(), Kind: kind, Required: a.required, Hook: a.section, Blind: blind, Errs: errs})
+			list = append(list, Coverage{Event: kind.String(), Kind: kind, Required: a.required, Hook: a.seenBy(), Blind: blind, Errs: errs})
 		}
 	}
 	return list

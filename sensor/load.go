@@ -41,15 +41,19 @@ type kernelOptions struct {
 	Types         *btf.Cache // of the running kernel; nil means to read them, and to drop them after attaching
 }
 
-// kernel is the sensor's part that lives in the kernel: maps, programs, links.
-// Not safe for concurrent use, but counters may be read at any time.
+// kernel is the sensor's part that lives in the kernel: maps, programs, links. After
+// attach, one goroutine may mend the hooks while others read counters and coverage, and
+// detach.
 type kernel struct {
-	scope    Scope
-	spec     *ebpf.CollectionSpec
-	maps     map[string]*ebpf.Map
+	scope Scope
+	spec  *ebpf.CollectionSpec
+	maps  map[string]*ebpf.Map
+	lsm   func() error // whether the kernel runs LSM programs, found out once
+	types *btf.Cache   // given, or nil
+
+	mu       sync.Mutex // of what follows
 	attached []attachment
-	lsm      func() error // whether the kernel runs LSM programs, found out once
-	types    *btf.Cache   // given, or nil
+	detached bool // and nothing is to be attached again
 
 	priority, bulk *ebpf.Map // the rings; owned by the kernel value
 }
@@ -152,13 +156,7 @@ func newMap(spec *ebpf.MapSpec) (*ebpf.Map, error) {
 // hook. The error names the required events that no program sees; all others are in
 // coverage. It then finds the processes and the sockets that are in scope already.
 func (k *kernel) attach() error {
-	cache := k.types
-	if cache == nil {
-		cache = btf.NewCache() // parsing the kernel's types takes longer than all the rest
-	}
-	load := func(h hook, name string) (*ebpf.Program, *ebpf.ProgramSpec, error) {
-		return k.load(h, name, cache)
-	}
+	load := k.loader()
 	k.lsm = sync.OnceValue(func() error { return k.probeLSM(load) })
 	var refused []string
 	for i, a := range k.attached {
@@ -221,6 +219,18 @@ func (k *kernel) seed(load loader, files bool) error {
 	defer f.Close()
 	_, err = io.Copy(io.Discard, f) // the program runs while its file is read
 	return err
+}
+
+// loader loads programs. The kernel's types take longer to parse than all the rest, and
+// megabytes of memory, which go with it unless they were given.
+func (k *kernel) loader() loader {
+	cache := k.types
+	if cache == nil {
+		cache = btf.NewCache()
+	}
+	return func(h hook, name string) (*ebpf.Program, *ebpf.ProgramSpec, error) {
+		return k.load(h, name, cache)
+	}
 }
 
 // load loads one program with only the maps it uses: what a kernel cannot do must
@@ -301,6 +311,8 @@ func (k *kernel) counters() (sums [event.Kinds]KindCounter, err error) {
 // 5.12, which does not tell.
 func (k *kernel) missed() (uint64, error) {
 	var sum uint64
+	k.mu.Lock()
+	defer k.mu.Unlock()
 	for i := range k.attached {
 		n, err := k.attached[i].missed()
 		if err != nil {
@@ -332,19 +344,29 @@ func release() string {
 // snapshot calls visit with a record for each process in scope that exists now: a
 // struct exec_event of kind TASK, valid until visit returns.
 func (k *kernel) snapshot(visit func(rec []byte) error) error {
+	f, err := k.openIterator()
+	if err != nil {
+		return err
+	}
+	return errors.Join(readRecords(f, visit), f.Close())
+}
+
+func (k *kernel) openIterator() (io.ReadCloser, error) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
 	a := k.find(event.Task)
 	if len(a.links) == 0 {
-		return errors.New("snapshot: no task iterator is attached")
+		return nil, errors.New("snapshot: no task iterator is attached")
 	}
 	iter, ok := a.links[0].(*link.Iter)
 	if !ok {
-		return fmt.Errorf("snapshot: %s is no iterator", a.section)
+		return nil, fmt.Errorf("snapshot: %s is no iterator", a.section)
 	}
 	f, err := iter.Open()
 	if err != nil {
-		return fmt.Errorf("open %s: %w", a.section, err)
+		return nil, fmt.Errorf("open %s: %w", a.section, err)
 	}
-	return errors.Join(readRecords(f, visit), f.Close())
+	return f, nil
 }
 
 // readRecords splits a stream of records, each of which starts with its size.
@@ -378,6 +400,9 @@ func readRecords(r io.Reader, visit func(rec []byte) error) error {
 // the counters read. Coverage still tells what was attached.
 func (k *kernel) detach() error {
 	var errs []error
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.detached = true
 	for i := range k.attached {
 		errs = append(errs, k.attached[i].detach())
 	}

@@ -235,6 +235,10 @@ func TestRootEveryWay(t *testing.T) {
 				})
 			}
 			m.report(t, k)
+			t.Run("exercise", func(t *testing.T) { tryHooks(t, k, bulk, false) })
+			if form == "kprobe" {
+				t.Run("kprobes off", func(t *testing.T) { kprobesOff(t, k) })
+			}
 		})
 	}
 }

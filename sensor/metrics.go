@@ -40,6 +40,9 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 	lost := f.NewCounterVec(prometheus.CounterOpts{Name: "sensor_lost_events_total", Help: "Events the kernel had no ring space for, by kind. If it grows, evidence is lost now: find what stalls the disk (buffer_commit_seconds), or raise sensor.priority_ring or sensor.bulk_ring."}, []string{"kind"})
 	suppressed := f.NewCounterVec(prometheus.CounterOpts{Name: "sensor_suppressed_events_total", Help: "Events the kernel left out on purpose, by kind: more of one process than sensor.file.per_process, or excluded. They are not among the events, nor lost. If it grows much faster than sensor_events_total, one process floods: SUPPRESSED on the decisions stream says how much of what."}, []string{"kind"})
 	for k := event.None + 1; int(k) < event.Kinds; k++ {
+		if k == event.Heartbeat {
+			continue
+		}
 		m.suppressed[k] = suppressed.WithLabelValues(k.String())
 		m.events[k], m.lost[k] = events.WithLabelValues(k.String()), lost.WithLabelValues(k.String())
 	}
@@ -47,6 +50,7 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 }
 
 func (m *metrics) covered(c Coverage) {
+	m.attached.DeletePartialMatch(prometheus.Labels{"event": c.Event}) // one hook may have taken another's place
 	kind, _, _ := strings.Cut(c.Hook, "/")
 	if kind == "" {
 		m.attached.WithLabelValues(c.Event, "none").Set(0)
@@ -56,7 +60,7 @@ func (m *metrics) covered(c Coverage) {
 }
 
 // exposeRing asks the ring at each scrape: a worker that stands still would not tell.
-func exposeRing(reg prometheus.Registerer, name string, r *ring) {
+func exposeRing(reg prometheus.Registerer, name string, r *ring, age func() float64) {
 	f, labels := promauto.With(reg), prometheus.Labels{"ring": name}
 	f.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "sensor_ring_used_bytes", ConstLabels: labels,
@@ -66,4 +70,8 @@ func exposeRing(reg prometheus.Registerer, name string, r *ring) {
 		Name: "sensor_ring_size_bytes", ConstLabels: labels,
 		Help: "Size of the ring. If it is too small for how long the disk stalls, raise sensor.priority_ring or sensor.bulk_ring.",
 	}).Set(float64(r.size()))
+	f.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "sensor_heartbeat_age_seconds", ConstLabels: labels,
+		Help: "Time since a heartbeat came back from the kernel through the ring; one is sent every 5 seconds. If it passes 15, /readyz names the stage that is stuck.",
+	}, age)
 }

@@ -175,6 +175,13 @@ func (r *ring) used() uint64 {
 	return r.producer() - atomic.LoadUint64(r.consumer)
 }
 
+// released tells whether the space before pos was given back. Safe for concurrent use.
+func (r *ring) released(pos uint64) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return int64(atomic.LoadUint64(r.consumer)-pos) >= 0
+}
+
 // size is the capacity in bytes.
 func (r *ring) size() int { return int(r.mask) + 1 }
 

@@ -65,6 +65,7 @@ type Options struct {
 	Encoder       *ocsf.Encoder
 	Enricher      *enrich.Enricher
 	Sink          Sink
+	ExerciseDir   string // where the hooks are tried; nobody else may write there
 	Mark          []byte // stored with the last durable commit of the run before, if any
 	Registerer    prometheus.Registerer
 	// CaseRoots, if set, is given every few seconds, and at the end of Run, what the
@@ -90,8 +91,10 @@ type Sensor struct {
 	bulk     *ring
 	wait     *waiter
 	dec      decoder
-	hooks    [event.Kinds]string
-	coverage []Coverage
+	hooks    atomic.Pointer[[event.Kinds]string] // by what each kind is seen
+	coverage atomic.Pointer[[]Coverage]
+	pulse    pulse
+	born     time.Time // what times are counted from, so that the clock may be set
 
 	events  [pollRecords]event.Event
 	after   [pollRecords]uint64 // the ring's position behind each event
@@ -104,7 +107,7 @@ type Sensor struct {
 	pending bool // records ended since the last Flush
 
 	committed atomic.Uint64 // serial of the newest durable mark
-	beat      atomic.Int64  // wall ns of the last turn of the loop
+	beat      atomic.Int64  // ns after born of the last turn of the loop
 	lost      atomic.Uint64 // kernel losses reported so far
 	discarded atomic.Uint64 // events that could not become records so far
 
@@ -130,7 +133,8 @@ func Open(o Options) (*Sensor, error) {
 	if err != nil {
 		return nil, fmt.Errorf("load sensor: %w", err)
 	}
-	s := &Sensor{o: o, kernel: k, metrics: newMetrics(o.Registerer), limiter: logging.NewLimiter(linesEvery)}
+	s := &Sensor{o: o, kernel: k, metrics: newMetrics(o.Registerer), limiter: logging.NewLimiter(linesEvery), born: time.Now()}
+	s.cover(nil)
 	if err := s.openRings(); err != nil {
 		return nil, errors.Join(fmt.Errorf("open sensor: %w", err), s.Close())
 	}
@@ -144,8 +148,9 @@ func (s *Sensor) openRings() (err error) {
 	if s.bulk, err = openRing(s.kernel.bulk); err != nil {
 		return fmt.Errorf("bulk ring: %w", err)
 	}
-	exposeRing(s.o.Registerer, "priority", s.priority)
-	exposeRing(s.o.Registerer, "bulk", s.bulk)
+	for i, r := range [...]*ring{s.priority, s.bulk} {
+		exposeRing(s.o.Registerer, ringNames[i], r, func() float64 { return s.pulseAge(i) })
+	}
 	if s.wait, err = newWaiter(s.priority, s.bulk); err != nil {
 		return fmt.Errorf("ring waiter: %w", err)
 	}
@@ -177,26 +182,21 @@ func (s *Sensor) Close() error {
 // sensor cannot do without has no hook; Coverage tells about the others.
 func (s *Sensor) Attach() error {
 	err := s.kernel.attach()
-	s.coverage = s.kernel.coverage()
-	for _, c := range s.coverage {
-		if int(c.Kind) < event.Kinds {
-			s.hooks[c.Kind] = c.Hook
-		}
-		s.metrics.covered(c)
-	}
+	s.cover(s.kernel.coverage())
 	if err != nil {
 		return fmt.Errorf("attach sensor: %w", err)
 	}
 	return nil
 }
 
-// Coverage is what each event is seen by on this host, after Attach.
-func (s *Sensor) Coverage() []Coverage { return s.coverage }
+// Coverage is what each event is seen by on this host, after Attach. Safe for concurrent
+// use; the slice must not be changed.
+func (s *Sensor) Coverage() []Coverage { return *s.coverage.Load() }
 
 // Beat is when the worker last finished a turn; zero before Run.
 func (s *Sensor) Beat() time.Time {
 	if ns := s.beat.Load(); ns != 0 {
-		return time.Unix(0, ns)
+		return s.born.Add(time.Duration(ns))
 	}
 	return time.Time{}
 }
@@ -276,7 +276,7 @@ func (s *Sensor) turn(ctx context.Context) error {
 	if err := s.flush(ctx, false); err != nil {
 		return err
 	}
-	s.beat.Store(time.Now().UnixNano())
+	s.beat.Store(int64(time.Since(s.born)))
 	if n > 0 {
 		return nil
 	}
@@ -343,6 +343,8 @@ func (s *Sensor) poll(ctx context.Context) (int, error) {
 	}
 	// Records that were discarded or could not be decoded are covered too.
 	s.mark.priority.pos, s.mark.bulk.pos = s.priority.position(), s.bulk.position()
+	s.pulse.rings[0].reached.Store(s.mark.priority.pos)
+	s.pulse.rings[1].reached.Store(s.mark.bulk.pos)
 	s.o.Enricher.EndBatch()
 	return n, nil
 }
@@ -360,6 +362,10 @@ func (s *Sensor) read(ctx context.Context, r *ring, limit uint64, n, most int) (
 		if !ok {
 			break
 		}
+		if serial, ok := asHeartbeat(rec); ok {
+			s.pulse.rings[s.ringIndex(r)].met(serial, r.position(), time.Since(s.born))
+			continue
+		}
 		ev := &s.events[n]
 		if err := s.dec.decode(rec, ev); err != nil {
 			s.metrics.decodeErrors.Inc()
@@ -367,7 +373,7 @@ func (s *Sensor) read(ctx context.Context, r *ring, limit uint64, n, most int) (
 			s.limiter.Log(ctx, zap.ErrorLevel, "decode", "decode record", zap.Error(err))
 			continue
 		}
-		ev.Hook = s.hooks[ev.Kind]
+		ev.Hook = s.hooks.Load()[ev.Kind]
 		s.after[n] = r.position()
 		s.metrics.events[ev.Kind].Inc()
 		s.o.Enricher.Prefetch(ev)
@@ -420,7 +426,10 @@ func (s *Sensor) flush(ctx context.Context, clean bool) error {
 	s.mark.clean = clean
 	s.mark.wall = max(s.mark.wall, time.Now().UnixNano())
 	s.markBuf = s.mark.append(s.markBuf[:0])
-	if err := s.o.Sink.Flush(ctx, s.markBuf); err != nil {
+	s.pulse.handing.Store(int64(time.Since(s.born)))
+	err := s.o.Sink.Flush(ctx, s.markBuf)
+	s.pulse.handing.Store(0)
+	if err != nil {
 		return fmt.Errorf("hand over events: %w", err)
 	}
 	s.pending = false
@@ -516,6 +525,9 @@ func (s *Sensor) reportKernelLoss(ctx context.Context, i event.SelfInfo) {
 	}
 	i.ByKind = map[string]uint64{}
 	for k := range counters {
+		if event.Kind(k) == event.Heartbeat {
+			continue // no event; Stuck says what became of it
+		}
 		if d := counters[k].Lost - s.reported[k].Lost; d != 0 {
 			i.ByKind[event.Kind(k).String()] = d
 			i.Count += d
@@ -571,7 +583,7 @@ func (s *Sensor) snapshot(ctx context.Context) error {
 			s.metrics.decodeErrors.Inc()
 			return fmt.Errorf("decode: %w", err)
 		}
-		ev.Hook = s.hooks[ev.Kind]
+		ev.Hook = s.hooks.Load()[ev.Kind]
 		s.metrics.events[ev.Kind].Inc()
 		s.o.Enricher.Apply(ev)
 		s.write(ctx, time.Now().UnixNano(), ev, false, nil)
@@ -610,7 +622,7 @@ func (s *Sensor) Stats() (Stats, error) {
 		"priority": {s.priority.used(), uint64(s.priority.size())},
 		"bulk":     {s.bulk.used(), uint64(s.bulk.size())},
 	}}
-	for k := event.None + 1; k < event.Lifecycle; k++ {
+	for k := event.None + 1; k < event.Heartbeat; k++ {
 		st.Events[k.String()], st.Lost[k.String()] = counters[k].Attempts, counters[k].Lost
 		if n := counters[k].Suppressed; n > 0 {
 			st.Suppressed[k.String()] = n

@@ -45,7 +45,6 @@ const (
 	deliverWithin = 5 * time.Second // buffer to Redis
 	closeWithin   = 5 * time.Second
 	monitorEvery  = time.Second
-	stuckAfter    = 15 * time.Second
 )
 
 // Agent is one running sensor.
@@ -198,8 +197,8 @@ func (a *Agent) build(ctx context.Context, version string) error {
 	}
 	a.sensor, err = sensor.Open(sensor.Options{
 		Scope: scope, PriorityBytes: int(a.cfg.Sensor.PriorityRing), BulkBytes: int(a.cfg.Sensor.BulkRing), ForkEvents: a.cfg.Sensor.ForkEvents,
-		Files: filesOf(a.cfg.Sensor.File),
-		Host:  host, Encoder: encoder, Enricher: enricher, Sink: newSink(a.queue, a.tap), Mark: a.queue.Mark(), Registerer: a.registry,
+		Files: filesOf(a.cfg.Sensor.File), ExerciseDir: a.exerciseDir(),
+		Host: host, Encoder: encoder, Enricher: enricher, Sink: newSink(a.queue, a.tap), Mark: a.queue.Mark(), Registerer: a.registry,
 		CaseRoots: func(all map[*event.Case][]event.ProcessKey) { a.cases.setRoots(all) },
 	})
 	if err != nil {
@@ -320,6 +319,11 @@ func (a *Agent) Run(ctx context.Context) error {
 	go func() { defer close(monitored); a.monitor(watch) }()
 	reloaded := make(chan struct{})
 	go func() { defer close(reloaded); a.reloads(watch) }()
+	watched := make(chan struct{})
+	go func() {
+		defer close(watched)
+		a.sensor.Watch(watch)
+	}()
 	a.started.Store(true)
 	notifySystemd(daemon.SdNotifyReady)
 
@@ -330,6 +334,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	stopWatching()
 	<-monitored
 	<-reloaded
+	<-watched
 
 	end, cancel := context.WithTimeout(context.WithoutCancel(ctx), deliverWithin)
 	defer cancel()

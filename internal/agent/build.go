@@ -133,6 +133,23 @@ func logNotStarted(ctx context.Context, err error) {
 	logging.From(ctx).Error("not started", fields...)
 }
 
+// exerciseDir is where the sensor tries its hooks: in memory beside the control socket,
+// if nobody else can write there, otherwise with its state.
+func (a *Agent) exerciseDir() string {
+	if a.cfg.Control.Socket != "" {
+		dir := filepath.Dir(a.cfg.Control.Socket)
+		err := os.MkdirAll(dir, 0o755) // as for the socket, which is made later
+		fi, errStat := os.Stat(dir)
+		if err != nil || errStat != nil || fi.Mode().Perm()&0o022 != 0 {
+			return a.cfg.Agent.StateDir
+		}
+		if st, ok := fi.Sys().(*syscall.Stat_t); ok && int(st.Uid) == os.Geteuid() {
+			return dir
+		}
+	}
+	return a.cfg.Agent.StateDir
+}
+
 // logEnd says what the run amounted to, in the one line that people look for.
 func (a *Agent) logEnd(ctx context.Context, sum summary, err error) {
 	fields := []zap.Field{zap.String(logging.KeyCode, "STOPPED"), zap.Uint64("seen", sum.seen), zap.Uint64("sent", sum.sent), zap.Uint64("lost", sum.lost), zap.Uint64("kept", sum.kept)}

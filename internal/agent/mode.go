@@ -32,7 +32,8 @@ func modes() []Mode { return []Mode{Starting, Online, Buffering, Degraded, Trunc
 type facts struct {
 	started, stopping bool
 	missing           []string // events without a hook
-	stuck             string   // the stage that does not move, if any
+	stuck             string   // the stage that does not move, if any, and how that shows
+	restart           bool     // a new start may cure it
 	bufferError       string
 	truncated         uint64 // records, ever
 	corrupt           uint64 // records, ever
@@ -116,7 +117,7 @@ func newModeMachine(reg prometheus.Registerer, earlier facts, now time.Time) *mo
 		}),
 		stuck: f.NewGauge(prometheus.GaugeOpts{
 			Name: "agent_stuck",
-			Help: "1 while a stage of the sensor does not move. If it is 1, look for a disk that does not answer (buffer_commit_seconds) or a host without CPU; systemd restarts the sensor when it lasts.",
+			Help: "1 while a stage of the sensor does not move, by heartbeats that it sends through the kernel. If it is 1, /readyz names the stage and how that shows: a disk that does not answer (buffer_commit_seconds), a host without CPU, a hook that is gone; systemd restarts the sensor when that may cure it.",
 		}),
 		changes: f.NewCounter(prometheus.CounterOpts{
 			Name: "agent_mode_changes_total",
@@ -191,7 +192,7 @@ func (m *modeMachine) problems(f facts, now time.Time) (list []Problem) {
 		Reason: fmt.Sprintf("the buffer is full and drops its oldest records: %d in all", f.truncated),
 	})
 	add(f.bufferError != "", Problem{Mode: Degraded, Metric: "buffer_errors_total", Reason: "the buffer cannot write: " + f.bufferError})
-	add(f.stuck != "", Problem{Mode: Degraded, Metric: "agent_stuck", Reason: "stage " + f.stuck + " does not move"})
+	add(f.stuck != "", Problem{Mode: Degraded, Metric: "agent_stuck", Reason: "stuck at stage " + f.stuck})
 	add(m.kernelLost.recent(f.kernelLost, now), Problem{
 		Mode: Degraded, Metric: "sensor_lost_events_total, sensor_missed_runs_total",
 		Reason: fmt.Sprintf("the kernel lost %d events in all", f.kernelLost),

@@ -34,7 +34,7 @@ func TestModeIsTheWorstThatHolds(t *testing.T) {
 		{"hook missing and redis away", with(func(f *facts) { f.missing = []string{"net.close"}; f.delivering = false }), Degraded, "no hook for [net.close] (sensor_hook_attached)\naway (transport_connected)", 200},
 		{"kernel loss", with(func(f *facts) { f.kernelLost = 1 }), Degraded, "(sensor_lost_events_total, sensor_missed_runs_total)", 503},
 		{"disk error", with(func(f *facts) { f.bufferError = "no space left on device" }), Degraded, "no space left on device (buffer_errors_total)", 503},
-		{"stuck", with(func(f *facts) { f.stuck = "worker" }), Degraded, "stage worker does not move (agent_stuck)", 503},
+		{"stuck", with(func(f *facts) { f.stuck = "worker" }), Degraded, "stuck at stage worker (agent_stuck)", 503},
 		{"discarded", with(func(f *facts) { f.discarded = 2 }), Degraded, "2 events in all could not become records (sensor_decode_errors_total, sensor_rejected_events_total)", 503},
 		{"damaged on disk", with(func(f *facts) { f.corrupt = 9 }), Degraded, "damaged on disk (buffer_corrupt_records_total)", 503},
 		{"damaged in an earlier run", with(func(f *facts) { f.corrupt = 3 }), Online, "", 200},

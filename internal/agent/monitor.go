@@ -15,6 +15,7 @@ import (
 	"github.com/coreos/go-systemd/v22/daemon"
 	"go.uber.org/zap"
 
+	"github.com/aurorasoc/edr-sensor/buffer"
 	"github.com/aurorasoc/edr-sensor/internal/logging"
 	"github.com/aurorasoc/edr-sensor/sensor"
 	"github.com/aurorasoc/edr-sensor/sensor/event"
@@ -49,7 +50,7 @@ func (a *Agent) monitor(ctx context.Context) {
 			notifySystemd(s)
 		}
 		a.cases.expire(ctx)
-		if f.stuck == "" {
+		if !f.restart {
 			notifySystemd(daemon.SdNotifyWatchdog)
 		}
 		select {
@@ -72,8 +73,11 @@ func (a *Agent) facts(now time.Time) facts {
 		f.bufferError = stats.Err.Error()
 	}
 	f.missing = unseen(a.sensor.Coverage())
-	if beat := a.sensor.Beat(); !beat.IsZero() && now.Sub(beat) > stuckAfter {
-		f.stuck = "worker"
+	if s := a.sensor.Stuck(now); s.Stage != "" && f.started {
+		f.stuck = s.Stage + ": " + s.Reason
+		// What waits for a disk or for room is not cured by a new start, which
+		// would lose what the rings hold.
+		f.restart = s.Stage != sensor.StageRing && f.bufferError == ""
 	}
 	if a.sender != nil {
 		t := a.sender.State()
@@ -82,9 +86,26 @@ func (a *Agent) facts(now time.Time) facts {
 		moment := (t.Phase == transport.Connecting || t.Phase == transport.Retrying) && now.Sub(t.Since) < awayGrace
 		f.delivering = t.Phase == transport.Connected || moment
 		f.started = f.started && (t.Phase == transport.Connected || !moment || !t.LastReply.IsZero())
+		// Every exchange has a deadline, so that one who delivers has an answer by now.
+		if f.stuck == "" && t.Phase == transport.Connected {
+			f.stuck = silent(now, t, stats)
+		}
 		f.transportReason = fmt.Sprintf("Redis at %s does not take events: %s: %s (%s)", t.Address, t.Phase, t.Error, t.Hint)
 	}
 	return f
+}
+
+// senderQuiet is longer than any exchange with Redis may take.
+const senderQuiet = time.Minute
+
+// silent says how it shows that a connected sender does not move, if it does not.
+func silent(now time.Time, t transport.State, b buffer.Stats) string {
+	for _, since := range []time.Time{t.Since, t.LastReply, b.OldestUnsent} {
+		if since.IsZero() || now.Sub(since) < senderQuiet {
+			return ""
+		}
+	}
+	return fmt.Sprintf("sender: %d records wait and no answer of Redis at %s came for %s", b.Unsent, t.Address, now.Sub(t.LastReply).Round(time.Second))
 }
 
 // unseen lists the events that nothing on this host tells of. Where it cannot be seen

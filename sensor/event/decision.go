@@ -51,8 +51,8 @@ func DecisionTable() []Decision {
 		},
 		{
 			"HOOK_LOST", "Hook Lost", DecisionsSystem,
-			"An event that was seen is not seen any more: its program was detached, or does not run when it should.",
-			"Somebody or something took away a program of the sensor. Look for who used bpf(2) at that time, then restart the sensor.",
+			"A program of the sensor was detached, or did not run when the sensor tried it. `before` is the hook that was lost, `after` the one that sees the `events` now: the same again, the next best, or none. `evidence` is how it showed.",
+			"Somebody or something took away a program of the sensor, or switched kprobes off. Look for who used bpf(2) at that time. Where `after` is none or raw_tp/sys_exit, restart the sensor once the cause is gone.",
 		},
 		{"HOOK_BACK", "Hook Back", DecisionsSystem, "An event is seen again after HOOK_LOST.", "Find out what had happened in between."},
 		{

@@ -16,8 +16,9 @@ import (
 // Kind says what an Event reports.
 type Kind uint8
 
-// The kinds. Those up to FileChattr come from the kernel and have the numbers of
-// enum event_kind in bpf/events.h; Lifecycle is made by the sensor itself.
+// The kinds. Those up to Heartbeat come from the kernel and have the numbers of
+// enum event_kind in bpf/events.h; Lifecycle is made by the sensor itself. A Heartbeat
+// is for the sensor alone and never becomes an Event.
 const (
 	None Kind = iota
 	Exec
@@ -46,6 +47,7 @@ const (
 	MountMove
 	FileOpenWrite
 	FileChattr
+	Heartbeat
 	Lifecycle
 	kinds
 )
@@ -61,7 +63,7 @@ var names = [Kinds]string{
 	FileSymlink: "file.symlink", FileMkdir: "file.mkdir", FileChmod: "file.chmod", FileChown: "file.chown", FileTruncate: "file.truncate",
 	FileXattr: "file.xattr", FileTimes: "file.timestomp", Mount: "file.mount", Umount: "file.umount", MountMove: "file.move_mount",
 	FileOpenWrite: "file.open_write", FileChattr: "file.chattr",
-	Lifecycle: "sensor.lifecycle",
+	Heartbeat: "sensor.heartbeat", Lifecycle: "sensor.lifecycle",
 }
 
 // String returns the kind's event code, as in metadata.event_code.

@@ -136,18 +136,24 @@ func configure(spec *ebpf.CollectionSpec, o kernelOptions) error {
 	return nil
 }
 
-// newMap creates a map. Kernels before 5.11 count maps as locked memory, whose
-// limit is raised when it is in the way; newer ones have EPERM mean what it says.
+// newMap creates a map, or says why the host refuses it.
 func newMap(spec *ebpf.MapSpec) (*ebpf.Map, error) {
+	m, err := makeMap(spec)
+	if errors.Is(err, unix.EPERM) || errors.Is(err, unix.EACCES) || errors.Is(err, unix.ENOMEM) {
+		return nil, NewPreflight().mapRefused(fmt.Sprintf("map %s of %d entries", spec.Name, spec.MaxEntries), err)
+	}
+	return m, err
+}
+
+// makeMap creates a map. Kernels before 5.11 count maps as locked memory, whose limit is
+// raised when it is in the way; newer ones have EPERM mean what it says.
+func makeMap(spec *ebpf.MapSpec) (*ebpf.Map, error) {
 	m, err := ebpf.NewMap(spec)
 	if errors.Is(err, unix.EPERM) {
 		infinity := unix.Rlimit{Cur: unix.RLIM_INFINITY, Max: unix.RLIM_INFINITY}
 		if unix.Setrlimit(unix.RLIMIT_MEMLOCK, &infinity) == nil {
 			m, err = ebpf.NewMap(spec)
 		}
-	}
-	if errors.Is(err, unix.EPERM) || errors.Is(err, unix.EACCES) || errors.Is(err, unix.ENOMEM) {
-		return nil, NewPreflight().mapRefused(fmt.Sprintf("map %s of %d entries", spec.Name, spec.MaxEntries), err)
 	}
 	return m, err
 }

@@ -11,7 +11,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"unsafe"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
@@ -124,6 +123,9 @@ func (p Preflight) Refusals() []*Refusal {
 
 // mapRefused tells why the kernel did not make a map, when all of the above is in order.
 func (p Preflight) mapRefused(what string, err error) *Refusal {
+	if errno := unix.Errno(0); errors.As(err, &errno) {
+		err = errno // without what the library suspects
+	}
 	soft, _ := p.memlock()
 	switch {
 	case errors.Is(err, unix.EPERM) && p.before(5, 11) && soft != "unlimited":
@@ -176,10 +178,6 @@ func (p Preflight) SecurityModules() []string {
 	}
 	return strings.Split(list, ",")
 }
-
-// IsAdmin reports whether the process has CAP_SYS_ADMIN, which contains CAP_BPF and
-// CAP_PERFMON and lifts kernel.perf_event_paranoid.
-func (p Preflight) IsAdmin() bool { return p.self().capabilities&(1<<unix.CAP_SYS_ADMIN) != 0 }
 
 // before reports whether the kernel is older than a version; not when its own cannot be
 // read.
@@ -265,10 +263,9 @@ func peekKernel() error {
 
 // createMap makes a map of one byte and drops it.
 func createMap() error {
-	attr := struct{ kind, key, value, entries uint32 }{unix.BPF_MAP_TYPE_ARRAY, 4, 1, 1}
-	fd, _, errno := unix.Syscall(unix.SYS_BPF, unix.BPF_MAP_CREATE, uintptr(unsafe.Pointer(&attr)), unsafe.Sizeof(attr))
-	if errno != 0 {
-		return errno
+	m, err := makeMap(&ebpf.MapSpec{Type: ebpf.Array, KeySize: 4, ValueSize: 1, MaxEntries: 1})
+	if err != nil {
+		return err
 	}
-	return unix.Close(int(fd))
+	return m.Close()
 }

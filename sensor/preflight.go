@@ -14,7 +14,6 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/asm"
-	"github.com/cilium/ebpf/features"
 	"golang.org/x/sys/unix"
 )
 
@@ -40,7 +39,7 @@ type Preflight struct {
 	Release string
 	// Enter makes the bpf system call with a bad pointer, which the kernel answers with
 	// EFAULT once the call has reached it. Create makes the smallest map. Peek loads a
-	// program that reads kernel memory; without that, it returns ebpf.ErrNotSupported.
+	// program that reads kernel memory, which is EINVAL where that is forbidden.
 	Enter, Create, Peek func() error
 }
 
@@ -114,7 +113,7 @@ func (p Preflight) Refusals() []*Refusal {
 	if err := p.Create(); err != nil {
 		return append(list, p.mapRefused("the smallest map", err))
 	}
-	if p.Lockdown() == "" && errors.Is(p.Peek(), ebpf.ErrNotSupported) {
+	if p.Lockdown() == "" && errors.Is(p.Peek(), unix.EINVAL) {
 		refuse(CheckLockdown, "the kernel forbids programs to read its memory, as lockdown=confidentiality does (/"+lockdownFile+" is not there to say so)",
 			"boot with lockdown=integrity, or none")
 	}
@@ -256,9 +255,22 @@ func enterBPF() error {
 	return errno
 }
 
-// peekKernel reports whether programs may read kernel memory.
+// peekKernel loads a program that reads kernel memory, which every kernel since 5.5 takes
+// when it is not locked down.
 func peekKernel() error {
-	return features.HaveProgramHelper(ebpf.RawTracepoint, asm.FnProbeReadKernel)
+	program, err := ebpf.NewProgram(&ebpf.ProgramSpec{Type: ebpf.RawTracepoint, License: "GPL", Instructions: asm.Instructions{
+		asm.Mov.Reg(asm.R1, asm.R10),
+		asm.Add.Imm(asm.R1, -8),
+		asm.Mov.Imm(asm.R2, 8),
+		asm.Mov.Imm(asm.R3, 0),
+		asm.FnProbeReadKernel.Call(),
+		asm.Mov.Imm(asm.R0, 0),
+		asm.Return(),
+	}})
+	if err != nil {
+		return err
+	}
+	return program.Close()
 }
 
 // createMap makes a map of one byte and drops it.

@@ -80,6 +80,7 @@ func TestCases(t *testing.T) {
 	h.start()
 	_, quiet := h.get("/metrics")
 	busy("before")
+	h.delivered(30 * time.Second) // what has ended is known to have
 
 	h.must("it covers 2 running processes", "case", "open", "--case-id", "C-17", "--investigation-id", "I-4", "--user-id", "mara", "--subtree", fmt.Sprint(in), "--collect", "deep")
 	h.must("case C-18 is open on path "+secret, "case", "open", "--case-id", "C-18", "--path", secret, "--ttl", "10m")

@@ -9,7 +9,12 @@ import (
 	"testing"
 
 	"github.com/cilium/ebpf"
+	"github.com/google/go-cmp/cmp"
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+	zaptest "go.uber.org/zap/zaptest/observer"
 
+	"github.com/aurorasoc/edr-sensor/internal/logging"
 	"github.com/aurorasoc/edr-sensor/sensor/enrich"
 	"github.com/aurorasoc/edr-sensor/sensor/event"
 )
@@ -108,5 +113,20 @@ func TestRootDeepLiftsExclusions(t *testing.T) {
 				t.Errorf("%d records inside of the case, %d outside, want some and none", made[inside.pid], made[outside.pid])
 			}
 		})
+	}
+}
+
+// TestLinesAboutAnEventCarryItsCase: the oldest one's ids.
+func TestLinesAboutAnEventCarryItsCase(t *testing.T) {
+	core, lines := zaptest.New(zapcore.InfoLevel)
+	ctx := logging.With(logging.Into(t.Context(), zap.New(core)), zap.String(logging.KeyCaseID, "of the run"))
+	for _, ev := range []*event.Event{{}, {Cases: []*event.Case{{ID: "C-1", InvestigationID: "I-1", UserID: "mara"}, {ID: "C-2"}}}} {
+		logging.From(inCases(ctx, ev)).Info("record rejected")
+	}
+	want := []map[string]any{{"case_id": "of the run"}, {"case_id": "C-1", "investigation_id": "I-1", "user_id": "mara"}}
+	for i, l := range lines.All() {
+		if diff := cmp.Diff(want[i], l.ContextMap()); diff != "" {
+			t.Errorf("line %d (-want +got):\n%s", i+1, diff)
+		}
 	}
 }

@@ -66,7 +66,7 @@ left out. Cases survive restarts and end by themselves.
   edr-sensor case open --case-id C-18 --container 4bf5122f3445 --ttl 30m --collect deep
   edr-sensor case list
   edr-sensor case close C-17`,
-		Args: noArgs,
+		Args: a.unknownCommand,
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	cmd.PersistentFlags().StringVar(&f.socket, "socket", "", "control socket of the sensor (default: control.socket)")

@@ -3,7 +3,10 @@
 package agent
 
 import (
+	"bytes"
 	"errors"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
@@ -16,6 +19,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/testutil"
 
 	"github.com/aurorasoc/edr-sensor/internal/cases"
+	"github.com/aurorasoc/edr-sensor/internal/config"
 	"github.com/aurorasoc/edr-sensor/sensor/event"
 )
 
@@ -218,6 +222,43 @@ func TestCaseIsOpenWhenTheWorkerIsBusy(t *testing.T) {
 		opened, err := d.open(t.Context(), peer{}, subtree("C"))
 		if err != nil || opened.Covered != nil || !strings.Contains(opened.Note, "busy") || d.set.Len() != 1 {
 			t.Errorf("%+v, %v", opened, err)
+		}
+	})
+}
+
+// FuzzCaseRequest has a request be anything: what is opened can be listed, kept and
+// closed, and its ids are ids.
+func FuzzCaseRequest(f *testing.F) {
+	f.Add([]byte(`{"case_id":"C","investigation_id":"I","user_id":"U","scope":{"kind":"path","value":"/opt"},"ttl":"1h","collect":"deep"}`))
+	f.Add([]byte(`{"case_id":"C","scope":{"kind":"uid","value":"0"}}`))
+	f.Add([]byte(`{"scope":{"kind":"subtree","value":"1"},"ttl":"-9223372036854775808ns"}`))
+	dir := f.TempDir()
+	f.Fuzz(func(t *testing.T, body []byte) {
+		var d decisions
+		set, _, _ := cases.Load(dir, "boot", time.Now())
+		covered := func(list []*event.Case) <-chan []int {
+			c := make(chan []int, 1)
+			c <- make([]int, len(list))
+			return c
+		}
+		k := newCaseKeeper(prometheus.NewPedanticRegistry(), set, cases.Resolver{Proc: "/proc", Cgroup: dir, BootID: "boot"}, covered, d.add)
+		a := &Agent{cases: k, cfg: config.Default()}
+		w := httptest.NewRecorder()
+		a.serveCaseOpen(w, httptest.NewRequestWithContext(t.Context(), http.MethodPost, "/cases/open", bytes.NewReader(body)))
+		for _, c := range k.list() {
+			if w.Code != http.StatusOK || c.ID == "" || config.Identifier(c.ID+c.InvestigationID) != nil || !c.Until.After(c.Opened) {
+				t.Errorf("%s: %d, opened %+v", body, w.Code, c)
+			}
+			again, ended, damage := cases.Load(dir, "boot", time.Now())
+			if again.Len() != 1 || len(ended) > 0 || damage != nil {
+				t.Errorf("%s: %d kept, %v ended, %v", body, again.Len(), ended, damage)
+			}
+			if _, err := k.close(t.Context(), peer{}, CaseClose{ID: c.ID}); err != nil {
+				t.Error(err)
+			}
+		}
+		if len(d.all()) == 0 && w.Code != http.StatusBadRequest {
+			t.Errorf("%s: %d and no decision", body, w.Code)
 		}
 	})
 }

@@ -50,9 +50,10 @@ func mayGroup(r right) bool {
 
 // Bounds of what the control socket takes from a client.
 const (
-	controlBody   = 64 << 10 // bytes of a request
-	controlConns  = 64       // at the same time, of all users but root
-	controlUser   = 32       // of one of them: nobody keeps the others out
+	controlBody   = 64 << 10         // bytes of a request
+	controlConns  = 64               // at the same time, of all users but root
+	controlUser   = 32               // of one of them: nobody keeps the others out
+	controlWrite  = 30 * time.Second // for an answer, or the next part of a live view
 	refusalsEvery = 10 * time.Second
 )
 
@@ -77,6 +78,7 @@ func (c *control) handle(pattern string, r right, h http.HandlerFunc) {
 			return
 		}
 		req.Body = http.MaxBytesReader(w, req.Body, controlBody)
+		answerBy(w)
 		h(w, req)
 	})
 }
@@ -119,6 +121,12 @@ func (c *control) refused(ctx context.Context, p peer, why string) {
 		Stream: event.DecisionsApprovals, Name: "Control Refused", Severity: 3, Failed: true, Code: "CONTROL_REFUSED",
 		Message: fmt.Sprintf("the control socket refused %s: it %s", p, why), Count: more + 1, Attrs: attrs,
 	})
+}
+
+// answerBy ends an answer that the client does not take, so that none holds on to
+// what is the sensor's. It starts anew with each call.
+func answerBy(w http.ResponseWriter) {
+	_ = http.NewResponseController(w).SetWriteDeadline(time.Now().Add(controlWrite)) // a connection has deadlines
 }
 
 // readJSON reads a request's body strictly: one value, no unknown fields. It

@@ -17,6 +17,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 	"unsafe"
 
@@ -320,6 +321,84 @@ func TestControlConnectionsAreBounded(t *testing.T) {
 			t.Errorf("uid %d: %d %s", uid, code, text)
 		}
 	}
+}
+
+// pipeListener accepts connections of net.Pipe, whose deadlines a bubble of synctest
+// knows.
+type pipeListener struct {
+	conns chan net.Conn
+	done  chan struct{}
+}
+
+func (l *pipeListener) Accept() (net.Conn, error) {
+	select {
+	case c := <-l.conns:
+		return &peerConn{Conn: c, gone: func() {}}, nil // of root
+	case <-l.done:
+		return nil, net.ErrClosed
+	}
+}
+func (l *pipeListener) Close() error   { close(l.done); return nil }
+func (l *pipeListener) Addr() net.Addr { return &net.UnixAddr{Name: "pipe", Net: "unix"} }
+
+// TestControlDoesNotWaitForTheSlow has clients that stop in the middle: of a header, of
+// a body, between two requests, and of taking an answer.
+func TestControlDoesNotWaitForTheSlow(t *testing.T) {
+	for _, tt := range []struct {
+		name, send string
+		take       bool // the answer
+		within     time.Duration
+		answer     string
+	}{
+		{"nothing sent", "", true, 10 * time.Second, ""},
+		{"half a header", "GET /status HTTP/1.1\r\nHost:", true, 10 * time.Second, ""},
+		{"half a body", "POST /json HTTP/1.1\r\nHost: s\r\nContent-Length: 9\r\n\r\n{", true, 20 * time.Second, "400 Bad Request"},
+		{"idle", "GET /status HTTP/1.1\r\nHost: s\r\n\r\n", true, 2 * time.Minute, "200 OK"},
+		{"answer not taken", "GET /tap HTTP/1.1\r\nHost: s\r\n\r\n", false, 2 * controlWrite, ""},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				var d decisions
+				l := &pipeListener{make(chan net.Conn), make(chan struct{})}
+				s := newServer(t.Context(), testControl(&d))
+				served := make(chan struct{})
+				go func() { defer close(served); _ = s.Serve(l) }()
+				client, server := net.Pipe()
+				closed := &closeSignal{Conn: server, closed: make(chan struct{})}
+				start := time.Now()
+				l.conns <- closed
+				if _, err := client.Write([]byte(tt.send)); err != nil {
+					t.Fatal(err)
+				}
+				var got []byte
+				if tt.take {
+					got, _ = io.ReadAll(client)
+				}
+				<-closed.closed
+				if took := time.Since(start); took > tt.within {
+					t.Errorf("held open for %s, want at most %s", took, tt.within)
+				}
+				if !strings.Contains(string(got), tt.answer) {
+					t.Errorf("answer %q, want %q", got, tt.answer)
+				}
+				if err := errors.Join(client.Close(), s.Close()); err != nil {
+					t.Error(err)
+				}
+				<-served
+			})
+		})
+	}
+}
+
+type closeSignal struct {
+	net.Conn
+	once   sync.Once
+	closed chan struct{}
+}
+
+func (c *closeSignal) Close() error {
+	c.once.Do(func() { close(c.closed) })
+	return c.Conn.Close()
 }
 
 // FuzzControl sends any bytes to the socket: the answer is one of HTTP, or none,

@@ -79,6 +79,7 @@ func (a *Agent) serveTap(w http.ResponseWriter, r *http.Request) {
 		case <-a.ending:
 			return
 		case line := <-v.lines:
+			answerBy(w)
 			if _, err := w.Write(line); err != nil {
 				return
 			}

@@ -242,6 +242,9 @@ func TestResolve(t *testing.T) {
 	for _, err := range []error{
 		os.Mkdir(filepath.Join(proc, "7"), 0o700), os.WriteFile(filepath.Join(proc, "7", "stat"), []byte(stat), 0o600),
 		os.Mkdir(filepath.Join(proc, "8"), 0o700), os.WriteFile(filepath.Join(proc, "8", "stat"), []byte("8 (x) S"), 0o600),
+		os.Mkdir(filepath.Join(proc, "9"), 0o700), os.WriteFile(filepath.Join(proc, "9", "stat"), []byte(stat), 0o600),
+		os.WriteFile(filepath.Join(proc, "9", "status"), []byte("Name:\tx\nTgid:\t7\nPid:\t9\n"), 0o600),
+		os.WriteFile(filepath.Join(proc, "7", "status"), []byte("Name:\tx\nTgid:\t7\nPid:\t7\n"), 0o600),
 		os.MkdirAll(group, 0o700), os.WriteFile(filepath.Join(cgroup, "cgroup.procs"), nil, 0o600),
 	} {
 		if err != nil {
@@ -261,7 +264,8 @@ func TestResolve(t *testing.T) {
 		{"pid", "7", Scope{Kind: "pid", Value: "7", StartTicks: 4242, BootID: bootID}, ""},
 		{"subtree", "7", Scope{Kind: "subtree", Value: "7", StartTicks: 4242, BootID: bootID}, ""},
 		{"subtree", "8", Scope{}, "cannot be understood"},
-		{"subtree", "9", Scope{}, "no such process"},
+		{"subtree", "9", Scope{}, "a thread of process 7"},
+		{"subtree", "10", Scope{}, "no such process"},
 		{"pid", "../7", Scope{}, "the id of a process"},
 		{"uid", "root", Scope{Kind: "uid", Value: "0"}, ""},
 		{"uid", "1234567", Scope{Kind: "uid", Value: "1234567"}, ""},

@@ -97,6 +97,9 @@ func (r Resolver) Resolve(kind, value string) (Scope, error) {
 		if err != nil {
 			return Scope{}, fmt.Errorf("scope %s: %w: name a process that runs", s, err)
 		}
+		if leader := threadOf(filepath.Join(r.Proc, value, "status")); leader != "" && leader != value {
+			return Scope{}, fmt.Errorf("scope %s: that is a thread of process %s: name the process", s, leader)
+		}
 		s.StartTicks, s.BootID = ticks, r.BootID
 	case "uid":
 		if u, err := user.Lookup(value); err == nil {
@@ -115,6 +118,21 @@ func (r Resolver) Resolve(kind, value string) (Scope, error) {
 	}
 	_, err := s.event()
 	return s, err
+}
+
+// threadOf reads of which process a thread is, out of its /proc/TID/status, which is
+// there under its own id as well. Empty when that cannot be read.
+func threadOf(path string) string {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return ""
+	}
+	for line := range strings.Lines(string(b)) {
+		if id, ok := strings.CutPrefix(line, "Tgid:"); ok {
+			return strings.TrimSpace(id)
+		}
+	}
+	return ""
 }
 
 // startTicks reads when a process started out of its /proc/PID/stat. The name in

@@ -184,12 +184,26 @@ func (a *app) tapEvents(ctx context.Context, socket string, p *printer, say func
 	}
 	defer body.Close()
 	say("live from the sensor on %s; Ctrl-C ends", c.socket)
+	return a.tapView(ctx, c, body, p, true)
+}
+
+// view shows records as they come.
+type view interface {
+	show(line []byte) error
+	done() bool // enough was shown
+	flush() error
+}
+
+// tapView shows what the sensor sends, which has an end only if it does not follow.
+func (a *app) tapView(ctx context.Context, c *control, body io.Reader, p view, follows bool) error {
 	r := bufio.NewReaderSize(body, 64<<10)
 	for {
 		line, err := r.ReadBytes('\n')
 		if err != nil {
-			err = errors.Join(p.out.Flush(), a.tapEnd(ctx, c, err))
-			return err
+			if errors.Is(err, io.EOF) && !follows {
+				return p.flush()
+			}
+			return errors.Join(p.flush(), a.tapEnd(ctx, c, err))
 		}
 		line = bytes.TrimSuffix(line, []byte{'\n'})
 		if n := dropped(line); n > 0 {
@@ -197,10 +211,10 @@ func (a *app) tapEvents(ctx context.Context, socket string, p *printer, say func
 			continue
 		}
 		if err := p.show(line); err != nil || p.done() {
-			return errors.Join(err, p.out.Flush())
+			return errors.Join(err, p.flush())
 		}
 		if r.Buffered() == 0 {
-			if err := p.out.Flush(); err != nil {
+			if err := p.flush(); err != nil {
 				return err
 			}
 		}
@@ -241,32 +255,38 @@ const (
 
 // redisEvents shows what the streams hold, and what arrives.
 func (a *app) redisEvents(ctx context.Context, t config.Transport, f *eventsFlags, p *printer, say func(string, ...any)) error {
+	since, err := f.start(time.Now())
+	if err != nil {
+		return err
+	}
+	return a.redisView(ctx, t, t.Streams(), since, f.follow, p, say)
+}
+
+// redisView shows what streams hold since a time, or only what arrives when since is
+// nil, and with follow goes on.
+func (a *app) redisView(ctx context.Context, t config.Transport, keys []string, since *time.Time, follow bool, p view, say func(string, ...any)) error {
 	client, err := newRedis(t)
 	if err != nil {
 		return &exit{exitConfig, err, "edr-sensor check" + a.configFlag()}
 	}
 	defer client.Close()
-	since, err := f.start(time.Now())
-	if err != nil {
-		return err
-	}
-	s, err := openStreams(ctx, client, t, since)
+	s, err := openStreams(ctx, client, keys, since)
 	if err != nil {
 		return explainRedis(t, err)
 	}
 	wait := time.Duration(0)
-	if since == nil || f.follow {
+	if since == nil || follow {
 		wait = streamWait
 	}
-	say("%s at %s; Ctrl-C ends", joinAnd(t.Streams()), t.Address)
+	say("%s at %s; Ctrl-C ends", joinAnd(keys), t.Address)
 	away := false
 	for {
 		batch, err := s.next(ctx, wait)
 		switch {
 		case ctx.Err() != nil:
-			return p.out.Flush()
+			return p.flush()
 		case err != nil && (wait == 0 || isReply(err) && !redis.IsLoadingError(err)):
-			return errors.Join(p.out.Flush(), explainRedis(t, err))
+			return errors.Join(p.flush(), explainRedis(t, err))
 		case err != nil:
 			// A view that follows outlives a restart of the server.
 			if !away {
@@ -288,10 +308,10 @@ func (a *app) redisEvents(ctx context.Context, t config.Transport, f *eventsFlag
 				return err
 			}
 			if p.done() {
-				return p.out.Flush()
+				return p.flush()
 			}
 		}
-		if err := p.out.Flush(); err != nil {
+		if err := p.flush(); err != nil {
 			return err
 		}
 		if len(batch) == 0 && wait == 0 {
@@ -309,6 +329,8 @@ type printer struct {
 	left    int // events still to show; 0 from the beginning: no end
 	shown   int
 }
+
+func (p *printer) flush() error { return p.out.Flush() }
 
 func (p *printer) done() bool { return p.left > 0 && p.shown >= p.left }
 

@@ -79,8 +79,8 @@ type streams struct {
 
 // openStreams starts after the entries that are there when since is nil, else
 // at that time.
-func openStreams(ctx context.Context, client *redis.Client, t config.Transport, since *time.Time) (*streams, error) {
-	s := &streams{client, t.Streams(), map[string]string{}}
+func openStreams(ctx context.Context, client *redis.Client, keys []string, since *time.Time) (*streams, error) {
+	s := &streams{client, keys, map[string]string{}}
 	for _, key := range s.keys {
 		switch {
 		case since == nil:

@@ -105,10 +105,10 @@ func TestControlSocketIsTakenOverOnlyFromTheDead(t *testing.T) {
 
 func TestTapNeverWaits(t *testing.T) {
 	a := &Agent{tap: &tap{}, ending: make(chan struct{})}
-	a.tap.publish([]byte("nobody looks"))
-	slow := a.tap.open()
+	a.tap.publish([]byte("nobody looks"), false)
+	slow := a.tap.open(false)
 	for i := range tapLines + 5 {
-		a.tap.publish(fmt.Appendf(nil, "%d", i))
+		a.tap.publish(fmt.Appendf(nil, "%d", i), false)
 	}
 	if got := slow.dropped.Load(); got != 5 {
 		t.Errorf("%d lines dropped, want 5", got)
@@ -123,7 +123,7 @@ func TestTapNeverWaits(t *testing.T) {
 	}
 
 	for range tapViewers {
-		if a.tap.open() == nil {
+		if a.tap.open(false) == nil {
 			t.Fatal("refused too early")
 		}
 	}
@@ -148,7 +148,7 @@ func TestTapTellsWhatItDropped(t *testing.T) {
 		v.dropped.Store(3)
 	}
 	a.tap.mu.Unlock()
-	a.tap.publish([]byte(`{"n":1}`))
+	a.tap.publish([]byte(`{"n":1}`), false)
 	buf := make([]byte, 64)
 	var got []byte
 	for !bytes.Contains(got, []byte("tap_dropped")) {

@@ -173,6 +173,7 @@ func (a *Agent) controlHandler(ctx context.Context) *control {
 	c.handle("POST /cases/close", rightCases, a.serveCaseClose)
 	c.handle("GET /log", rightStatus, serveLog)
 	c.handle("POST /log", rightChange, changeLog(a.decide))
+	c.handle("GET /decisions", rightContent, a.serveDecisions)
 	c.handle("POST /reload", rightChange, a.serveReload)
 	return c
 }

@@ -3,8 +3,13 @@
 package agent
 
 import (
+	"bufio"
+	"context"
 	"errors"
 	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptest"
 	"testing"
 	"time"
 
@@ -108,5 +113,69 @@ func TestWatchTellsEpisodes(t *testing.T) {
 	back := check(w.step(moment{damaged, start.Add(time.Minute), time.Hour + time.Second}), "CLOCK_JUMP 0 1970-01-01T01:16:42Z>1970-01-01T00:17:40Z false")
 	if len(back) > 0 && back[0].Attrs["seconds"] != -3542.0 {
 		t.Errorf("jump of %v s", back[0].Attrs["seconds"])
+	}
+}
+
+// TestDecisionsAreServedFromTheBuffer asks for what is kept, then goes on with what
+// comes: each decision once and in order, and no event.
+func TestDecisionsAreServedFromTheBuffer(t *testing.T) {
+	q, err := buffer.Open(t.Context(), buffer.Options{Dir: t.TempDir(), Cap: 16 << 20})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer q.Close(context.Background())
+	a := &Agent{queue: q, tap: &tap{}, ending: make(chan struct{})}
+	s := newSink(q, a.tap)
+	write := func(decision bool) {
+		t.Helper()
+		rec, seq := s.Begin(), s.Next()
+		if decision {
+			rec = s.BeginDecision(event.DecisionsApprovals)
+		}
+		if err := errors.Join(s.End(fmt.Appendf(rec, `{"metadata":{"sequence":%d}}`, seq), false, nil), s.Flush(t.Context(), []byte("mark"))); err != nil {
+			t.Error(err)
+		}
+	}
+	for i := range 6 {
+		write(i%2 == 1)
+	}
+	if err := q.Flush(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	q.Ack(6) // delivered, and kept as the retention tail
+	server := httptest.NewServer(http.HandlerFunc(a.serveDecisions))
+	defer server.Close()
+	ask := func(query string) *http.Response {
+		t.Helper()
+		r, err := server.Client().Get(server.URL + "/decisions?" + query)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { r.Body.Close() })
+		return r
+	}
+	body, err := io.ReadAll(ask("since=1970-01-01T00:00:00Z").Body)
+	if want := "{\"metadata\":{\"sequence\":2}}\n{\"metadata\":{\"sequence\":4}}\n{\"metadata\":{\"sequence\":6}}\n"; err != nil || string(body) != want {
+		t.Errorf("kept: %q, %v; want %q", body, err, want)
+	}
+	if body, err = io.ReadAll(ask("").Body); err != nil || len(body) > 0 {
+		t.Errorf("without since: %q, %v", body, err)
+	}
+	if r := ask("since=yesterday"); r.StatusCode != http.StatusBadRequest {
+		t.Errorf("a bad time: %s", r.Status)
+	}
+	lines := bufio.NewScanner(ask("since=1970-01-01T00:00:00Z&follow=1").Body)
+	for _, want := range []uint64{2, 4, 6, 8, 10} {
+		if want > 6 {
+			write(false)
+			write(true)
+		}
+		if !lines.Scan() || seqOf(lines.Bytes()) != want {
+			t.Fatalf("got %q, %v; want seq %d", lines.Text(), lines.Err(), want)
+		}
+	}
+	close(a.ending)
+	if lines.Scan() {
+		t.Errorf("after the end: %q", lines.Text())
 	}
 }

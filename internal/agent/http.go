@@ -61,7 +61,7 @@ func (a *Agent) serveStatus(w http.ResponseWriter, _ *http.Request) {
 
 // serveTap streams events as they are appended, one JSON document per line.
 func (a *Agent) serveTap(w http.ResponseWriter, r *http.Request) {
-	v := a.tap.open()
+	v := a.tap.open(false)
 	if v == nil {
 		http.Error(w, fmt.Sprintf("all %d live views are taken", tapViewers), http.StatusServiceUnavailable)
 		return
@@ -72,6 +72,12 @@ func (a *Agent) serveTap(w http.ResponseWriter, r *http.Request) {
 	if _, err := w.Write(nil); err != nil || rc.Flush() != nil {
 		return
 	}
+	a.follow(w, r, v, 0)
+}
+
+// follow writes what v gets until somebody ends it, but for records up to a seq.
+func (a *Agent) follow(w http.ResponseWriter, r *http.Request, v *viewer, after uint64) {
+	rc := http.NewResponseController(w)
 	for {
 		select {
 		case <-r.Context().Done():
@@ -79,6 +85,9 @@ func (a *Agent) serveTap(w http.ResponseWriter, r *http.Request) {
 		case <-a.ending:
 			return
 		case line := <-v.lines:
+			if after > 0 && seqOf(line) <= after {
+				continue
+			}
 			answerBy(w)
 			if _, err := w.Write(line); err != nil {
 				return

@@ -20,6 +20,8 @@ type sink struct {
 	batch  *buffer.Batch
 	next   uint64
 	losses []buffer.Loss
+
+	decision bool // what was begun last
 }
 
 func newSink(q *buffer.Queue, t *tap) *sink {
@@ -28,16 +30,21 @@ func newSink(q *buffer.Queue, t *tap) *sink {
 
 func (s *sink) Next() uint64 { return s.next }
 
-func (s *sink) Begin() []byte { return s.batch.Begin(buffer.Events) }
+func (s *sink) Begin() []byte { return s.begin(buffer.Events) }
+
+func (s *sink) begin(stream buffer.Stream) []byte {
+	s.decision = stream != buffer.Events
+	return s.batch.Begin(stream)
+}
 
 func (s *sink) BeginDecision(d event.Decisions) []byte {
 	switch d {
 	case event.DecisionsAgents:
-		return s.batch.Begin(buffer.DecisionsAgents)
+		return s.begin(buffer.DecisionsAgents)
 	case event.DecisionsApprovals:
-		return s.batch.Begin(buffer.DecisionsApprovals)
+		return s.begin(buffer.DecisionsApprovals)
 	default:
-		return s.batch.Begin(buffer.DecisionsSystem)
+		return s.begin(buffer.DecisionsSystem)
 	}
 }
 
@@ -49,7 +56,7 @@ func (s *sink) End(rec []byte, urgent bool, names []event.Loss) error {
 		return err
 	}
 	s.next++
-	s.tap.publish(rec)
+	s.tap.publish(rec, s.decision)
 	if len(names) > 0 {
 		s.losses = s.losses[:0]
 		for _, l := range names {

@@ -17,8 +17,9 @@ type tap struct {
 }
 
 type viewer struct {
-	lines   chan []byte
-	dropped atomic.Uint64
+	decisions bool // sees nothing else
+	lines     chan []byte
+	dropped   atomic.Uint64
 }
 
 const (
@@ -26,8 +27,8 @@ const (
 	tapViewers = 16
 )
 
-// publish offers a copy of rec to every viewer.
-func (t *tap) publish(rec []byte) {
+// publish offers a copy of rec to every viewer who wants it.
+func (t *tap) publish(rec []byte, decision bool) {
 	if t.viewers.Load() == 0 {
 		return
 	}
@@ -35,6 +36,9 @@ func (t *tap) publish(rec []byte) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	for v := range t.set {
+		if v.decisions && !decision {
+			continue
+		}
 		select {
 		case v.lines <- line:
 		default:
@@ -44,7 +48,7 @@ func (t *tap) publish(rec []byte) {
 }
 
 // open adds a viewer, or returns nil when there are too many.
-func (t *tap) open() *viewer {
+func (t *tap) open(decisions bool) *viewer {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if len(t.set) >= tapViewers {
@@ -53,7 +57,7 @@ func (t *tap) open() *viewer {
 	if t.set == nil {
 		t.set = map[*viewer]struct{}{}
 	}
-	v := &viewer{lines: make(chan []byte, tapLines)}
+	v := &viewer{decisions: decisions, lines: make(chan []byte, tapLines)}
 	t.set[v] = struct{}{}
 	t.viewers.Add(1)
 	return v

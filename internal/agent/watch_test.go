@@ -75,7 +75,7 @@ func TestLostHookIsADecision(t *testing.T) {
 		t.Fatal(err)
 	}
 	cutLink(t)
-	view := a.tap.open()
+	view := a.tap.open(false)
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
 	go func() { done <- a.Run(ctx) }()

@@ -3,6 +3,7 @@
 package e2e
 
 import (
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"os"
@@ -14,7 +15,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/google/go-cmp/cmp"
+	gocmp "github.com/google/go-cmp/cmp"
 
 	"github.com/aurorasoc/edr-sensor/transport/redistest"
 )
@@ -126,6 +127,7 @@ func TestReload(t *testing.T) {
 	}
 
 	recs := readStreams(t, c)
+	h.verifyTail(recs, server)
 	if lost := verify(t, recs); lost != 0 {
 		t.Errorf("%d seqs are named lost", lost)
 	}
@@ -161,7 +163,7 @@ func TestReload(t *testing.T) {
 	for _, d := range decisions(t, recs, decisionsKey, "CONFIG_LOADED", "CONFIG_REJECTED", "CONFIG_RELOADED", "FILTER_CHANGED") {
 		codes = append(codes, d.Code)
 	}
-	if d := cmp.Diff([]string{"CONFIG_LOADED", "CONFIG_REJECTED", "CONFIG_REJECTED", "CONFIG_RELOADED", "FILTER_CHANGED", "CONFIG_RELOADED"}, codes); d != "" {
+	if d := gocmp.Diff([]string{"CONFIG_LOADED", "CONFIG_REJECTED", "CONFIG_REJECTED", "CONFIG_RELOADED", "FILTER_CHANGED", "CONFIG_RELOADED"}, codes); d != "" {
 		t.Errorf("decisions (-want +got):\n%s", d)
 	}
 	reloaded := decisions(t, recs, decisionsKey, "CONFIG_RELOADED")[0].Unmapped.Sensor
@@ -187,4 +189,31 @@ func exitCode(err error) int {
 		return e.ExitCode()
 	}
 	return 0
+}
+
+// verifyTail takes Redis away, starts the sensor again, and wants the decisions that
+// had been delivered before from its buffer, unchanged and in the order of seq.
+func (h *host) verifyTail(recs []record, server *redistest.Server) {
+	h.t.Helper()
+	var want []string
+	slices.SortFunc(recs, func(a, b record) int { return cmp.Compare(a.seq, b.seq) })
+	for _, r := range recs {
+		if r.stream != eventsKey {
+			want = append(want, string(r.data))
+		}
+	}
+	server.Kill9()
+	h.start()
+	cmd := exec.Command(binary(h.t), "decisions", "--config", h.config, "--json", "--since", "1h")
+	var errs strings.Builder
+	cmd.Stderr = &errs
+	out, err := cmd.Output()
+	if err != nil || !strings.Contains(errs.String(), "what the sensor's buffer still has") {
+		h.t.Errorf("decisions without Redis: %v, %s", err, errs.String())
+	}
+	got := strings.Split(strings.TrimSuffix(string(out), "\n"), "\n")
+	if d := gocmp.Diff(want, got[:min(len(want), len(got))]); d != "" {
+		h.t.Errorf("decisions of the run before (-want +got):\n%s", d)
+	}
+	h.kill9()
 }

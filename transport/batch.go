@@ -18,7 +18,7 @@ type batch struct {
 	keys  [buffer.Streams]string
 	limit [buffer.Streams]string // about how many entries a stream may have; 0: any number
 	args  []any
-	head  [7]string // agent, epoch, session, flag, first, n, limit
+	head  [8]string // agent, epoch, session, flag, after, first, n, limit
 	key   string
 	table []string
 	times []times // kept after release, for the records of the last write
@@ -30,7 +30,7 @@ type times struct {
 	stored int64 // ns since the Unix epoch
 }
 
-const callHead = 5 + 7 // EVALSHA sha numkeys stream cursors, then head
+const callHead = 5 + 8 // EVALSHA sha numkeys stream cursors, then head
 
 func newBatch(o *Options, epoch string) *batch {
 	tag := o.Prefix + ":{" + o.Shard + "}:"
@@ -59,17 +59,18 @@ func newBatch(o *Options, epoch string) *batch {
 // probe returns the arguments of a call without records.
 func (b *batch) probe(session, flag string) []any {
 	b.key = b.keys[buffer.Events]
-	b.head[2], b.head[3], b.head[4], b.head[5], b.head[6] = session, flag, "0", "0", "0"
+	b.head[2], b.head[3], b.head[4], b.head[5], b.head[6], b.head[7] = session, flag, "0", "0", "0", "0"
 	return b.args[:callHead]
 }
 
 // write returns the arguments of a call that stores recs, at most BatchRecords
-// of one stream and contiguous. They point into recs.
-func (b *batch) write(session, flag string, recs []buffer.Record) []any {
+// of one stream and contiguous, on a server that has everything up to after but for
+// what was accounted for. They point into recs.
+func (b *batch) write(session string, after uint64, recs []buffer.Record) []any {
 	to := destination(recs[0].Stream)
-	b.key, b.head[6] = b.keys[to], b.limit[to]
-	b.head[2], b.head[3] = session, flag
-	b.head[4], b.head[5] = strconv.FormatUint(recs[0].Seq, 10), strconv.Itoa(len(recs))
+	b.key, b.head[7] = b.keys[to], b.limit[to]
+	b.head[2], b.head[3], b.head[4] = session, flagWrite, strconv.FormatUint(after, 10)
+	b.head[5], b.head[6] = strconv.FormatUint(recs[0].Seq, 10), strconv.Itoa(len(recs))
 	for i := range recs {
 		id, stamp, millis := identify(recs[i].Data)
 		b.times[i] = times{millis, recs[i].Stored}

@@ -16,12 +16,12 @@
 --                      older connections is refused from then on
 --                   P  probe: only answer, with the checks of a write
 --                   W  write
---                   R  write after a range that the agent no longer has; the
---                      agent has accounted for that range elsewhere
---       5 first     seq of the first record
---       6 n         number of records, 0 with H, C and P
---       7 limit     about how many entries the stream may keep; 0: any number
---       8...        n times: id, timestamp, data
+--       5 after     what the server has, as far as the agent knows. What lies between
+--                   it and first the agent no longer has, and has accounted for
+--       6 first     seq of the first record, above after
+--       7 n         number of records; 0 with H, C and P, as are after and first
+--       8 limit     about how many entries the stream may keep; 0: any number
+--       9...        n times: id, timestamp, data
 --
 -- Replies
 --   OK <last>             stored, or probed
@@ -35,12 +35,12 @@
 
 local stream, cursors = KEYS[1], KEYS[2]
 local agent, epoch, session, flag = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
-local first, n, limit = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7])
+local after, first, n, limit = tonumber(ARGV[5]), tonumber(ARGV[6]), tonumber(ARGV[7]), tonumber(ARGV[8])
 
 -- Lua's own conversion switches to 1e+15 notation; doubles are exact to 2^53.
 local function int(v) return string.format('%.0f', v) end
 
-if not first or not n or not limit or #ARGV ~= 7 + 3 * n then
+if not after or not first or not n or not limit or #ARGV ~= 8 + 3 * n or n > 0 and after >= first then
   return redis.error_reply('EDRCALL malformed call')
 end
 
@@ -79,7 +79,9 @@ if flag == 'C' or flag == 'P' then
 end
 
 local final = first + n - 1
-if first > last + 1 and flag ~= 'R' then
+-- Not "first > last + 1": a server that was emptied since it last answered must not
+-- take a batch that follows a hole of the agent's for the next one.
+if last < after then
   return 'GAP ' .. int(last)
 end
 if final <= last then
@@ -94,7 +96,7 @@ end
 -- entries without a cursor, which would be stored twice.
 move(final)
 for i = 0, n - 1 do
-  local a = 8 + 3 * i
+  local a = 9 + 3 * i
   local add = {'XADD', stream, '*',
     'id', ARGV[a], 'timestamp', ARGV[a + 1], 'data', ARGV[a + 2],
     'agent', agent, 'epoch', epoch, 'seq', int(first + i)}

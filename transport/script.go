@@ -28,7 +28,6 @@ const (
 	flagContinue = "C"
 	flagProbe    = "P"
 	flagWrite    = "W"
-	flagResume   = "R"
 )
 
 // verdict is the first word of the script's reply.
@@ -86,7 +85,7 @@ func parseReply(flag, text string) (reply, error) {
 			return reply{}, badReply(text)
 		}
 	case r.verdict == dup, r.verdict == gap, r.verdict == overlap:
-		if two || (flag != flagWrite && flag != flagResume) || (r.verdict == gap && flag == flagResume) {
+		if two || flag != flagWrite {
 			return reply{}, badReply(text)
 		}
 	default:

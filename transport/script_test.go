@@ -25,7 +25,7 @@ func TestParseReply(t *testing.T) {
 		good       bool
 	}{
 		{flagWrite, "OK 12", reply{verdict: ok, last: 12}, true},
-		{flagResume, "OK 9007199254740992", reply{verdict: ok, last: 1 << 53}, true},
+		{flagWrite, "OK 9007199254740992", reply{verdict: ok, last: 1 << 53}, true},
 		{flagProbe, "OK 0", reply{verdict: ok}, true},
 		{flagHello, "OK 5 -", reply{verdict: ok, last: 5}, true},
 		{flagHello, "OK 5 " + s, reply{verdict: ok, last: 5, session: s}, true},
@@ -47,7 +47,7 @@ func TestParseReply(t *testing.T) {
 		{flagHello, "OK 5", reply{}, false},
 		{flagHello, "OK 5 x", reply{}, false},
 		{flagProbe, "GAP 5", reply{}, false},
-		{flagResume, "GAP 5", reply{}, false},
+		{flagProbe, "GAP 5", reply{}, false},
 		{flagWrite, "FENCED " + e, reply{}, false},
 		{flagWrite, "FENCED 1 2", reply{}, false},
 		{flagWrite, "FENCED " + strings.ToUpper(e) + " " + s, reply{}, false},
@@ -68,7 +68,7 @@ func FuzzParseReply(f *testing.F) {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, text string) {
-		for _, flag := range []string{flagHello, flagContinue, flagProbe, flagWrite, flagResume} {
+		for _, flag := range []string{flagHello, flagContinue, flagProbe, flagWrite} {
 			r, err := parseReply(flag, text)
 			if err != nil {
 				if r != (reply{}) || len(err.Error()) > 600 {
@@ -103,7 +103,7 @@ type modelServer struct {
 type modelCall struct {
 	stream               buffer.Stream
 	epoch, session, flag string
-	first, n             uint64
+	after, first, n      uint64
 }
 
 func (m *modelServer) call(c modelCall) string {
@@ -133,7 +133,7 @@ func (m *modelServer) call(c modelCall) string {
 		return fmt.Sprintf("OK %d", last)
 	case c.flag == flagProbe:
 		return fmt.Sprintf("OK %d", last)
-	case c.first > last+1 && c.flag != flagResume:
+	case last < c.after:
 		return fmt.Sprintf("GAP %d", last)
 	case final <= last:
 		return fmt.Sprintf("DUP %d", last)
@@ -197,7 +197,8 @@ func TestModelFindsDefects(t *testing.T) {
 	for name, edit := range map[string][2]string{
 		"a cursor for each stream":    {"'HSET', cursors, agent,", "'HSET', cursors, agent .. stream,"},
 		"a repeated batch is stored":  {"if final <= last then", "if final < last then"},
-		"a gap is passed over":        {"first > last + 1 and", "first > last + 3 and"},
+		"a gap is passed over":        {"if last < after then", "if last + 3 < after then"},
+		"a hole hides what is lost":   {"if last < after then", "if last < after and first == after + 1 then"},
 		"every stream is trimmed":     {"if limit > 0 and", "if"},
 		"trimming is exact":           {"{'MAXLEN', '~', int(limit)}", "{'MAXLEN', '=', '1'}"},
 		"the older epoch is accepted": {"if e > epoch then", "if false then"},
@@ -310,26 +311,28 @@ func modelRun(t *testing.T, c *redis.Client, sha string, rng *rand.Rand, counts 
 		case x < 27:
 			epoch = rng.IntN(len(epochs))
 		}
-		call := modelCall{buffer.Stream(rng.IntN(len(streams))), epochs[epoch], sessions[session], flagWrite, 0, uint64(1 + rng.IntN(4))}
+		call := modelCall{buffer.Stream(rng.IntN(len(streams))), epochs[epoch], sessions[session], flagWrite, 0, 0, uint64(1 + rng.IntN(4))}
 		switch x := rng.IntN(10); {
 		case x < 2:
 			call.flag, call.n = flagHello, 0
 		case x < 3:
 			call.flag, call.n = []string{flagProbe, flagContinue}[rng.IntN(2)], 0
-		case x < 5:
-			call.flag = flagResume
 		}
 		if call.n > 0 { // mostly the next batch, else one before or after it
 			call.first = last + 1
 			if rng.IntN(3) == 0 {
 				call.first = max(1, last+1+uint64(rng.IntN(8))-min(last, uint64(rng.IntN(5))))
 			}
+			call.after = call.first - 1
+			if rng.IntN(3) == 0 { // a hole in what the agent has
+				call.after -= min(call.after, uint64(rng.IntN(10)))
+			}
 		}
 		limit := 0
 		if call.stream != buffer.Events {
 			limit = modelLimit
 		}
-		args := []any{"EVALSHA", sha, 2, streams[call.stream], cursors, testAgent, call.epoch, call.session, call.flag, call.first, call.n, limit}
+		args := []any{"EVALSHA", sha, 2, streams[call.stream], cursors, testAgent, call.epoch, call.session, call.flag, call.after, call.first, call.n, limit}
 		for i := range call.n {
 			args = append(args, fmt.Sprint("id", i), "now", "{}")
 		}
@@ -389,9 +392,11 @@ func TestScriptRefusesMalformedCalls(t *testing.T) {
 	c := srv.Client()
 	defer c.Close()
 	for _, args := range [][]any{
-		{testAgent, testEpoch, "s", "W", "x", "1", "0", "i", "t", "d"},
-		{testAgent, testEpoch, "s", "W", "1", "1", "x", "i", "t", "d"},
-		{testAgent, testEpoch, "s", "W", "1", "2", "0", "i", "t", "d"},
+		{testAgent, testEpoch, "s", "W", "0", "x", "1", "0", "i", "t", "d"},
+		{testAgent, testEpoch, "s", "W", "0", "1", "1", "x", "i", "t", "d"},
+		{testAgent, testEpoch, "s", "W", "x", "1", "1", "0", "i", "t", "d"},
+		{testAgent, testEpoch, "s", "W", "1", "1", "1", "0", "i", "t", "d"},
+		{testAgent, testEpoch, "s", "W", "0", "1", "2", "0", "i", "t", "d"},
 		{testAgent, testEpoch, "s", "W", "1"},
 		{},
 	} {
@@ -418,7 +423,7 @@ func TestScriptCountsHalfABatch(t *testing.T) {
 		t.Fatal(err)
 	}
 	const session = "000000000000000000010000"
-	args := []any{testAgent, testEpoch, session, flagWrite, 1, 5, 0}
+	args := []any{testAgent, testEpoch, session, flagWrite, 0, 1, 5, 0}
 	for range 5 {
 		args = append(args, "id", "now", "{}")
 	}

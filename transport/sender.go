@@ -327,17 +327,13 @@ func (s *Sender) send(ctx context.Context, recs []buffer.Record) error {
 	defer s.batch.release()
 	for len(recs) > 0 {
 		n := cut(recs, s.o.BatchRecords)
-		flag := flagWrite
-		if first := recs[0].Seq; first > s.pos+1 {
-			if s.forfeit(ctx, span{s.pos + 1, first - 1}) {
-				return nil // read again: the loss must be durable before we pass over it
-			}
-			flag = flagResume
+		if first := recs[0].Seq; first > s.pos+1 && s.forfeit(ctx, span{s.pos + 1, first - 1}) {
+			return nil // read again: the loss must be durable before we pass over it
 		}
 		s.flight, s.stream = span{recs[0].Seq, recs[n-1].Seq}, destination(recs[0].Stream)
 		s.sent = max(s.sent, s.flight.last)
 		start := time.Now()
-		r, err := s.call(ctx, flag, s.batch.write(s.session, flag, recs[:n]))
+		r, err := s.call(ctx, flagWrite, s.batch.write(s.session, s.pos, recs[:n]))
 		if err != nil {
 			s.m.failed.Inc()
 			return fmt.Errorf("deliver %d-%d: %w", s.flight.first, s.flight.last, err)
@@ -378,7 +374,7 @@ func (s *Sender) check(r reply) error {
 	case overlap:
 		sane = r.last >= f.first && r.last < f.last
 	case gap:
-		sane = r.last+1 < f.first
+		sane = r.last < s.pos
 	}
 	s.detours++
 	if r.verdict == ok {

@@ -644,6 +644,8 @@ static __always_inline int handle_file_ioctl(const __u64 *args)
 		      (__u64)BPF_CORE_READ(file, f_path.mnt), attributes, FILE_ARGUMENT);
 }
 
+#define handle_file_ioctl_compat handle_file_ioctl
+
 /*
  * Files that are open for writing, by struct file: how each was when it was opened and
  * by whom, since it is often closed when its process is gone. Not the least recently

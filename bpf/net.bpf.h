@@ -30,8 +30,13 @@ struct socket_state {
 	__u32 closer_pid;
 	__u32 role;  /* enum socket_role */
 	__u32 flags; /* enum tcp_flags */
-	__u32 established;
+	__u16 established;
+	__u16 waiting; /* for accept(2): not reported yet */
 };
+
+/* Whether accept(2) is seen: then a connection is reported by who accepts it, before only
+ * when it ends without. */
+const volatile __u32 accepts_seen = 0;
 
 /* Keyed by struct sock *. CLOSE removes a socket; should that have been missed, the
  * next one at its address takes its place or removes it. */
@@ -266,6 +271,10 @@ static __always_inline int established(struct sock *sk, __u16 old)
 	if (!state)
 		return 0;
 	state->established = 1;
+	if (accepts_seen && state->flags & (TCP_FLAG_OWNER_LISTENER | TCP_FLAG_OWNER_UNKNOWN)) {
+		state->waiting = 1;
+		return 0;
+	}
 	emit_tcp(state->role == ROLE_CONNECTING ? EVENT_KIND_TCP_CONNECT : EVENT_KIND_TCP_ACCEPT,
 		 sk, state, old);
 	return 0;
@@ -332,7 +341,68 @@ static __always_inline int closed(struct sock *sk, __u16 old)
 	if ((old == TCP_ESTABLISHED || old == TCP_CLOSE_WAIT) &&
 	    BPF_CORE_READ(sk, sk_shutdown) == SHUTDOWN_MASK)
 		set_closer(&state, current_task());
+	if (state.waiting)
+		emit_tcp(EVENT_KIND_TCP_ACCEPT, sk, &state, old);
 	emit_tcp(EVENT_KIND_TCP_CLOSE, sk, &state, old);
+	return 0;
+}
+
+/* flow_of is the socket that changes state: of a multipath socket the first subflow. Go's
+ * listeners are such sockets wherever the kernel has them. */
+static __always_inline struct sock *flow_of(struct sock *sk)
+{
+	struct mptcp_sock *multipath = (void *)sk;
+
+	if (bpf_core_field_exists(multipath->first) &&
+	    BPF_CORE_READ(sk, sk_protocol) == IPPROTO_MPTCP)
+		return BPF_CORE_READ(multipath, first);
+	return sk;
+}
+
+/*
+ * accept(2), in the task that called it: socket, struct socket that it gets. One that
+ * was passed its listener from outside of the scope is seen from here on. Kernel threads
+ * accept for nobody else: the listener stays the owner.
+ */
+static __always_inline int handle_sock_graft(const __u64 *args)
+{
+	struct sock *sk = (void *)args[0];
+	struct task_struct *task = current_task();
+	struct socket_state *state, fresh = {};
+	__u64 key;
+	__u8 status;
+	bool mine;
+
+	sk = flow_of(sk);
+	key = (__u64)sk;
+	if (BPF_CORE_READ(sk, sk_protocol) != IPPROTO_TCP)
+		return 0;
+	status = BPF_CORE_READ(sk, __sk_common.skc_state);
+	if (status == TCP_CLOSE) /* new, or ended before it was accepted */
+		return 0;
+	mine = !(BPF_CORE_READ(task, flags) & PF_KTHREAD) && task_in_scope(task);
+	state = bpf_map_lookup_elem(&sockets, &key);
+	if (!state) {
+		if (!mine)
+			return 0;
+		set_opened(&fresh);
+		set_owner(&fresh, task);
+		fresh.role = ROLE_ACCEPTED;
+		fresh.established = 1;
+		remember(sk, &fresh, EVENT_KIND_TCP_ACCEPT);
+		emit_tcp(EVENT_KIND_TCP_ACCEPT, sk, &fresh, status);
+		return 0;
+	}
+	if (state->role != ROLE_ACCEPTED)
+		return 0;
+	if (mine) {
+		set_owner(state, task);
+		state->flags &= ~(TCP_FLAG_OWNER_LISTENER | TCP_FLAG_OWNER_UNKNOWN);
+	}
+	if (state->waiting) {
+		state->waiting = 0;
+		emit_tcp(EVENT_KIND_TCP_ACCEPT, sk, state, status);
+	}
 	return 0;
 }
 
@@ -382,11 +452,7 @@ static __always_inline int handle_open_file(struct task_struct *task, struct fil
 		return 0;
 	socket = BPF_CORE_READ(file, private_data);
 	sk = BPF_CORE_READ(socket, sk);
-	/* Of a multipath socket the subflow is what changes state; Go's listeners are
-	 * such sockets wherever the kernel has them. */
-	if (bpf_core_field_exists(((struct mptcp_sock *)sk)->first) &&
-	    BPF_CORE_READ(sk, sk_protocol) == IPPROTO_MPTCP)
-		sk = BPF_CORE_READ((struct mptcp_sock *)sk, first);
+	sk = flow_of(sk);
 	family = BPF_CORE_READ(sk, __sk_common.skc_family);
 	if ((family != AF_INET && family != AF_INET6) ||
 	    BPF_CORE_READ(sk, sk_protocol) != IPPROTO_TCP)

@@ -98,6 +98,15 @@ int raw_inet_sock_set_state(__u64 *ctx)
 }
 
 /*
+ * Sees: a connection that a process takes out of its listener's queue.
+ * Why: the state changed before that, in whatever was interrupted by a packet; several
+ * processes may wait at one listener, or have been given it. The hook is there on every
+ * kernel and called by the accepting process, through io_uring, too.
+ * Ignores: sockets that are not TCP.
+ */
+SECURITY_HOOK(sock_graft)
+
+/*
  * Sees: what changes the file system's names: files, directories and links made,
  * removed and renamed; through io_uring and 32-bit calls, too.
  * Why: the path_ hooks are told the mount, which the inode_ hooks below them are not, and
@@ -146,6 +155,7 @@ KERNEL_FUNCTION(__fput, __fput)
 LSM_HOOK(inode_file_setattr)
 KERNEL_FUNCTION(vfs_fileattr_set, vfs_fileattr_set)
 SECURITY_HOOK(file_ioctl)
+SECURITY_HOOK(file_ioctl_compat) /* of 32-bit processes; not before 5.10.209 and the like */
 
 /*
  * Sees: file systems attached, bound, moved and detached, by the old system calls and

@@ -296,6 +296,7 @@ const (
 	SensorMapWrittenFiles            = "written_files"
 	SensorProgFentryFput             = "fentry___fput"
 	SensorProgFentryFileIoctl        = "fentry_file_ioctl"
+	SensorProgFentryFileIoctlCompat  = "fentry_file_ioctl_compat"
 	SensorProgFentryFileOpen         = "fentry_file_open"
 	SensorProgFentryFileRelease      = "fentry_file_release"
 	SensorProgFentryInodeRemoveAcl   = "fentry_inode_remove_acl"
@@ -313,9 +314,11 @@ const (
 	SensorProgFentryPathUnlink       = "fentry_path_unlink"
 	SensorProgFentrySbMount          = "fentry_sb_mount"
 	SensorProgFentrySbUmount         = "fentry_sb_umount"
+	SensorProgFentrySockGraft        = "fentry_sock_graft"
 	SensorProgFentryVfsFileattrSet   = "fentry_vfs_fileattr_set"
 	SensorProgKprobeFput             = "kprobe___fput"
 	SensorProgKprobeFileIoctl        = "kprobe_file_ioctl"
+	SensorProgKprobeFileIoctlCompat  = "kprobe_file_ioctl_compat"
 	SensorProgKprobeFileOpen         = "kprobe_file_open"
 	SensorProgKprobeFileRelease      = "kprobe_file_release"
 	SensorProgKprobeInodeRemoveAcl   = "kprobe_inode_remove_acl"
@@ -333,8 +336,10 @@ const (
 	SensorProgKprobePathUnlink       = "kprobe_path_unlink"
 	SensorProgKprobeSbMount          = "kprobe_sb_mount"
 	SensorProgKprobeSbUmount         = "kprobe_sb_umount"
+	SensorProgKprobeSockGraft        = "kprobe_sock_graft"
 	SensorProgKprobeVfsFileattrSet   = "kprobe_vfs_fileattr_set"
 	SensorProgLsmFileIoctl           = "lsm_file_ioctl"
+	SensorProgLsmFileIoctlCompat     = "lsm_file_ioctl_compat"
 	SensorProgLsmFileOpen            = "lsm_file_open"
 	SensorProgLsmFileRelease         = "lsm_file_release"
 	SensorProgLsmInodeFileSetattr    = "lsm_inode_file_setattr"
@@ -354,6 +359,7 @@ const (
 	SensorProgLsmProbe               = "lsm_probe"
 	SensorProgLsmSbMount             = "lsm_sb_mount"
 	SensorProgLsmSbUmount            = "lsm_sb_umount"
+	SensorProgLsmSockGraft           = "lsm_sock_graft"
 	SensorProgOnInetSockSetState     = "on_inet_sock_set_state"
 	SensorProgOnSchedProcessExec     = "on_sched_process_exec"
 	SensorProgOnSchedProcessExit     = "on_sched_process_exit"
@@ -365,6 +371,7 @@ const (
 	SensorProgRawSchedProcessExit    = "raw_sched_process_exit"
 	SensorProgRawSchedProcessFork    = "raw_sched_process_fork"
 	SensorProgRawSysExit             = "raw_sys_exit"
+	SensorVarAcceptsSeen             = "accepts_seen"
 	SensorVarArgumentShift           = "argument_shift"
 	SensorVarCopies                  = "copies"
 	SensorVarEarlyFiles              = "early_files"
@@ -419,6 +426,7 @@ type SensorSpecs struct {
 type SensorProgramSpecs struct {
 	FentryFput             *ebpf.ProgramSpec `ebpf:"fentry___fput"`
 	FentryFileIoctl        *ebpf.ProgramSpec `ebpf:"fentry_file_ioctl"`
+	FentryFileIoctlCompat  *ebpf.ProgramSpec `ebpf:"fentry_file_ioctl_compat"`
 	FentryFileOpen         *ebpf.ProgramSpec `ebpf:"fentry_file_open"`
 	FentryFileRelease      *ebpf.ProgramSpec `ebpf:"fentry_file_release"`
 	FentryInodeRemoveAcl   *ebpf.ProgramSpec `ebpf:"fentry_inode_remove_acl"`
@@ -436,9 +444,11 @@ type SensorProgramSpecs struct {
 	FentryPathUnlink       *ebpf.ProgramSpec `ebpf:"fentry_path_unlink"`
 	FentrySbMount          *ebpf.ProgramSpec `ebpf:"fentry_sb_mount"`
 	FentrySbUmount         *ebpf.ProgramSpec `ebpf:"fentry_sb_umount"`
+	FentrySockGraft        *ebpf.ProgramSpec `ebpf:"fentry_sock_graft"`
 	FentryVfsFileattrSet   *ebpf.ProgramSpec `ebpf:"fentry_vfs_fileattr_set"`
 	KprobeFput             *ebpf.ProgramSpec `ebpf:"kprobe___fput"`
 	KprobeFileIoctl        *ebpf.ProgramSpec `ebpf:"kprobe_file_ioctl"`
+	KprobeFileIoctlCompat  *ebpf.ProgramSpec `ebpf:"kprobe_file_ioctl_compat"`
 	KprobeFileOpen         *ebpf.ProgramSpec `ebpf:"kprobe_file_open"`
 	KprobeFileRelease      *ebpf.ProgramSpec `ebpf:"kprobe_file_release"`
 	KprobeInodeRemoveAcl   *ebpf.ProgramSpec `ebpf:"kprobe_inode_remove_acl"`
@@ -456,8 +466,10 @@ type SensorProgramSpecs struct {
 	KprobePathUnlink       *ebpf.ProgramSpec `ebpf:"kprobe_path_unlink"`
 	KprobeSbMount          *ebpf.ProgramSpec `ebpf:"kprobe_sb_mount"`
 	KprobeSbUmount         *ebpf.ProgramSpec `ebpf:"kprobe_sb_umount"`
+	KprobeSockGraft        *ebpf.ProgramSpec `ebpf:"kprobe_sock_graft"`
 	KprobeVfsFileattrSet   *ebpf.ProgramSpec `ebpf:"kprobe_vfs_fileattr_set"`
 	LsmFileIoctl           *ebpf.ProgramSpec `ebpf:"lsm_file_ioctl"`
+	LsmFileIoctlCompat     *ebpf.ProgramSpec `ebpf:"lsm_file_ioctl_compat"`
 	LsmFileOpen            *ebpf.ProgramSpec `ebpf:"lsm_file_open"`
 	LsmFileRelease         *ebpf.ProgramSpec `ebpf:"lsm_file_release"`
 	LsmInodeFileSetattr    *ebpf.ProgramSpec `ebpf:"lsm_inode_file_setattr"`
@@ -477,6 +489,7 @@ type SensorProgramSpecs struct {
 	LsmProbe               *ebpf.ProgramSpec `ebpf:"lsm_probe"`
 	LsmSbMount             *ebpf.ProgramSpec `ebpf:"lsm_sb_mount"`
 	LsmSbUmount            *ebpf.ProgramSpec `ebpf:"lsm_sb_umount"`
+	LsmSockGraft           *ebpf.ProgramSpec `ebpf:"lsm_sock_graft"`
 	OnInetSockSetState     *ebpf.ProgramSpec `ebpf:"on_inet_sock_set_state"`
 	OnSchedProcessExec     *ebpf.ProgramSpec `ebpf:"on_sched_process_exec"`
 	OnSchedProcessExit     *ebpf.ProgramSpec `ebpf:"on_sched_process_exit"`
@@ -517,6 +530,7 @@ type SensorMapSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type SensorVariableSpecs struct {
+	AcceptsSeen   *ebpf.VariableSpec `ebpf:"accepts_seen"`
 	ArgumentShift *ebpf.VariableSpec `ebpf:"argument_shift"`
 	Copies        *ebpf.VariableSpec `ebpf:"copies"`
 	EarlyFiles    *ebpf.VariableSpec `ebpf:"early_files"`
@@ -592,6 +606,7 @@ func (m *SensorMaps) Close() error {
 //
 // It can be passed to LoadSensorObjects or ebpf.CollectionSpec.LoadAndAssign.
 type SensorVariables struct {
+	AcceptsSeen   *ebpf.Variable `ebpf:"accepts_seen"`
 	ArgumentShift *ebpf.Variable `ebpf:"argument_shift"`
 	Copies        *ebpf.Variable `ebpf:"copies"`
 	EarlyFiles    *ebpf.Variable `ebpf:"early_files"`
@@ -608,6 +623,7 @@ type SensorVariables struct {
 type SensorPrograms struct {
 	FentryFput             *ebpf.Program `ebpf:"fentry___fput"`
 	FentryFileIoctl        *ebpf.Program `ebpf:"fentry_file_ioctl"`
+	FentryFileIoctlCompat  *ebpf.Program `ebpf:"fentry_file_ioctl_compat"`
 	FentryFileOpen         *ebpf.Program `ebpf:"fentry_file_open"`
 	FentryFileRelease      *ebpf.Program `ebpf:"fentry_file_release"`
 	FentryInodeRemoveAcl   *ebpf.Program `ebpf:"fentry_inode_remove_acl"`
@@ -625,9 +641,11 @@ type SensorPrograms struct {
 	FentryPathUnlink       *ebpf.Program `ebpf:"fentry_path_unlink"`
 	FentrySbMount          *ebpf.Program `ebpf:"fentry_sb_mount"`
 	FentrySbUmount         *ebpf.Program `ebpf:"fentry_sb_umount"`
+	FentrySockGraft        *ebpf.Program `ebpf:"fentry_sock_graft"`
 	FentryVfsFileattrSet   *ebpf.Program `ebpf:"fentry_vfs_fileattr_set"`
 	KprobeFput             *ebpf.Program `ebpf:"kprobe___fput"`
 	KprobeFileIoctl        *ebpf.Program `ebpf:"kprobe_file_ioctl"`
+	KprobeFileIoctlCompat  *ebpf.Program `ebpf:"kprobe_file_ioctl_compat"`
 	KprobeFileOpen         *ebpf.Program `ebpf:"kprobe_file_open"`
 	KprobeFileRelease      *ebpf.Program `ebpf:"kprobe_file_release"`
 	KprobeInodeRemoveAcl   *ebpf.Program `ebpf:"kprobe_inode_remove_acl"`
@@ -645,8 +663,10 @@ type SensorPrograms struct {
 	KprobePathUnlink       *ebpf.Program `ebpf:"kprobe_path_unlink"`
 	KprobeSbMount          *ebpf.Program `ebpf:"kprobe_sb_mount"`
 	KprobeSbUmount         *ebpf.Program `ebpf:"kprobe_sb_umount"`
+	KprobeSockGraft        *ebpf.Program `ebpf:"kprobe_sock_graft"`
 	KprobeVfsFileattrSet   *ebpf.Program `ebpf:"kprobe_vfs_fileattr_set"`
 	LsmFileIoctl           *ebpf.Program `ebpf:"lsm_file_ioctl"`
+	LsmFileIoctlCompat     *ebpf.Program `ebpf:"lsm_file_ioctl_compat"`
 	LsmFileOpen            *ebpf.Program `ebpf:"lsm_file_open"`
 	LsmFileRelease         *ebpf.Program `ebpf:"lsm_file_release"`
 	LsmInodeFileSetattr    *ebpf.Program `ebpf:"lsm_inode_file_setattr"`
@@ -666,6 +686,7 @@ type SensorPrograms struct {
 	LsmProbe               *ebpf.Program `ebpf:"lsm_probe"`
 	LsmSbMount             *ebpf.Program `ebpf:"lsm_sb_mount"`
 	LsmSbUmount            *ebpf.Program `ebpf:"lsm_sb_umount"`
+	LsmSockGraft           *ebpf.Program `ebpf:"lsm_sock_graft"`
 	OnInetSockSetState     *ebpf.Program `ebpf:"on_inet_sock_set_state"`
 	OnSchedProcessExec     *ebpf.Program `ebpf:"on_sched_process_exec"`
 	OnSchedProcessExit     *ebpf.Program `ebpf:"on_sched_process_exit"`
@@ -683,6 +704,7 @@ func (p *SensorPrograms) Close() error {
 	return _SensorClose(
 		p.FentryFput,
 		p.FentryFileIoctl,
+		p.FentryFileIoctlCompat,
 		p.FentryFileOpen,
 		p.FentryFileRelease,
 		p.FentryInodeRemoveAcl,
@@ -700,9 +722,11 @@ func (p *SensorPrograms) Close() error {
 		p.FentryPathUnlink,
 		p.FentrySbMount,
 		p.FentrySbUmount,
+		p.FentrySockGraft,
 		p.FentryVfsFileattrSet,
 		p.KprobeFput,
 		p.KprobeFileIoctl,
+		p.KprobeFileIoctlCompat,
 		p.KprobeFileOpen,
 		p.KprobeFileRelease,
 		p.KprobeInodeRemoveAcl,
@@ -720,8 +744,10 @@ func (p *SensorPrograms) Close() error {
 		p.KprobePathUnlink,
 		p.KprobeSbMount,
 		p.KprobeSbUmount,
+		p.KprobeSockGraft,
 		p.KprobeVfsFileattrSet,
 		p.LsmFileIoctl,
+		p.LsmFileIoctlCompat,
 		p.LsmFileOpen,
 		p.LsmFileRelease,
 		p.LsmInodeFileSetattr,
@@ -741,6 +767,7 @@ func (p *SensorPrograms) Close() error {
 		p.LsmProbe,
 		p.LsmSbMount,
 		p.LsmSbUmount,
+		p.LsmSockGraft,
 		p.OnInetSockSetState,
 		p.OnSchedProcessExec,
 		p.OnSchedProcessExit,

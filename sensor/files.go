@@ -145,14 +145,18 @@ func kernelFunction(spec *ebpf.ProgramSpec) string {
 	return ""
 }
 
-// argumentShift finds where names stand in a row among a function's parameters.
+// argumentShift finds where names stand in a row among a function's parameters, and that
+// there is the function.
 func argumentShift(types *btf.Spec, function string, names []string) (uint32, error) {
-	if function == "" || len(names) == 0 {
+	if function == "" {
 		return 0, nil
 	}
 	var fn *btf.Func
 	if err := types.TypeByName(function, &fn); err != nil {
 		return 0, fmt.Errorf("parameters of %s: %w", function, err)
+	}
+	if len(names) == 0 {
+		return 0, nil
 	}
 	proto, ok := fn.Type.(*btf.FuncProto)
 	if !ok {

@@ -127,7 +127,7 @@ func watchFiles(t testing.TB, a *actor, o FileOptions, form string, only ...even
 	})
 	for i := range k.attached {
 		switch h := &k.attached[i].hook; {
-		case len(h.syscalls) > 0 && form != "" && form != "lsm":
+		case (len(h.syscalls) > 0 || h.constant != "") && form != "" && form != "lsm":
 			h.chain = slices.DeleteFunc(h.chain, func(c candidate) bool { return !strings.HasPrefix(c[0], form) })
 		case len(h.chain) > 1 && form == "raw":
 			h.chain = h.chain[1:]

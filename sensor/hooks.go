@@ -24,6 +24,8 @@ type hook struct {
 	arguments []string
 	// syscalls are the kinds that system calls tell where the whole chain is refused.
 	syscalls []event.Kind
+	// constant is what the programs of later hooks are told by, if this one is attached.
+	constant string
 	// copies is how many of a tracepoint's program are attached, if more than one.
 	copies int
 }
@@ -32,55 +34,27 @@ type hook struct {
 // question mark stands before what is left out on kernels that have no such function.
 type candidate []string
 
+// acceptsSeen is a constant of bpf/net.bpf.h.
+const acceptsSeen = "accepts_seen"
+
 // hooks returns every hook in the order of attaching. Fork and exit come first:
 // they keep the process tree of the scope, which the others ask.
 func hooks(files bool, copies int) []hook {
-	preempted := copies > 1
 	list := []hook{
 		{kinds: kinds(event.Fork), required: true, chain: tracepoint("sched_process_fork"), copies: copies},
 		{kinds: kinds(event.Exit), required: true, chain: tracepoint("sched_process_exit"), copies: copies},
 		{kinds: kinds(event.Exec), required: true, chain: tracepoint("sched_process_exec"), copies: copies},
+		{kinds: kinds(event.TCPAccept), chain: security("sock_graft"), constant: acceptsSeen},
 		{
-			kinds: kinds(event.TCPConnect, event.TCPConnectFailed, event.TCPAccept, event.TCPListen, event.TCPClose),
+			kinds: kinds(event.TCPConnect, event.TCPConnectFailed, event.TCPListen, event.TCPClose),
 			chain: tracepoint("inet_sock_set_state"), copies: copies,
 		},
 		{kinds: kinds(event.Task), chain: []candidate{{"on_task"}}},
 	}
-	if !files {
-		return list
+	if files {
+		list = append(list, fileHooks()...)
 	}
-	dentry := []string{"dentry"}
-	list = append(list,
-		hook{kinds: kinds(event.FileModify), syscalls: kinds(event.FileOpenWrite), chain: []candidate{
-			{"lsm_file_open", "lsm_file_release"},
-			{"lsm_file_open", "fentry___fput"},
-			{"fentry_file_open", "fentry_file_release"},
-			{"fentry_file_open", "fentry___fput"},
-			{"kprobe_file_open", "kprobe_file_release"},
-			{"kprobe_file_open", "kprobe___fput"},
-		}},
-		file(event.FileCreate, security("path_mknod")),
-		file(event.FileRename, security("path_rename"), "old_dir", "old_dentry", "new_dir", "new_dentry", "flags"),
-		file(event.FileDelete, security("path_unlink", "path_rmdir")),
-		file(event.FileLink, security("path_link")),
-		file(event.FileSymlink, security("path_symlink")),
-		file(event.FileMkdir, security("path_mkdir")),
-		hook{
-			kinds:     kinds(event.FileChmod, event.FileChown, event.FileTruncate, event.FileTimes),
-			syscalls:  kinds(event.FileChmod, event.FileChown, event.FileTruncate, event.FileTimes),
-			chain:     security("inode_setattr"),
-			arguments: dentry,
-		},
-		file(event.FileXattr, security("inode_setxattr", "inode_removexattr", "?inode_set_acl", "?inode_remove_acl"), dentry...),
-		file(event.FileChattr, slices.Concat(
-			[]candidate{{"lsm_inode_file_setattr"}, {"fentry_vfs_fileattr_set"}, {"kprobe_vfs_fileattr_set"}},
-			security("file_ioctl"),
-		)),
-		file(event.Mount, security("sb_mount")),
-		file(event.Umount, security("sb_umount")),
-		file(event.MountMove, security("move_mount")),
-	)
-	if preempted {
+	if copies > 1 { // tasks are preempted inside of programs
 		for _, h := range list {
 			slices.SortStableFunc(h.chain, func(a, b candidate) int { return trampoline(a) - trampoline(b) })
 		}
@@ -96,6 +70,41 @@ func trampoline(c candidate) int {
 		return 1
 	}
 	return 0
+}
+
+// fileHooks are those for changes of the file system.
+func fileHooks() []hook {
+	dentry := []string{"dentry"}
+	return []hook{
+		{kinds: kinds(event.FileModify), syscalls: kinds(event.FileOpenWrite), chain: []candidate{
+			{"lsm_file_open", "lsm_file_release"},
+			{"lsm_file_open", "fentry___fput"},
+			{"fentry_file_open", "fentry_file_release"},
+			{"fentry_file_open", "fentry___fput"},
+			{"kprobe_file_open", "kprobe_file_release"},
+			{"kprobe_file_open", "kprobe___fput"},
+		}},
+		file(event.FileCreate, security("path_mknod")),
+		file(event.FileRename, security("path_rename"), "old_dir", "old_dentry", "new_dir", "new_dentry", "flags"),
+		file(event.FileDelete, security("path_unlink", "path_rmdir")),
+		file(event.FileLink, security("path_link")),
+		file(event.FileSymlink, security("path_symlink")),
+		file(event.FileMkdir, security("path_mkdir")),
+		{
+			kinds:     kinds(event.FileChmod, event.FileChown, event.FileTruncate, event.FileTimes),
+			syscalls:  kinds(event.FileChmod, event.FileChown, event.FileTruncate, event.FileTimes),
+			chain:     security("inode_setattr"),
+			arguments: dentry,
+		},
+		file(event.FileXattr, security("inode_setxattr", "inode_removexattr", "?inode_set_acl", "?inode_remove_acl"), dentry...),
+		file(event.FileChattr, slices.Concat(
+			[]candidate{{"lsm_inode_file_setattr"}, {"fentry_vfs_fileattr_set"}, {"kprobe_vfs_fileattr_set"}},
+			security("file_ioctl", "?file_ioctl_compat"),
+		)),
+		file(event.Mount, security("sb_mount")),
+		file(event.Umount, security("sb_umount")),
+		file(event.MountMove, security("move_mount")),
+	}
 }
 
 func kinds(list ...event.Kind) []event.Kind { return list }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 	"strconv"
+	"strings"
 	"testing"
 
 	"github.com/cilium/ebpf"
@@ -65,6 +66,64 @@ func connections(t testing.TB, records []record, local string) (client, server c
 	return client, server
 }
 
+// acceptedBy is how a connection says whose it is: that of who called accept(2), where
+// the kernel lets it be seen, else of who called listen(2).
+func acceptedBy(k *kernel) event.TCPFlags {
+	if strings.HasSuffix(k.find(event.TCPAccept).section, "sock_graft") {
+		return 0
+	}
+	return event.TCPOwnerListener
+}
+
+// A process that was given a listener is the one that accepts.
+func TestRootTCPAccepter(t *testing.T) {
+	for _, multipath := range []bool{false, true} {
+		t.Run(fmt.Sprintf("multipath %t", multipath), func(t *testing.T) {
+			a := startActor(t)
+			k := watch(t, a)
+			requireHook(t, k, event.TCPClose)
+			bulk := newTap(t, k.bulk)
+			lent := a.must(request{Op: "lend", Network: "tcp4", Multipath: multipath})
+			records := bulk.until("both closes", closes(2))
+			_, server := connections(t, records, lent.Local)
+			accept, in := server[event.TCPAccept], server[event.TCPClose]
+			if accept == nil || in == nil || len(server) != 2 {
+				t.Fatalf("server %v", server)
+			}
+			by := lent.PID
+			if acceptedBy(k) == event.TCPOwnerListener {
+				by = a.pid
+			}
+			for name, e := range map[string]*bpf.SensorTcpEvent{"accepted": accept, "closed": in} {
+				if int(e.Header.Pid) != by || event.TCPFlags(e.Flags) != acceptedBy(k) {
+					t.Errorf("%s by %d, flags %#x; want %d", name, e.Header.Pid, e.Flags, by)
+				}
+			}
+			if accept.Opened != in.Opened || accept.ConnId != in.ConnId || accept.Header.Ktime >= in.Header.Ktime {
+				t.Errorf("accepted %+v, closed %+v", accept, in)
+			}
+		})
+	}
+}
+
+// One that nobody accepts is told when it ends, with the process that listened.
+func TestRootTCPNotAccepted(t *testing.T) {
+	a := startActor(t)
+	k := watch(t, a)
+	requireHook(t, k, event.TCPClose)
+	bulk := newTap(t, k.bulk)
+	addr := a.must(request{Op: "listen", Network: "tcp4"}).Local
+	local := a.must(request{Op: "dial", Network: "tcp4", Addr: addr}).Local
+	a.must(request{Op: "stop listening"})
+	a.must(request{Op: "drop"})
+	_, server := connections(t, bulk.until("both closes", closes(2)), local)
+	for _, kind := range kinds(event.TCPAccept, event.TCPClose) {
+		if e := server[kind]; e == nil || int(e.Header.Pid) != a.pid || event.TCPFlags(e.Flags) != event.TCPOwnerListener {
+			t.Errorf("%s: %+v", kind, e)
+		}
+	}
+}
+
 func TestRootTCPConnection(t *testing.T) {
 	a := startActor(t)
 	k := watch(t, a)
@@ -106,7 +165,7 @@ func TestRootTCPConnection(t *testing.T) {
 				if local.String() != talk.Remote || remote.String() != talk.Local {
 					t.Errorf("%s: %s from %s, want %s from %s", name, local, remote, talk.Remote, talk.Local)
 				}
-				if event.TCPFlags(e.Flags) != event.TCPOwnerListener {
+				if event.TCPFlags(e.Flags) != acceptedBy(k) {
 					t.Errorf("%s: flags %#x", name, e.Flags)
 				}
 			}
@@ -311,7 +370,7 @@ func TestRootTCPEarlyListener(t *testing.T) {
 			client := a.must(request{Op: "connect", Network: "tcp4", Addr: address}).Local
 			_, accepted := connections(t, bulk.until("both closes", closes(2)), client)
 			e := accepted[event.TCPAccept]
-			if e == nil || int(e.Header.Pid) != server.pid || event.TCPFlags(e.Flags) != event.TCPOwnerListener || e.Opened == 0 {
+			if e == nil || int(e.Header.Pid) != server.pid || event.TCPFlags(e.Flags) != acceptedBy(k) || e.Opened == 0 {
 				t.Errorf("accepted: %+v, want by %d", e, server.pid)
 			}
 		})

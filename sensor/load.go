@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -170,10 +171,16 @@ func (k *kernel) attach() error {
 		a = a.attach(load)
 		a.errs = append(before, a.errs...)
 		k.attached[i] = a
+		if a.constant != "" && a.section != "" {
+			if err := k.spec.Variables[a.constant].Set(uint32(1)); err != nil {
+				return fmt.Errorf("set %s: %w", a.constant, err)
+			}
+		}
 		if a.required && a.section == "" {
 			refused = append(refused, fmt.Sprintf("%s: no hook: %s", a.kinds[0], strings.Join(sentences(a.errs), "; ")))
 		}
 	}
+	k.settleAccept()
 	k.attachSyscalls(load)
 	if len(refused) > 0 {
 		return &Refusal{
@@ -195,6 +202,22 @@ func (k *kernel) attach() error {
 		}
 	}
 	return nil
+}
+
+// settleAccept has the changes of a socket's state tell what is accepted, where accept(2)
+// cannot be seen itself.
+func (k *kernel) settleAccept() {
+	at := slices.IndexFunc(k.attached, func(a attachment) bool { return a.constant == acceptsSeen })
+	accept := k.attached[at]
+	if accept.section != "" {
+		return
+	}
+	k.attached = slices.Delete(k.attached, at, at+1)
+	tcp := k.find(event.TCPClose)
+	tcp.kinds = append(tcp.kinds, accept.kinds...)
+	if n := len(accept.errs); n > 0 {
+		tcp.errs = append(tcp.errs, fmt.Errorf("who listens is named as who accepts, since accept(2) cannot be seen: %w", accept.errs[n-1]))
+	}
 }
 
 // seed runs the program that takes in the sockets that are open and, where their close
@@ -252,7 +275,7 @@ func (k *kernel) load(h hook, name string, cache *btf.Cache) (*ebpf.Program, *eb
 			return nil, nil, err
 		}
 	}
-	if len(h.arguments) > 0 {
+	if len(h.arguments) > 0 || optional {
 		types, err := cache.Kernel()
 		if err != nil {
 			return nil, nil, err

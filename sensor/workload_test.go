@@ -31,6 +31,7 @@ import (
 const (
 	actorEnv  = "EDR_ACTOR"      // path of the test's socket
 	memfdEnv  = "EDR_FEXECVE"    // become a memfd of this program
+	acceptEnv = "EDR_ACCEPT"     // accept a connection of the listener that is descriptor 3
 	threadEnv = "EDR_THREADS"    // end with so many threads alive
 	patience  = 20 * time.Second // far more than anything here takes
 )
@@ -42,6 +43,9 @@ func TestMain(m *testing.M) {
 	if program := os.Getenv(memfdEnv); program != "" {
 		fmt.Fprintln(os.Stderr, becomeMemfd(program))
 		os.Exit(1)
+	}
+	if os.Getenv(acceptEnv) != "" {
+		os.Exit(acceptOne())
 	}
 	if n, err := strconv.Atoi(os.Getenv(threadEnv)); err == nil {
 		endWithThreads(n)
@@ -289,6 +293,10 @@ func (c *company) play(r request) (reply, error) {
 		}
 		c.listener = l
 		return reply{Local: l.Addr().String()}, nil
+	case "stop listening":
+		return reply{}, c.listener.Close()
+	case "lend":
+		return lend(r)
 	case "accept":
 		conn, err := c.listener.Accept()
 		c.conn = conn
@@ -458,6 +466,46 @@ func converse(r request) (reply, error) {
 		_, _ = second.Read(make([]byte, 1)) // the reset
 	}
 	return answer, errors.Join(append(errs[:], second.Close())...)
+}
+
+// lend gives a listener to a child and connects to it.
+func lend(r request) (reply, error) {
+	l, err := listen(r)
+	if err != nil {
+		return reply{}, err
+	}
+	defer l.Close()
+	f, err := l.(*net.TCPListener).File()
+	if err != nil {
+		return reply{}, err
+	}
+	defer f.Close()
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Env, cmd.ExtraFiles, cmd.Stderr = []string{acceptEnv + "=1"}, []*os.File{f}, os.Stderr
+	if err := cmd.Start(); err != nil {
+		return reply{}, err
+	}
+	var dialer net.Dialer
+	dialer.SetMultipathTCP(r.Multipath)
+	conn, err := dialer.Dial(r.Network, l.Addr().String())
+	if err != nil {
+		return reply{}, errors.Join(err, cmd.Process.Kill(), cmd.Wait())
+	}
+	_, err = io.ReadAll(conn) // until the child closes it
+	return reply{PID: cmd.Process.Pid, Local: conn.LocalAddr().String()}, errors.Join(err, conn.Close(), cmd.Wait())
+}
+
+func acceptOne() int {
+	fd, _, err := unix.Accept4(3, unix.SOCK_CLOEXEC)
+	for errors.Is(err, unix.EAGAIN) { // the parent had made it one that does not wait
+		_, _ = unix.Poll([]unix.PollFd{{Fd: 3, Events: unix.POLLIN}}, int(patience.Milliseconds()))
+		fd, _, err = unix.Accept4(3, unix.SOCK_CLOEXEC)
+	}
+	if err = errors.Join(err, unix.Close(fd)); err != nil {
+		fmt.Fprintln(os.Stderr, "accept:", err)
+		return 1
+	}
+	return 0
 }
 
 // becomeMemfd copies a program into memory and executes it by file descriptor.

@@ -148,7 +148,7 @@ func TestVMPanic(t *testing.T) {
 	if err := errors.Join(a.close(), f.Close()); err != nil {
 		t.Fatal(err)
 	}
-	out, console, err := boot(t.Context(), t.TempDir(), m, kernel, initrd, securityModules)
+	out, console, err := bootAgain(t, m, kernel, initrd, securityModules)
 	if err != nil || len(out) > 0 || !bytes.Contains(console, []byte("Attempted to kill init! exitcode=0x00000700")) {
 		t.Errorf("error %v, output %q, console:\n%s", err, out, console)
 	}
@@ -157,7 +157,15 @@ func TestVMPanic(t *testing.T) {
 // boots boots a kernel, replays what its tests said, and returns what they say is seen.
 func boots(t *testing.T, m machine, kernel image, initrd, lsm string) []seen {
 	start, before := time.Now(), spent(t)
-	out, console, err := boot(t.Context(), t.TempDir(), m, kernel, initrd, lsm)
+	out, console, err := bootAgain(t, m, kernel, initrd, lsm)
+	covered := tell(t, out, console, err)
+	t.Logf("over after %s, with %s of CPU", time.Since(start).Round(100*time.Millisecond), (spent(t) - before).Round(100*time.Millisecond))
+	return covered
+}
+
+// bootAgain boots, and again while the emulator is to blame, twice at most.
+func bootAgain(t *testing.T, m machine, kernel image, initrd, lsm string) (out, console []byte, err error) {
+	out, console, err = boot(t.Context(), t.TempDir(), m, kernel, initrd, lsm)
 	for range 2 {
 		if !again(out, console, err) {
 			break
@@ -165,9 +173,7 @@ func boots(t *testing.T, m machine, kernel image, initrd, lsm string) []seen {
 		t.Logf("booting again, since the emulator failed: %v\n%s", err, tail(console, 30))
 		out, console, err = boot(t.Context(), t.TempDir(), m, kernel, initrd, lsm)
 	}
-	covered := tell(t, out, console, err)
-	t.Logf("over after %s, with %s of CPU", time.Since(start).Round(100*time.Millisecond), (spent(t) - before).Round(100*time.Millisecond))
-	return covered
+	return out, console, err
 }
 
 // spent is the CPU time of processes that this one has waited for: that of the emulator says

@@ -327,6 +327,7 @@ static __always_inline long emit_exec(struct exec_slot *slot)
  * so there are several of the same code, and the first that runs reports.
  */
 const volatile __u32 copies = 1;
+const volatile __u32 copy = 0; /* of them this one, in the order in which they run */
 
 struct report_key {
 	__u64 object; /* what does not occur twice at the same time */

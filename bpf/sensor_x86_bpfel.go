@@ -374,6 +374,7 @@ const (
 	SensorVarAcceptsSeen             = "accepts_seen"
 	SensorVarArgumentShift           = "argument_shift"
 	SensorVarCopies                  = "copies"
+	SensorVarCopy                    = "copy"
 	SensorVarEarlyFiles              = "early_files"
 	SensorVarLsmProbePid             = "lsm_probe_pid"
 	SensorVarScopeCgroupId           = "scope_cgroup_id"
@@ -533,6 +534,7 @@ type SensorVariableSpecs struct {
 	AcceptsSeen   *ebpf.VariableSpec `ebpf:"accepts_seen"`
 	ArgumentShift *ebpf.VariableSpec `ebpf:"argument_shift"`
 	Copies        *ebpf.VariableSpec `ebpf:"copies"`
+	Copy          *ebpf.VariableSpec `ebpf:"copy"`
 	EarlyFiles    *ebpf.VariableSpec `ebpf:"early_files"`
 	LsmProbePid   *ebpf.VariableSpec `ebpf:"lsm_probe_pid"`
 	ScopeCgroupId *ebpf.VariableSpec `ebpf:"scope_cgroup_id"`
@@ -609,6 +611,7 @@ type SensorVariables struct {
 	AcceptsSeen   *ebpf.Variable `ebpf:"accepts_seen"`
 	ArgumentShift *ebpf.Variable `ebpf:"argument_shift"`
 	Copies        *ebpf.Variable `ebpf:"copies"`
+	Copy          *ebpf.Variable `ebpf:"copy"`
 	EarlyFiles    *ebpf.Variable `ebpf:"early_files"`
 	LsmProbePid   *ebpf.Variable `ebpf:"lsm_probe_pid"`
 	ScopeCgroupId *ebpf.Variable `ebpf:"scope_cgroup_id"`

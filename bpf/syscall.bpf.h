@@ -249,6 +249,25 @@ static __always_inline __u32 wide_id(__u32 id, __u32 forms)
 	return (id & 0xffff) == 0xffff ? ~0U : id & 0xffff;
 }
 
+/*
+ * told tells whether a copy before this one has run for the task's call. Nothing tells a
+ * call from the same call done again, but the copies run in order: the first knows that
+ * it is a new one, and the last, or the next first, ends it.
+ */
+static __always_inline bool told(struct task_struct *task)
+{
+	struct report_key key = {
+		.object = BPF_CORE_READ(task, start_boottime),
+		.pid = BPF_CORE_READ(task, pid),
+		.kind = EVENT_KIND_NONE,
+	};
+	__u64 *last = bpf_map_lookup_elem(&reported, &key), going_on = copy + 1 < copies;
+	bool before = copy && last && *last;
+
+	bpf_map_update_elem(&reported, &key, &going_on, BPF_ANY);
+	return before;
+}
+
 static __always_inline int handle_syscall(struct pt_regs *regs, long result)
 {
 	struct task_struct *task;
@@ -277,6 +296,8 @@ static __always_inline int handle_syscall(struct pt_regs *regs, long result)
 	}
 	kind = call->kind;
 	if (!kind || (!task_in_scope(task) && !exercises(task)))
+		return 0;
+	if (copies > 1 && told(task))
 		return 0;
 	if (call->fd == SYSCALL_RESULT)
 		return opened(file_of(task, result));

@@ -14,6 +14,8 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/btf"
 	"golang.org/x/sys/unix"
+
+	"github.com/aurorasoc/edr-sensor/sensor/event"
 )
 
 // FileOptions say which changes of the file system are reported.
@@ -219,13 +221,13 @@ func (k *kernel) attachSyscalls(load loader) {
 	if bits == 0 {
 		return
 	}
-	a := attachment{hook: hook{chain: []candidate{{"raw_sys_exit"}}}}
+	a := attachment{hook: hook{chain: []candidate{{"raw_sys_exit"}}, copies: k.find(event.Fork).copies}}
 	err := k.spec.Variables["syscall_kinds"].Set(bits)
 	for number, pair := range syscallTable() {
 		err = errors.Join(err, k.maps["file_syscalls"].Put(number, pair))
 	}
 	if err == nil {
-		err = a.try(a.chain[0], load)
+		err = a.take(0, load)
 	}
 	if err != nil {
 		err = errors.Join(err, a.detach())

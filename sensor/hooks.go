@@ -28,6 +28,7 @@ type hook struct {
 	constant string
 	// copies is how many of a tracepoint's program are attached, if more than one.
 	copies int
+	copy   int // the one to load, from 0
 }
 
 // candidate is functions of bpf/sensor.bpf.c that do a hook's work together. A
@@ -185,7 +186,9 @@ func (a *attachment) take(i int, load loader) error {
 	}
 	a.candidate = i
 	for n := 2; n <= a.copies; n++ {
-		if err := a.spare(a.chain[i][0], load); err != nil {
+		h := a.hook
+		h.copy = n - 1
+		if err := a.spare(h, a.chain[i][0], load); err != nil {
 			a.errs = append(a.errs, fmt.Errorf("copy %d: %w", n, err))
 		}
 	}
@@ -193,8 +196,8 @@ func (a *attachment) take(i int, load loader) error {
 }
 
 // spare attaches one more copy of a program.
-func (a *attachment) spare(name string, load loader) error {
-	program, spec, err := load(a.hook, name)
+func (a *attachment) spare(h hook, name string, load loader) error {
+	program, spec, err := load(h, name)
 	if err != nil {
 		return fmt.Errorf("load %s: %w", name, err)
 	}

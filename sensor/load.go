@@ -275,6 +275,9 @@ func (k *kernel) load(h hook, name string, cache *btf.Cache) (*ebpf.Program, *eb
 			return nil, nil, err
 		}
 	}
+	if err := k.spec.Variables["copy"].Set(uint32(h.copy)); err != nil {
+		return nil, nil, err
+	}
 	if len(h.arguments) > 0 || optional {
 		types, err := cache.Kernel()
 		if err != nil {

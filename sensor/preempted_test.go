@@ -113,6 +113,48 @@ func TestRootCopies(t *testing.T) {
 	}
 }
 
+// The same for system calls, of which nothing tells one from the next.
+func TestRootCopiesOfSystemCalls(t *testing.T) {
+	a := startActor(t)
+	k := prepare(t, kernelOptions{Scope: Scope{Mode: ScopeTree, PID: uint32(a.pid)}, BulkBytes: 64 << 20, Files: FileOptions{On: true}, Copies: 3})
+	for i := range k.attached {
+		if h := &k.attached[i].hook; len(h.syscalls) > 0 {
+			h.chain = nil
+		}
+	}
+	if err := k.attach(); err != nil {
+		t.Fatal(err)
+	}
+	bulk := newTap(t, k.bulk)
+	dir := real(t, t.TempDir())
+	const each = 300
+	var wg sync.WaitGroup
+	workers := []*actor{a.spawn(), a.spawn(), a.spawn(), a.spawn()}
+	for i, w := range workers {
+		path := filepath.Join(dir, fmt.Sprint(i))
+		wg.Go(func() {
+			if said := w.do(request{Op: "storm of files", Args: []string{"mkdir", "rmdir"}, Env: []string{path}, Count: each}); said.Err != "" {
+				t.Error(said.Err)
+			}
+		})
+	}
+	wg.Wait()
+	seen := map[event.Kind]int{}
+	for _, r := range bulk.rest() {
+		seen[kindOf(r.SensorEventHeader)]++
+	}
+	missed, err := k.missed()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("left out %d runs of each copy, %d of all", leftOut(t, k), missed)
+	for _, kind := range kinds(event.FileMkdir, event.FileDelete) {
+		if want := each * len(workers); seen[kind] > want || seen[kind]+int(missed) < want {
+			t.Errorf("%d records of %s, want %d, but for %d at most", seen[kind], kind, want, missed)
+		}
+	}
+}
+
 // A single copy has to be left out by the same work, and what it does not see counted.
 func TestRootCopiesNegativeControl(t *testing.T) {
 	a := startActor(t)

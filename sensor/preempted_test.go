@@ -147,7 +147,7 @@ func TestRootCopiesOfSystemCalls(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Logf("left out %d runs of each copy, %d of all", leftOut(t, k), missed)
+	t.Logf("%d calls: left out %d runs of each copy, %d of all; %d and %d seen", 2*each*len(workers), leftOut(t, k), missed, seen[event.FileMkdir], seen[event.FileDelete])
 	for _, kind := range kinds(event.FileMkdir, event.FileDelete) {
 		if want := each * len(workers); seen[kind] > want || seen[kind]+int(missed) < want {
 			t.Errorf("%d records of %s, want %d, but for %d at most", seen[kind], kind, want, missed)

@@ -248,11 +248,19 @@ func (k *kernel) mend(dir string) (changes []hookChange, err error) {
 	lost, err := k.examine(dir)
 	before := k.hooks()
 	mended := false
+	var refused []int // hooks of which no form works
 	for i, why := range lost {
-		if before[i].lost == nil || before[i].missing() {
-			mended = k.reattach(i, why, dir) || mended
+		switch {
+		case before[i].lost != nil && !before[i].missing(), before[i].told():
+			// Nothing worked when it was lost, or system calls tell, which are a hook
+			// of their own.
+		case k.reattach(i, why, dir):
+			mended = true
+		default:
+			refused = append(refused, i)
 		}
 	}
+	mended = k.settle(refused, before) || mended
 	still := lost
 	if mended {
 		still, err = k.examine(dir)
@@ -283,11 +291,12 @@ func (k *kernel) hooks() []attachment {
 	return slices.Clone(k.attached)
 }
 
-// reattach replaces a lost hook and tells whether another one works.
+// reattach replaces a lost hook and tells whether another one works. If none does, nothing
+// is attached any more.
 func (k *kernel) reattach(i int, why error, dir string) bool {
 	k.mu.Lock()
 	old := k.attached[i]
-	if k.detached || old.told() {
+	if k.detached {
 		k.mu.Unlock()
 		return false
 	}
@@ -309,17 +318,39 @@ func (k *kernel) reattach(i int, why error, dir string) bool {
 		a.errs = append(errs, a.errs...)
 		return k.replace(i, a)
 	}
-	if len(old.syscalls) > 0 && k.fallBack(i, errs, load) {
-		return true
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.attached[i].errs = errs
+	return false
+}
+
+// settle has system calls tell what hooks saw of which no form works, all at once: each
+// change of what they tell has the kernel patch the way out of every one of them. What
+// they cannot tell is attached as it was, since it may work again.
+func (k *kernel) settle(refused []int, before []attachment) bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.detached || len(refused) == 0 {
+		return false
 	}
-	// Nothing works, so the first stays where it was and may work again.
-	a := attachment{hook: old.hook}
-	if err := a.take(old.candidate, load); err != nil {
-		errs = append(errs, errors.Join(err, a.detach()))
-		a.section = old.section
+	load := k.loader()
+	told := false
+	if slices.ContainsFunc(refused, func(i int) bool { return len(k.attached[i].syscalls) > 0 }) {
+		k.attachSyscalls(load)
+		told = k.attached[len(k.attached)-1].section == sysExit
 	}
-	a.errs = errs
-	return k.replace(i, a)
+	for _, i := range refused {
+		if told && (len(k.attached[i].syscalls) > 0 || before[i].section == sysExit) {
+			continue
+		}
+		a := attachment{hook: before[i].hook, errs: k.attached[i].errs}
+		if err := a.take(before[i].candidate, load); err != nil {
+			a.errs = append(a.errs, errors.Join(err, a.detach()))
+			a.section = before[i].section
+		}
+		k.attached[i] = a
+	}
+	return true
 }
 
 // works tries what was just attached.
@@ -350,24 +381,6 @@ func (k *kernel) replace(i int, a attachment) bool {
 	}
 	k.attached[i] = a
 	return true
-}
-
-// fallBack has system calls tell what the hook saw.
-func (k *kernel) fallBack(i int, errs []error, load loader) bool {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	a := &k.attached[i]
-	if k.detached {
-		return false
-	}
-	section := a.section
-	a.errs, a.section = errs, ""
-	k.attachSyscalls(load)
-	if k.attached[len(k.attached)-1].section == sysExit {
-		return true
-	}
-	k.attached[i].section = section
-	return false
 }
 
 // told tells whether system calls are in the hook's place, which are one of their own.

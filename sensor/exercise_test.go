@@ -198,6 +198,12 @@ func covered(t *testing.T, coverage []Coverage, kind event.Kind) Coverage {
 // kprobesOff switches kprobes off for the whole kernel, as an administrator can: the
 // exercise finds out, and system calls take their place.
 func kprobesOff(t *testing.T, k *kernel) {
+	cpus, err := os.ReadFile("/proc/cpuinfo")
+	if err == nil && strings.HasPrefix(release(), "5.") && strings.Contains(string(cpus), "QEMU TCG CPU") {
+		// The jump at the end of every system call is in memory, and the CPU goes on
+		// meeting the breakpoint that stood there while it was patched.
+		t.Skip("with kprobes switched off, an emulated CPU of Linux 5.10 does not see that code is patched, and hangs")
+	}
 	const enabled = "/sys/kernel/debug/kprobes/enabled"
 	if _, err := os.Stat(enabled); errors.Is(err, os.ErrNotExist) {
 		if err := unix.Mount("debugfs", "/sys/kernel/debug", "debugfs", 0, ""); err != nil {

@@ -206,7 +206,7 @@ func (k *kernel) attachSyscalls(load loader) {
 	var bits uint64
 	var missing []*attachment
 	k.attached = slices.DeleteFunc(k.attached, func(a attachment) bool {
-		return a.section == sysExit && len(a.links) > 0 && a.detach() == nil
+		return a.section == sysExit && len(a.syscalls) == 0 && a.detach() == nil
 	})
 	for i := range k.attached {
 		a := &k.attached[i]

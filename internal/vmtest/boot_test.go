@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 )
@@ -23,6 +24,7 @@ const bootTimeout = 12 * time.Minute
 type machine struct {
 	arch     string // as Debian and Go call it
 	arch32   string // that it runs as well
+	cpus     int
 	emulator string
 	args     []string // with a place to report to on standard output
 	console  string   // for the kernel's messages
@@ -56,13 +58,15 @@ func machines() []machine {
 const securityModules = "lockdown,capability,landlock,yama,apparmor,bpf"
 
 // boot starts a kernel with security modules and waits for its end. out is what the init script said, console
-// what the kernel said; both are there after an error, too. dir is for files.
-func boot(ctx context.Context, dir string, m machine, kernel image, initramfs, lsm string) (out, console []byte, err error) {
+// what the kernel said; both are there after an error, too. dir is for files. spent is the
+// emulator's CPU time, which says more about the tests than the time on the clock of a
+// machine that others use, too.
+func boot(ctx context.Context, dir string, m machine, kernel image, initramfs, lsm string) (out, console []byte, spent time.Duration, err error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, bootTimeout, fmt.Errorf("no end after %s", bootTimeout))
 	defer cancel()
 	serial := filepath.Join(dir, "console")
 	cmd := exec.CommandContext(ctx, m.emulator, slices.Concat([]string{
-		"-accel", "tcg,thread=multi", "-smp", "2", "-m", "1024",
+		"-accel", "tcg,thread=multi", "-smp", strconv.Itoa(m.cpus), "-m", "1024",
 		"-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
 		"-kernel", kernel.vmlinuz(), "-initrd", initramfs,
 		// no_timer_check is for 7.x, which panics when the emulator is slow.
@@ -83,7 +87,10 @@ func boot(ctx context.Context, dir string, m machine, kernel image, initramfs, l
 	if errors.Is(errRead, os.ErrNotExist) {
 		errRead = nil // qemu came not that far, and said so
 	}
-	return says.Bytes(), console, errors.Join(err, errRead)
+	if s := cmd.ProcessState; s != nil {
+		spent = s.UserTime() + s.SystemTime()
+	}
+	return says.Bytes(), console, spent, errors.Join(err, errRead)
 }
 
 // tail returns the last lines of a console, without what terminals make of them.

@@ -270,7 +270,7 @@ func TestFetchFromCache(t *testing.T) {
 	}
 	var said int
 	logf := func(string, ...any) { said++ }
-	debian := release{"6.1", "bookworm", "amd64"}
+	debian := release{"6.1", "bookworm", "amd64", 1}
 	if _, err := fetch(t.Context(), cache, debian, logf); err == nil || !strings.Contains(err.Error(), "bookworm") {
 		t.Errorf("without a kernel: %v", err)
 	}

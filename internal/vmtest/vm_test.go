@@ -12,10 +12,9 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
-
-	"golang.org/x/sys/unix"
 )
 
 // module is where go.mod is.
@@ -38,6 +37,7 @@ func requireVM(t *testing.T, r release) (machine, image) {
 	t.Helper()
 	all := machines()
 	m := all[slices.IndexFunc(all, func(m machine) bool { return m.arch == r.arch })]
+	m.cpus = r.cpus
 	var missing []string
 	for _, tool := range []string{m.emulator, "apt-get", "dpkg-deb", "xz"} {
 		if _, err := exec.LookPath(tool); err != nil {
@@ -85,37 +85,44 @@ func selected(t *testing.T) []release {
 	return releases()
 }
 
-// TestVM runs the tests of the kernel programs on every supported kernel.
+// TestVM runs the tests of the kernel programs on every supported kernel, as many at a time
+// as there are CPUs.
 func TestVM(t *testing.T) {
 	seeSources(t)
 	b := builder{dir: t.TempDir()}
+	var mu sync.Mutex
 	covered := map[string][]seen{}
+	t.Cleanup(func() { // after the subtests, which run in parallel
+		if !t.Failed() {
+			compareCoverage(t, covered)
+		}
+	})
 	for _, r := range selected(t) {
 		t.Run(r.name(), func(t *testing.T) {
-			if list := b.boot(t, r, securityModules, suites()); len(list) > 0 {
+			t.Parallel()
+			list := b.boot(t, r, securityModules, suites())
+			mu.Lock()
+			defer mu.Unlock()
+			if len(list) > 0 {
 				covered[r.name()] = list
 			}
 		})
-	}
-	if !t.Failed() {
-		compareCoverage(t, covered)
 	}
 }
 
 // builder remembers what it built.
 type builder struct {
 	dir  string
+	mu   sync.Mutex
 	done []string // architecture and suite
 }
 
-// boot runs suites on a kernel and returns what they say is seen.
-func (b *builder) boot(t *testing.T, r release, lsm string, suites []suite) []seen {
+// build builds what a machine needs for the suites and was not built yet.
+func (b *builder) build(t *testing.T, m machine, suites []suite) (dir string) {
 	t.Helper()
-	m, kernel := requireVM(t, r)
-	if !strings.HasPrefix(kernel.version(), r.series+".") {
-		t.Logf("Debian %s has Linux %s by now, no longer %s", r.suite, kernel.version(), r.series)
-	}
-	dir := filepath.Join(b.dir, m.arch)
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	dir = filepath.Join(b.dir, m.arch)
 	for _, s := range suites {
 		key := m.arch + " " + s.dir
 		if slices.Contains(b.done, key) {
@@ -126,6 +133,17 @@ func (b *builder) boot(t *testing.T, r release, lsm string, suites []suite) []se
 		}
 		b.done = append(b.done, key)
 	}
+	return dir
+}
+
+// boot runs suites on a kernel and returns what they say is seen.
+func (b *builder) boot(t *testing.T, r release, lsm string, suites []suite) []seen {
+	t.Helper()
+	m, kernel := requireVM(t, r)
+	if !strings.HasPrefix(kernel.version(), r.series+".") {
+		t.Logf("Debian %s has Linux %s by now, no longer %s", r.suite, kernel.version(), r.series)
+	}
+	dir := b.build(t, m, suites)
 	initrd := filepath.Join(t.TempDir(), "initramfs")
 	if err := initramfs(initrd, m, kernel, dir, suites); err != nil {
 		t.Fatal(err)
@@ -148,7 +166,7 @@ func TestVMPanic(t *testing.T) {
 	if err := errors.Join(a.close(), f.Close()); err != nil {
 		t.Fatal(err)
 	}
-	out, console, err := bootAgain(t, m, kernel, initrd, securityModules)
+	out, console, _, err := bootAgain(t, m, kernel, initrd, securityModules)
 	if err != nil || len(out) > 0 || !bytes.Contains(console, []byte("Attempted to kill init! exitcode=0x00000700")) {
 		t.Errorf("error %v, output %q, console:\n%s", err, out, console)
 	}
@@ -156,35 +174,23 @@ func TestVMPanic(t *testing.T) {
 
 // boots boots a kernel, replays what its tests said, and returns what they say is seen.
 func boots(t *testing.T, m machine, kernel image, initrd, lsm string) []seen {
-	start, before := time.Now(), spent(t)
-	out, console, err := bootAgain(t, m, kernel, initrd, lsm)
+	start := time.Now()
+	out, console, spent, err := bootAgain(t, m, kernel, initrd, lsm)
 	covered := tell(t, out, console, err)
-	t.Logf("over after %s, with %s of CPU", time.Since(start).Round(100*time.Millisecond), (spent(t) - before).Round(100*time.Millisecond))
+	t.Logf("over after %s, with %s of CPU", time.Since(start).Round(100*time.Millisecond), spent.Round(100*time.Millisecond))
 	return covered
 }
 
 // bootAgain boots, and again while the emulator is to blame, twice at most.
-func bootAgain(t *testing.T, m machine, kernel image, initrd, lsm string) (out, console []byte, err error) {
-	out, console, err = boot(t.Context(), t.TempDir(), m, kernel, initrd, lsm)
-	for range 2 {
+func bootAgain(t *testing.T, m machine, kernel image, initrd, lsm string) (out, console []byte, spent time.Duration, err error) {
+	for range 3 {
+		out, console, spent, err = boot(t.Context(), t.TempDir(), m, kernel, initrd, lsm)
 		if !again(out, console, err) {
 			break
 		}
-		t.Logf("booting again, since the emulator failed: %v\n%s", err, tail(console, 30))
-		out, console, err = boot(t.Context(), t.TempDir(), m, kernel, initrd, lsm)
+		t.Logf("the emulator failed: %v\n%s", err, tail(console, 30))
 	}
-	return out, console, err
-}
-
-// spent is the CPU time of processes that this one has waited for: that of the emulator says
-// more about the tests than the time on the clock of a machine that others use, too.
-func spent(t *testing.T) time.Duration {
-	t.Helper()
-	var u unix.Rusage
-	if err := unix.Getrusage(unix.RUSAGE_CHILDREN, &u); err != nil {
-		t.Fatal(err)
-	}
-	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+	return out, console, spent, err
 }
 
 // again reports whether the emulator is to blame: a machine hung, or its clock ran away,

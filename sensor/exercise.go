@@ -22,7 +22,7 @@ import (
 type tally [event.Kinds]uint64
 
 // exerciseDir is the directory that an exercise makes, and removes again.
-const exerciseDir = "exercise"
+const exerciseDir = ".edr-sensor-exercise"
 
 // exercise does once what each file hook is there to see, in a directory of its own, on
 // a thread whose doings the programs count instead of reporting. It returns how often
@@ -61,9 +61,7 @@ func (k *kernel) exercised() (t tally, err error) {
 // names files by the open directory, so that nobody can slip another one in between. What
 // the file system does not take is not counted as done, and no error.
 func changeFiles(dir string) (done tally, err error) {
-	if err := os.RemoveAll(dir); err != nil { // of a sensor that was killed
-		return done, fmt.Errorf("exercise hooks: %w", err)
-	}
+	removeLeftovers(dir)
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		return done, fmt.Errorf("exercise hooks: %w", err)
 	}
@@ -119,6 +117,15 @@ func changeFiles(dir string) (done tally, err error) {
 		count(unix.Unlinkat(at, name, 0), event.FileDelete)
 	}
 	return done, nil
+}
+
+// removeLeftovers removes what the exercise of a sensor that was killed has made, and
+// nothing else: whoever has put something there finds it again, and the exercise fails.
+func removeLeftovers(dir string) {
+	for _, name := range []string{"a", "b", "c", "d"} {
+		_ = unix.Unlink(filepath.Join(dir, name)) // mostly there is none; Mkdir says what is in the way
+	}
+	_ = unix.Rmdir(dir)
 }
 
 // changeXattrs sets and removes an attribute and an ACL: newer kernels have hooks of

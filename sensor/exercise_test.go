@@ -75,6 +75,38 @@ func TestRootExerciseInScope(t *testing.T) {
 	tryHooks(t, k, newTap(t, k.bulk), true)
 }
 
+// An exercise removes what a killed one has left, and nothing that is somebody else's.
+func TestExerciseLeavesAloneWhatIsNotItsOwn(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), exerciseDir)
+	foreign := filepath.Join(dir, "a", "theirs")
+	if err := os.MkdirAll(filepath.Dir(foreign), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(foreign, []byte("x"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := changeFiles(dir); err == nil || !strings.Contains(err.Error(), dir) {
+		t.Errorf("with a foreign file in the way: %v", err)
+	}
+	if _, err := os.Stat(foreign); err != nil {
+		t.Error(err)
+	}
+	if err := os.RemoveAll(filepath.Join(dir, "a")); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"a", "d"} {
+		if err := os.WriteFile(filepath.Join(dir, name), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if done, err := changeFiles(dir); err != nil || done[event.FileCreate] != 1 {
+		t.Errorf("after a killed exercise: %v, %v", done, err)
+	}
+	if _, err := os.Stat(dir); !os.IsNotExist(err) {
+		t.Errorf("left behind: %v", err)
+	}
+}
+
 // forms is the section of each hook by its first kind.
 func forms(k *kernel) map[event.Kind]string {
 	m := map[event.Kind]string{}

@@ -327,9 +327,15 @@ func (a *Agent) Run(ctx context.Context) error {
 	a.started.Store(true)
 	notifySystemd(daemon.SdNotifyReady)
 
-	stop := context.AfterFunc(ctx, func() { a.beginStop(ctx) })
+	// The worker ends only when the record of the stop is queued: it drains once.
+	work, stopWorker := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopWorker()
+	stop := context.AfterFunc(ctx, func() {
+		a.beginStop(ctx)
+		stopWorker()
+	})
 	defer stop()
-	err := a.sensor.Run(ctx, drainWithin)
+	err := a.sensor.Run(work, drainWithin)
 	a.beginStop(ctx)
 	stopWatching()
 	<-monitored

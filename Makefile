@@ -9,7 +9,7 @@ GO          ?= go
 CLANG       ?= clang-19
 STRIP       ?= llvm-strip-19
 CLANG_FORMAT ?= clang-format-19
-VERSION     ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+VERSION     ?= $(shell packaging/scripts/version.sh)
 LDFLAGS     := -s -w -X main.version=$(VERSION)
 SCOPE       ?= all
 FUZZTIME    ?= 20s
@@ -104,6 +104,11 @@ check-generated:
 .PHONY: deps
 deps:
 	@packaging/scripts/deps.sh
+
+## packages: deb and rpm for amd64 and arm64 with their SBOMs, in dist/; ARCH=amd64 for one only
+.PHONY: packages
+packages:
+	@VERSION='$(VERSION)' packaging/scripts/packages.sh $(ARCH)
 
 ## clean: remove what the targets above made
 .PHONY: clean

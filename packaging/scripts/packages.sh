@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Builds the deb and the rpm of this tree, for amd64 and arm64 or for those named:
+#   packages.sh [amd64|arm64 ...]
+# DIST (dist) is where they go, VERSION and SOURCE_DATE_EPOCH default to what git
+# says. The same tree, compiler and version give the same bytes.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+umask 022
+export LC_ALL=C TZ=UTC CGO_ENABLED=0
+
+VERSION=${VERSION:-$(packaging/scripts/version.sh)}
+export SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct 2>/dev/null || stat -c %Y go.mod)}
+DIST=${DIST:-dist}
+GO=${GO:-go}
+arches=("$@")
+[ ${#arches[@]} -gt 0 ] || arches=(amd64 arm64)
+
+mkdir -p "$DIST"
+stage=$(mktemp -d)
+trap 'rm -rf "$stage"' EXIT
+# What an earlier call left would look like a part of this one.
+rm -f "$DIST"/edr-sensor[_-]*.{deb,rpm,json}
+
+# What is the same on both architectures: written by the binary of this machine.
+"$GO" build -trimpath -ldflags "-s -w -X main.version=$VERSION" -o "$stage/self" ./cmd/edr-sensor
+for shell in bash zsh fish; do
+	"$stage/self" completion $shell >"$stage/completion.$shell"
+done
+"$stage/self" man | gzip -9n >"$stage/edr-sensor.1.gz"
+cat >"$stage/changelog.yaml" <<YAML
+- semver: "$VERSION-1"
+  date: "$(date -u -d "@$SOURCE_DATE_EPOCH" +%Y-%m-%dT%H:%M:%SZ)"
+  packager: edr-sensor authors <edr-sensor@users.noreply.github.com>
+  deb: {urgency: medium, distributions: [stable]}
+  changes:
+    - note: "Built from version $VERSION; https://github.com/aurorasoc/edr-sensor has its history."
+YAML
+
+for arch in "${arches[@]}"; do
+	mkdir "$stage/$arch"
+	GOOS=linux GOARCH=$arch "$GO" build -trimpath -ldflags "-s -w -X main.version=$VERSION" -o "$stage/$arch/edr-sensor" ./cmd/edr-sensor
+	for format in deb rpm; do
+		doc=file # what nfpm calls doc is not put into a deb
+		[ $format = deb ] || doc=doc
+		sed "s|\${STAGE}|$stage|g; s|\${ARCH}|$arch|g; s|\${VERSION}|$VERSION|g; s|\${DOC}|$doc|g" packaging/nfpm.yaml >"$stage/nfpm.yaml"
+		"$GO" tool -modfile=nfpm.mod nfpm package --config "$stage/nfpm.yaml" --packager $format --target "$DIST"
+	done
+done

@@ -6,6 +6,7 @@ import (
 	"context"
 	"fmt"
 	"maps"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -168,4 +169,54 @@ func (r *repeats) due(now time.Time, all bool) (out []event.SelfInfo) {
 		out = append(out, i)
 	}
 	return out
+}
+
+// maxTold is how many of the newest decisions can be written again.
+const maxTold = 256
+
+// told remembers the newest decisions of this run by their seq. When the buffer has
+// to drop its oldest records, those go first that tell how it came to that, and an
+// auditor has nothing but the decisions; so what is lost of them is written again.
+type told []telling
+
+type telling struct {
+	seq  uint64
+	at   int64 // when it was decided, ns since the Unix epoch
+	info event.SelfInfo
+}
+
+func (t *told) add(d telling) {
+	if len(*t) == maxTold {
+		*t = slices.Delete(*t, 0, 1)
+	}
+	*t = append(*t, d)
+}
+
+// lost takes out what one of the losses covers, and returns it.
+func (t *told) lost(losses []event.Loss) (out []telling) {
+	*t = slices.DeleteFunc(*t, func(d telling) bool {
+		gone := slices.ContainsFunc(losses, func(l event.Loss) bool { return l.First <= d.seq && d.seq <= l.Last })
+		if gone {
+			out = append(out, d)
+		}
+		return gone
+	})
+	return out
+}
+
+// tellAgain writes the decisions again that s.losses covers, in their order, with the
+// time at which they were made and the seq that they had first. Their lines are in
+// the log already.
+func (s *Sensor) tellAgain(ctx context.Context) {
+	for _, d := range s.told.lost(s.losses) {
+		if d.info.Attrs["restated_seq"] == nil {
+			attrs := maps.Clone(d.info.Attrs)
+			if attrs == nil {
+				attrs = map[string]any{}
+			}
+			attrs["restated_seq"] = d.seq
+			d.info.Attrs = attrs
+		}
+		s.writeSelfAt(ctx, time.Now().UnixNano(), d.at, &d.info, nil)
+	}
 }

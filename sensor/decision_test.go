@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 	logtest "go.uber.org/zap/zaptest/observer"
@@ -112,5 +113,92 @@ func TestRepeatedDecisionsAreBounded(t *testing.T) {
 	}
 	if due := r.due(start, true); len(due) != 1 || due[0].Attrs["repeated"] != 9*repeatKeys-repeatMost {
 		t.Errorf("due %+v of %v", due, slices.Collect(maps.Keys(r.keys)))
+	}
+}
+
+// numberedSink takes everything, and loses what it is told to.
+type numberedSink struct {
+	fullSink
+	n    uint64
+	recs []string
+	lost []event.Loss
+}
+
+func (s *numberedSink) Next() uint64 { return s.n + 1 }
+
+func (s *numberedSink) End(rec []byte, _ bool, names []event.Loss) error {
+	s.n++
+	s.recs = append(s.recs, string(rec))
+	if len(names) > 0 {
+		s.lost = nil
+	}
+	return nil
+}
+
+func (s *numberedSink) Unnamed(dst []event.Loss) []event.Loss { return append(dst, s.lost...) }
+
+// TestLostDecisionsAreWrittenAgain loses decisions once and again: each comes back
+// with its own time and its first seq, in order, and what names losses does not.
+func TestLostDecisionsAreWrittenAgain(t *testing.T) {
+	ctx, logs := observed(t)
+	sink := &numberedSink{}
+	s := newWorker(prometheus.NewPedanticRegistry(), sink)
+	for n := range 4 {
+		s.decide(ctx, &event.SelfInfo{Activity: event.ActivityMode, Code: "MODE", After: fmt.Sprint("mode ", n+1), Attrs: map[string]any{"n": n}}, nil)
+	}
+	times := map[string]int64{}
+	tell := func(losses ...event.Loss) (out []string) {
+		t.Helper()
+		first := s.o.Sink.Next()
+		sink.lost = losses
+		if s.losses = s.o.Sink.Unnamed(s.losses[:0]); len(s.losses) > 0 {
+			s.decide(ctx, &event.SelfInfo{Activity: event.ActivityLost, Code: "RECORDS_LOST", Losses: s.losses}, s.losses)
+			s.tellAgain(ctx)
+		}
+		for n, rec := range sink.recs {
+			var r struct {
+				Time int64
+				Code string `json:"status_code"`
+				Self struct {
+					Sensor struct {
+						After string
+						Seq   uint64 `json:"restated_seq"`
+					}
+				} `json:"unmapped"`
+			}
+			if err := json.Unmarshal([]byte(rec), &r); err != nil {
+				t.Fatal(err)
+			}
+			if mode := r.Self.Sensor.After; mode != "" {
+				if at, known := times[mode]; known && at != r.Time {
+					t.Errorf("%s was decided at %d, and then at %d", mode, at, r.Time)
+				}
+				times[mode] = r.Time
+			}
+			if n >= int(first)-1 {
+				out = append(out, fmt.Sprint(r.Code, " ", r.Self.Sensor.After, " ", r.Self.Sensor.Seq))
+			}
+		}
+		return out
+	}
+	if d := cmp.Diff([]string{"RECORDS_LOST  0", "MODE mode 2 2", "MODE mode 3 3"}, tell(event.Loss{Cause: "truncated", First: 2, Last: 3, Count: 2})); d != "" {
+		t.Errorf("lost once (-want +got):\n%s", d)
+	}
+	// The names of the first loss are gone, too: those are the buffer's to remember.
+	if d := cmp.Diff([]string{"RECORDS_LOST  0", "MODE mode 4 4", "MODE mode 2 2"}, tell(event.Loss{First: 4, Last: 6, Count: 3})); d != "" {
+		t.Errorf("lost again (-want +got):\n%s", d)
+	}
+	// Of an earlier epoch, of an unknown number.
+	if d := cmp.Diff([]string{"RECORDS_LOST  0"}, tell(event.Loss{Cause: "corrupt"})); d != "" {
+		t.Errorf("of another run (-want +got):\n%s", d)
+	}
+	if n := logs.FilterField(zap.String(logging.KeyCode, "MODE")).Len(); n != 4 {
+		t.Errorf("%d lines of 4 decisions", n)
+	}
+	for range 2 * maxTold {
+		s.decide(ctx, &event.SelfInfo{Code: "MODE"}, nil)
+	}
+	if len(s.told) != maxTold {
+		t.Errorf("%d are remembered, want %d", len(s.told), maxTold)
 	}
 }

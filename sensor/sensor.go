@@ -118,6 +118,8 @@ type Sensor struct {
 	overflow uint64
 	repeats  repeats
 
+	told told // the worker's
+
 	reported  [event.Kinds]KindCounter // kernel counters at the last tick
 	unwritten map[string]uint64        // events that could not become records since the last tick, by reason
 	missed    uint64                   // program runs left out by the kernel, reported so far
@@ -451,9 +453,19 @@ func (s *Sensor) writeNotices(ctx context.Context) {
 
 func (s *Sensor) writeSelf(ctx context.Context, i *event.SelfInfo, names []event.Loss) {
 	now := time.Now().UnixNano()
-	s.self = event.Event{Kind: event.Lifecycle, Time: now, Self: i, Hook: "userspace/agent"}
+	s.writeSelfAt(ctx, now, now, i, names)
+}
+
+// writeSelfAt writes what was decided at a time. What names losses needs no memory of
+// ours: the buffer has it named again.
+func (s *Sensor) writeSelfAt(ctx context.Context, now, at int64, i *event.SelfInfo, names []event.Loss) {
+	s.self = event.Event{Kind: event.Lifecycle, Time: at, Self: i, Hook: "userspace/agent"}
 	s.metrics.events[event.Lifecycle].Inc()
+	seq := s.o.Sink.Next()
 	s.write(ctx, now, &s.self, i.Severity >= 4, names)
+	if s.o.Sink.Next() > seq && len(names) == 0 {
+		s.told.add(telling{seq, at, *i})
+	}
 }
 
 // tick reports what was lost since the last one.
@@ -472,6 +484,7 @@ func (s *Sensor) tick(ctx context.Context, now time.Time) {
 		}
 		i.Message = fmt.Sprintf("%d records will not be delivered", i.Count)
 		s.decide(ctx, &i, s.losses)
+		s.tellAgain(ctx)
 	}
 	for reason, n := range s.unwritten {
 		i := lost

@@ -436,6 +436,7 @@ func (s *Sender) take(ctx context.Context, r reply) error {
 			zap.Uint64(logging.KeyFirst, r.last+1), zap.Uint64(logging.KeyLast, s.pos))
 		st := *s.state.Load()
 		st.Rewinds++
+		st.Behind = Behind{r.last + 1, s.pos}
 		s.set(&st)
 	}
 	if r.last > s.acked {
@@ -500,7 +501,7 @@ func (s *Sender) fail(ctx context.Context, err error) time.Duration {
 	s.m.connected.Set(0)
 
 	prev := s.state.Load()
-	st := &State{Phase: p.phase, Since: prev.Since, Address: s.o.Addr, Class: class, Error: err.Error(), Hint: p.hint, Warning: s.warning, Rewinds: prev.Rewinds, Rotations: prev.Rotations}
+	st := &State{Phase: p.phase, Since: prev.Since, Address: s.o.Addr, Class: class, Error: err.Error(), Hint: p.hint, Warning: s.warning, Rewinds: prev.Rewinds, Behind: prev.Behind, Rotations: prev.Rotations}
 	var up time.Duration
 	if prev.Phase != st.Phase {
 		st.Since = time.Now()
@@ -527,7 +528,7 @@ func (s *Sender) fail(ctx context.Context, err error) time.Duration {
 func (s *Sender) recover(ctx context.Context) {
 	s.m.connected.Set(1)
 	prev := s.state.Load()
-	st := &State{Phase: Connected, Since: time.Now(), Address: s.o.Addr, Warning: s.warning, Rewinds: prev.Rewinds, Rotations: prev.Rotations}
+	st := &State{Phase: Connected, Since: time.Now(), Address: s.o.Addr, Warning: s.warning, Rewinds: prev.Rewinds, Behind: prev.Behind, Rotations: prev.Rotations}
 	if s.told {
 		s.told = false
 		logging.From(ctx).Info("delivering", zap.String(logging.KeyCode, "DELIVERING"),

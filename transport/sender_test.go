@@ -184,7 +184,7 @@ func TestSenderRewindsOverRetainedTail(t *testing.T) {
 		t.Errorf("rewinds = %v, want 1", got)
 	}
 	metricstest.Moved(t, before, metricstest.Gather(t, reg), "transport_rewinds_total")
-	if first, second := <-changes, <-changes; first.Rewinds != 0 || second.Rewinds != 1 || second.Phase != Connected {
+	if first, second := <-changes, <-changes; first.Rewinds != 0 || second.Rewinds != 1 || second.Behind != (Behind{1, 1000}) || second.Phase != Connected {
 		t.Errorf("changes %+v, %+v", first, second)
 	}
 	if got := q.forfeited(); got != nil {

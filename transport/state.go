@@ -33,11 +33,16 @@ type State struct {
 	// last answered (zero: never).
 	Acked     uint64
 	LastReply time.Time
-	// Rewinds counts how often the server had less than it had confirmed.
+	// Rewinds counts how often the server had less than it had confirmed, and Behind
+	// is what it lacked the last time; zero before the first.
 	Rewinds uint64
+	Behind  Behind
 	// Rotations counts the connects with another password than before.
 	Rotations uint64
 }
+
+// Behind is a range of seqs, both ends included.
+type Behind struct{ First, Last uint64 }
 
 func (s *State) differs(o *State) bool {
 	return s.Phase != o.Phase || s.Class != o.Class || s.Warning != o.Warning || s.Rewinds != o.Rewinds || s.Rotations != o.Rotations

@@ -30,7 +30,8 @@ func (a *Agent) deliveryDecisions(ctx context.Context) func(transport.State) {
 // delivery remembers the sender's state.
 type delivery struct {
 	before transport.State
-	held   time.Time // since when somebody is needed; zero: nobody
+	away   time.Time // since when Redis takes nothing; zero: it does
+	told   bool      // and that a decision has said so
 	now    func() time.Time
 }
 
@@ -40,9 +41,9 @@ func (d *delivery) step(s transport.State) (out []event.SelfInfo) {
 	d.before = s
 	if s.Rewinds > before.Rewinds {
 		out = append(out, event.SelfInfo{
-			Name: "Rewind", Severity: 3, Failed: true, Code: "SERVER_BEHIND", Count: s.Rewinds - before.Rewinds,
-			Message: "Redis had less than it had confirmed; what the buffer still has was sent again",
-			Attrs:   map[string]any{"address": s.Address, "rewinds": s.Rewinds, "last": s.Acked},
+			Name: "Rewind", Severity: 3, Failed: true, Code: "SERVER_BEHIND", Count: s.Behind.Last - s.Behind.First + 1,
+			Message: fmt.Sprintf("Redis had less than it had confirmed: seqs %d to %d were missing; what the buffer still has of them is sent again", s.Behind.First, s.Behind.Last),
+			Attrs:   map[string]any{"address": s.Address, "rewinds": s.Rewinds, "first": s.Behind.First, "last": s.Behind.Last},
 		})
 	}
 	if s.Rotations > before.Rotations {
@@ -71,16 +72,22 @@ func (d *delivery) step(s transport.State) (out []event.SelfInfo) {
 			Message: "Redis does not take events until somebody acts: " + s.Hint, Attrs: evidence,
 		})
 	}
+	needed := s.Phase == transport.Held || s.Phase == transport.Fenced
 	switch {
-	case (s.Phase == transport.Held || s.Phase == transport.Fenced) && d.held.IsZero():
-		d.held = d.now()
-	case s.Phase == transport.Connected && !d.held.IsZero():
-		out = append(out, event.SelfInfo{
-			Name: "Delivery Resumed", Severity: 1, Code: "DELIVERY_RESUMED", Before: string(before.Phase), After: string(s.Phase),
-			From: d.held, To: d.now(), Message: fmt.Sprintf("Redis takes events again after %s", d.now().Sub(d.held).Round(time.Millisecond)),
-			Attrs: map[string]any{"address": s.Address, "held_seconds": d.now().Sub(d.held).Seconds(), "acked": s.Acked},
-		})
-		d.held = time.Time{}
+	case s.Phase != transport.Connected && d.away.IsZero():
+		d.away, d.told = d.now(), needed
+	case s.Phase != transport.Connected:
+		d.told = d.told || needed
+	case !d.away.IsZero():
+		from, to := d.away, d.now()
+		d.away = time.Time{}
+		if took := to.Sub(from); d.told || took >= awayGrace {
+			out = append(out, event.SelfInfo{
+				Name: "Delivery Resumed", Severity: 1, Code: "DELIVERY_RESUMED", Before: string(before.Phase), After: string(s.Phase),
+				From: from, To: to, Message: fmt.Sprintf("Redis takes events again after %s", took.Round(time.Millisecond)),
+				Attrs: map[string]any{"address": s.Address, "away_seconds": took.Seconds(), "acked": s.Acked},
+			})
+		}
 	}
 	return out
 }

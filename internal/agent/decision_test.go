@@ -35,7 +35,9 @@ func TestDeliveryDecisions(t *testing.T) {
 	}{
 		{transport.State{Phase: transport.Connected}, 0, nil},
 		{transport.State{Phase: transport.Retrying, Class: transport.ClassDial}, 0, nil},
-		{transport.State{Phase: transport.Connected, Rewinds: 2}, 0, []string{"SERVER_BEHIND 2 > true"}},
+		{transport.State{Phase: transport.Connected, Rewinds: 2, Behind: transport.Behind{First: 7, Last: 9}}, awayGrace - 1, []string{"SERVER_BEHIND 3 > true"}},
+		{transport.State{Phase: transport.Retrying, Class: transport.ClassDial, Rewinds: 2}, 0, nil},
+		{transport.State{Phase: transport.Connected, Rewinds: 2}, awayGrace, []string{"DELIVERY_RESUMED 0 retrying>connected false"}},
 		{transport.State{Phase: transport.Held, Class: transport.ClassOOM, Rewinds: 2}, 0, []string{"DELIVERY_HELD 0 connected>held true"}},
 		{transport.State{Phase: transport.Held, Class: transport.ClassOOM, Rewinds: 2}, 0, nil},
 		{transport.State{Phase: transport.Held, Class: transport.ClassAuth, Rewinds: 2}, 0, []string{"DELIVERY_HELD 0 held>held true"}},
@@ -49,8 +51,8 @@ func TestDeliveryDecisions(t *testing.T) {
 		var got []string
 		for _, i := range d.step(s.state) {
 			got = append(got, brief(i))
-			if i.Code == "DELIVERY_RESUMED" && s.after > 0 && i.Attrs["held_seconds"] != 9.0 {
-				t.Errorf("held for %v", i.Attrs["held_seconds"])
+			if i.Code == "DELIVERY_RESUMED" && (i.Attrs["away_seconds"] != s.after.Seconds() || i.To.Sub(i.From) != s.after) {
+				t.Errorf("away for %v, from %v to %v", i.Attrs["away_seconds"], i.From, i.To)
 			}
 		}
 		if diff := cmp.Diff(s.want, got); diff != "" {

@@ -145,10 +145,10 @@ func DecisionTable() []Decision {
 			"Redis refuses events for a reason that does not pass by itself (`class`, `error`). They stay in the buffer; the sensor goes on trying.",
 			"Do what `remedy` says.",
 		},
-		{"DELIVERY_RESUMED", "Delivery Resumed", DecisionsSystem, "Redis takes events again after DELIVERY_HELD or FENCED; `held_seconds` is how long it did not.", nothing},
+		{"DELIVERY_RESUMED", "Delivery Resumed", DecisionsSystem, "Redis takes events again after DELIVERY_HELD or FENCED, or after an outage of some seconds; `start_time` and `end_time` enclose it, `away_seconds` is how long it was, `acked` the newest record that Redis had confirmed until then.", nothing},
 		{
 			"SERVER_BEHIND", "Rewind", DecisionsSystem,
-			"Redis had less than it had confirmed: it lost the end of its data in a crash or a failover, or was emptied. What the buffer still has was sent again.",
+			"Redis had less than it had confirmed: it lost the end of its data in a crash or a failover, or was emptied. It lacked the records from `first` to `last`; what the buffer still has of them was sent again.",
 			"Check the server's persistence (`appendfsync`) and its replicas. What the buffer did not have any more is named in RECORDS_LOST.",
 		},
 		{

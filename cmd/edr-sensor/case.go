@@ -26,6 +26,7 @@ type sensorCase struct {
 	Opened          time.Time `json:"opened"`
 	Until           time.Time `json:"until"`
 	Tagged          uint64    `json:"tagged"`
+	AtLeast         bool      `json:"tagged_at_least,omitempty"`
 	Covered         *int      `json:"covered,omitempty"`
 	Note            string    `json:"note,omitempty"`
 }
@@ -240,7 +241,11 @@ func (c sensorCase) opened(now time.Time) string {
 }
 
 func (c sensorCase) closed(time.Time) string {
-	return fmt.Sprintf("case %s is closed; %s %s its ids\n", safe(c.ID), plural(int(c.Tagged), "event"), verb(c.Tagged, "carries", "carry"))
+	atLeast := ""
+	if c.AtLeast {
+		atLeast = "at least "
+	}
+	return fmt.Sprintf("case %s is closed; %s%s %s its ids\n", safe(c.ID), atLeast, plural(int(c.Tagged), "event"), verb(c.Tagged, "carries", "carry"))
 }
 
 func verb(n uint64, one, more string) string {

@@ -97,7 +97,7 @@ func TestCaseCommands(t *testing.T) {
 		{"open --case-id C --path /x", 403, "user 7 may not open and close cases", nil, 77, "", "may not"},
 		{"open --case-id C --path /x", 507, "no space left", nil, 1, "", "507 Insufficient Storage: no space left"},
 		{"close C", 200, `{"case_id":"C","tagged":1}`, map[string]any{"case_id": "C", "user_id": ""}, 0, "case C is closed; 1 event carries its ids\n", ""},
-		{"close --case-id C --user-id u", 200, `{"case_id":"C","tagged":2}`, map[string]any{"case_id": "C", "user_id": "u"}, 0, "case C is closed; 2 events carry its ids\n", ""},
+		{"close --case-id C --user-id u", 200, `{"case_id":"C","tagged":2,"tagged_at_least":true}`, map[string]any{"case_id": "C", "user_id": "u"}, 0, "case C is closed; at least 2 events carry its ids\n", ""},
 		{"close D", 404, "case D is not open", nil, 1, "", "case D is not open"},
 		{"list", 404, "404 page not found\n", nil, 1, "", "another version"},
 		{"list", 200, `{"cases":[]}`, nil, 0, "no case is open\n", ""},

@@ -216,11 +216,15 @@ func (k *caseKeeper) resumed(ctx context.Context, ended []cases.Ended, damage er
 func (k *caseKeeper) ended(ctx context.Context, c cases.Case, by, code, name, how string, more map[string]any) {
 	attrs := caseAttrs(c)
 	attrs["tagged"] = c.Tagged
+	atLeast := ""
+	if c.AtLeast {
+		attrs["tagged_at_least"], atLeast = true, "at least "
+	}
 	maps.Copy(attrs, more)
 	k.decide(ctx, event.SelfInfo{
 		Stream: event.DecisionsApprovals, Name: name, Severity: 1, Code: code, Before: "open", After: "closed",
 		CaseID: c.ID, InvestigationID: c.InvestigationID, UserID: by, Attrs: attrs,
-		Message: fmt.Sprintf("%s %s: %d events carry its ids", &c, how, c.Tagged),
+		Message: fmt.Sprintf("%s %s: %s%d events carry its ids", &c, how, atLeast, c.Tagged),
 	})
 }
 
@@ -259,7 +263,8 @@ func (k *caseKeeper) keepRoots(ctx context.Context) {
 	}
 }
 
-// save keeps how many events were tagged, and what belongs to subtrees.
+// save keeps how many events were tagged, and what belongs to subtrees. Nothing is
+// tagged any more.
 func (k *caseKeeper) save(ctx context.Context) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
@@ -267,7 +272,7 @@ func (k *caseKeeper) save(ctx context.Context) error {
 	if k.set.Len() == 0 {
 		return nil
 	}
-	return k.set.Save()
+	return k.set.End()
 }
 
 func (k *caseKeeper) list() []cases.Case {

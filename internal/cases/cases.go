@@ -53,9 +53,10 @@ type Case struct {
 	Collect         Collect   `json:"collect"`
 	Opened          time.Time `json:"opened"`
 	Until           time.Time `json:"until"`
-	// Tagged is how many events carry its ids. After a sensor that was killed it
-	// counts from what was known when the set of cases last changed.
-	Tagged uint64 `json:"tagged"`
+	// Tagged is how many events carry its ids; at least so many, if AtLeast is set: a
+	// sensor that was killed knew of more than it had written down.
+	Tagged  uint64 `json:"tagged"`
+	AtLeast bool   `json:"tagged_at_least,omitempty"`
 
 	// Roots are what is left of a subtree where parents have ended.
 	Roots []Root `json:"roots,omitempty"`

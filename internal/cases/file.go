@@ -26,6 +26,7 @@ const (
 // file is the form in which the cases are kept.
 type file struct {
 	Version int    `json:"version"`
+	Ended   bool   `json:"ended,omitempty"` // by a sensor that tagged nothing afterwards
 	Cases   []Case `json:"cases"`
 }
 
@@ -40,7 +41,7 @@ type Ended struct {
 // now. The Set is always good.
 func Load(dir, bootID string, now time.Time) (s *Set, ended []Ended, damage error) {
 	s = &Set{path: filepath.Join(dir, fileName), bootID: bootID}
-	list, err := read(s.path)
+	f, err := read(s.path)
 	if err != nil {
 		aside := s.path + ".damaged"
 		if moved := os.Rename(s.path, aside); moved != nil {
@@ -48,7 +49,7 @@ func Load(dir, bootID string, now time.Time) (s *Set, ended []Ended, damage erro
 		}
 		return s, nil, fmt.Errorf("%w; it is %s now", err, aside)
 	}
-	for _, c := range list {
+	for _, c := range f.Cases {
 		switch {
 		case c.over(now):
 			ended = append(ended, Ended{c, true})
@@ -58,70 +59,75 @@ func Load(dir, bootID string, now time.Time) (s *Set, ended []Ended, damage erro
 			s.open = append(s.open, c.start())
 		}
 	}
-	if len(ended) > 0 {
+	if len(ended) > 0 || f.Ended && len(s.open) > 0 { // tagged from now on, so that what is written is not the last
 		damage = s.Save()
 	}
 	return s, ended, damage
 }
 
-// read returns the cases of a file; none when it does not exist.
-func read(path string) ([]Case, error) {
-	f, err := os.Open(path)
+// read returns what is in a file; nothing when it does not exist.
+func read(path string) (f file, err error) {
+	r, err := os.Open(path)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
+		return f, nil
 	}
 	if err != nil {
-		return nil, err
+		return f, err
 	}
-	defer f.Close()
-	b, err := io.ReadAll(io.LimitReader(f, fileMax+1))
+	defer r.Close()
+	b, err := io.ReadAll(io.LimitReader(r, fileMax+1))
 	if err != nil {
-		return nil, err
+		return f, err
 	}
-	list, err := parse(b)
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", path, err)
+	if f, err = parse(b); err != nil {
+		return f, fmt.Errorf("%s: %w", path, err)
 	}
-	return list, nil
+	return f, nil
 }
 
-func parse(b []byte) ([]Case, error) {
+func parse(b []byte) (f file, err error) {
 	if len(b) > fileMax {
-		return nil, fmt.Errorf("more than %d bytes", fileMax)
+		return f, fmt.Errorf("more than %d bytes", fileMax)
 	}
 	var version struct{ Version int }
 	if err := json.Unmarshal(b, &version); err != nil {
-		return nil, err
+		return f, err
 	}
 	if version.Version != fileVersion {
-		return nil, fmt.Errorf("version %d, only %d is known", version.Version, fileVersion)
+		return f, fmt.Errorf("version %d, only %d is known", version.Version, fileVersion)
 	}
-	var f file
 	d := json.NewDecoder(bytes.NewReader(b))
 	d.DisallowUnknownFields()
 	if err := d.Decode(&f); err != nil {
-		return nil, err
+		return f, err
 	}
 	if len(f.Cases) > event.MaxCases {
-		return nil, fmt.Errorf("%d cases, at most %d can be", len(f.Cases), event.MaxCases)
+		return f, fmt.Errorf("%d cases, at most %d can be", len(f.Cases), event.MaxCases)
 	}
 	seen := map[string]bool{}
 	for i := range f.Cases {
 		c := &f.Cases[i]
 		if err := c.check(); err != nil {
-			return nil, fmt.Errorf("case %d: %w", i+1, err)
+			return f, fmt.Errorf("case %d: %w", i+1, err)
 		}
 		if seen[c.ID] {
-			return nil, fmt.Errorf("case %s is there twice", c.ID)
+			return f, fmt.Errorf("case %s is there twice", c.ID)
 		}
 		seen[c.ID] = true
+		c.AtLeast = c.AtLeast || !f.Ended
 	}
-	return f.Cases, nil
+	return f, nil
 }
 
 // Save writes the file, with how many events were tagged so far.
-func (s *Set) Save() error {
-	f := file{Version: fileVersion, Cases: make([]Case, len(s.open))}
+func (s *Set) Save() error { return s.write(false) }
+
+// End writes the file when nothing is tagged any more, so that the next run can rely on
+// the numbers.
+func (s *Set) End() error { return s.write(true) }
+
+func (s *Set) write(ended bool) error {
+	f := file{Version: fileVersion, Ended: ended, Cases: make([]Case, len(s.open))}
 	for i, c := range s.open {
 		f.Cases[i] = c.view()
 	}

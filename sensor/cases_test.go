@@ -10,6 +10,7 @@ import (
 
 	"github.com/cilium/ebpf"
 	"github.com/google/go-cmp/cmp"
+	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 	zaptest "go.uber.org/zap/zaptest/observer"
@@ -116,17 +117,31 @@ func TestRootDeepLiftsExclusions(t *testing.T) {
 	}
 }
 
-// TestLinesAboutAnEventCarryItsCase: the oldest one's ids.
+// TestLinesAboutAnEventCarryItsCase has the worker refuse events, which is all that it
+// ever says of a single one: of a case's event it says so with the oldest case's ids, and
+// one case's line never stands for another's, nor for that of an event of none.
 func TestLinesAboutAnEventCarryItsCase(t *testing.T) {
 	core, lines := zaptest.New(zapcore.InfoLevel)
-	ctx := logging.With(logging.Into(t.Context(), zap.New(core)), zap.String(logging.KeyCaseID, "of the run"))
-	for _, ev := range []*event.Event{{}, {Cases: []*event.Case{{ID: "C-1", InvestigationID: "I-1", UserID: "mara"}, {ID: "C-2"}}}} {
-		logging.From(inCases(ctx, ev)).Info("record rejected")
+	ctx := logging.With(logging.Into(t.Context(), zap.New(core)), zap.String(logging.KeyAgentID, "a"), zap.String(logging.KeyCaseID, "of the run"))
+	s := newWorker(prometheus.NewPedanticRegistry(), &fullSink{err: errors.New("too large")})
+	c1, c2 := &event.Case{ID: "C-1", InvestigationID: "I-1", UserID: "mara"}, &event.Case{ID: "C-2"}
+	for _, in := range [][]*event.Case{nil, {c1, c2}, {c2}, {c1}, nil} {
+		s.write(ctx, 0, &event.Event{Kind: event.Exit, Cases: in}, false, nil)
 	}
-	want := []map[string]any{{"case_id": "of the run"}, {"case_id": "C-1", "investigation_id": "I-1", "user_id": "mara"}}
-	for i, l := range lines.All() {
-		if diff := cmp.Diff(want[i], l.ContextMap()); diff != "" {
-			t.Errorf("line %d (-want +got):\n%s", i+1, diff)
+	want := []map[string]any{
+		{"agent_id": "a", "case_id": "of the run"},
+		{"agent_id": "a", "case_id": "C-1", "investigation_id": "I-1", "user_id": "mara"},
+		{"agent_id": "a", "case_id": "C-2"},
+	}
+	var got []map[string]any
+	for _, l := range lines.All() {
+		ids := l.ContextMap()
+		for _, k := range []string{"event", "bytes", "error"} {
+			delete(ids, k)
 		}
+		got = append(got, ids)
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("lines (-want +got):\n%s", diff)
 	}
 }

@@ -162,7 +162,7 @@ func (k *caseKeeper) close(ctx context.Context, p peer, r CaseClose) (cases.Case
 	attrs := p.attrs()
 	attrs["opened_by"] = c.UserID
 	k.ended(ctx, c, by, "CASE_CLOSED", "Case Closed", "was closed", attrs)
-	k.unwritten(ctx, err)
+	k.unwritten(logging.With(ctx, zap.String(logging.KeyCaseID, c.ID)), err)
 	return c, nil
 }
 

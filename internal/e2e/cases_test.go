@@ -140,6 +140,9 @@ func TestCases(t *testing.T) {
 		t.Errorf("exit code %d after SIGTERM, want 0", code)
 	}
 
+	for _, id := range []string{"C-17", "C-18"} {
+		checkCaseLines(t, h.log.all(), map[string]string{"case_id": id})
+	}
 	recs := readStreams(t, server.Client())
 	if lost := verify(t, recs); lost != 0 {
 		t.Errorf("%d seqs are named lost, want none", lost)

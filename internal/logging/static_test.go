@@ -171,6 +171,29 @@ func findings(file *ast.File) (out []finding) {
 					}
 				}
 			}
+		case *ast.FuncDecl:
+			// Who is given an event knows its case, and its lines are about both.
+			if !slices.ContainsFunc(n.Type.Params.List, func(p *ast.Field) bool {
+				star, ok := p.Type.(*ast.StarExpr)
+				return ok && of(star.X) == "event.Event"
+			}) || n.Body == nil {
+				break
+			}
+			ast.Inspect(n.Body, func(n ast.Node) bool {
+				call, ok := n.(*ast.CallExpr)
+				if !ok || len(call.Args) == 0 {
+					return true
+				}
+				method, _ := call.Fun.(*ast.SelectorExpr)
+				if of(call.Fun) != "logging.From" && (method == nil || method.Sel.Name != "Log" || len(call.Args) < 3) {
+					return true
+				}
+				in, _ := call.Args[0].(*ast.CallExpr)
+				if in == nil || fmt.Sprint(in.Fun) != "inCases" {
+					report(call, "a line about an event without inCases: it would lack the case_id")
+				}
+				return true
+			})
 		case *ast.StructType:
 			for _, f := range n.Fields.List {
 				if of(f.Type) == "context.Context" {

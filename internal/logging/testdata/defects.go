@@ -16,6 +16,7 @@ import (
 	core "go.uber.org/zap/zapcore"
 
 	"github.com/aurorasoc/edr-sensor/internal/logging"
+	"github.com/aurorasoc/edr-sensor/sensor/event"
 )
 
 type stage struct {
@@ -63,3 +64,16 @@ func (s *stage) run(ctx context.Context) {
 	_ = &http.Server{BaseContext: nil}         // want "(ErrorLog)"
 	_ = &http.Server{BaseContext: nil, ErrorLog: nil}
 }
+
+func (s *stage) write(ctx context.Context, n int, ev *event.Event) {
+	logging.From(ctx).Info("rejected")         // want "a line about an event without inCases"
+	s.limiter.Log(ctx, zap.ErrorLevel, "key", "rejected") // want "a line about an event without inCases"
+	logging.From(inCases(ctx, ev)).Info("fine")
+	s.limiter.Log(inCases(ctx, ev), zap.ErrorLevel, "key", "fine")
+}
+
+func (s *stage) read(ctx context.Context, n int) {
+	s.limiter.Log(ctx, zap.ErrorLevel, "key", "fine: there is no event yet")
+}
+
+func inCases(ctx context.Context, ev *event.Event) context.Context { return ctx }

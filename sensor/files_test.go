@@ -153,6 +153,28 @@ func lastFile(a *actor, p *tap, dir string) []record {
 	return records[:len(records)-1]
 }
 
+// settled is lastFile, and waits for what is still to come of the kinds wanted: a file that
+// a ring's worker wrote is closed when that lets it go, which is after it told of the write.
+func settled(a *actor, p *tap, dir string, want []event.Kind) []record {
+	records := lastFile(a, p, dir)
+	missing := func() bool {
+		var got []event.Kind
+		for _, r := range records {
+			got = append(got, kindOf(r.SensorEventHeader))
+		}
+		return slices.ContainsFunc(want, func(k event.Kind) bool { return !slices.Contains(got, k) })
+	}
+	p.r.SetDeadline(time.Now().Add(patience))
+	for missing() {
+		raw, err := p.r.Read()
+		if err != nil {
+			break
+		}
+		records = append(records, parse(p.t, raw.RawSample))
+	}
+	return records
+}
+
 // changes does each operation on files in one way.
 func changes(t *testing.T, a *actor, bulk *tap, k *kernel, m *matrix, how way) {
 	// An ordinary directory on a mount of its own, so that there is one to cross.
@@ -289,7 +311,7 @@ func changes(t *testing.T, a *actor, bulk *tap, k *kernel, m *matrix, how way) {
 				want = nil
 			}
 			var got []event.Kind
-			for _, r := range lastFile(a, bulk, dir) {
+			for _, r := range settled(a, bulk, dir, want) {
 				got = append(got, kindOf(r.SensorEventHeader))
 				e, flags := r.file, event.FileFlags(r.file.Flags)
 				m.saw(kindOf(r.SensorEventHeader), how)

@@ -39,6 +39,7 @@ const (
 	enterGetEvents = 1 << 0
 	enterWakeup    = 1 << 1
 	needWakeup     = 1 << 0
+	byWorker       = 1 << 4 // IOSQE_ASYNC
 	registerProbe  = 8
 	offSQEs        = 0x10000000
 
@@ -182,6 +183,10 @@ func (u *uring) change(args []string) error {
 		_, err := u.do(e)
 		return err
 	}
+	var worker uint8
+	if args[0] == "append" {
+		worker = byWorker
+	}
 	opened := func(flags int, then func(fd int) error) error {
 		fd, err := u.do(sqe{Opcode: opOpenat, FD: here, Addr: keep.text(path), OpFlags: uint32(flags), Len: 0o640})
 		if err != nil {
@@ -191,7 +196,7 @@ func (u *uring) change(args []string) error {
 	}
 	write := func(flags int, data string) error {
 		return opened(flags, func(fd int) error {
-			return one(sqe{Opcode: opWrite, FD: int32(fd), Addr: keep.text(data), Len: uint32(len(data)), Off: ^uint64(0)})
+			return one(sqe{Opcode: opWrite, Flags: worker, FD: int32(fd), Addr: keep.text(data), Len: uint32(len(data)), Off: ^uint64(0)})
 		})
 	}
 	switch args[0] {

@@ -63,6 +63,7 @@ type Agent struct {
 	sensor   *sensor.Sensor
 	sender   *transport.Sender // nil without Redis
 	mode     *modeMachine
+	pace     pace
 	tap      *tap
 	cases    *caseKeeper
 	resume   func(context.Context) // tells what became of the cases of the run before

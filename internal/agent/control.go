@@ -164,14 +164,18 @@ func (a *Agent) controlHandler(ctx context.Context) *control {
 	c := newControl(uint32(os.Geteuid()), a.controlGroup(ctx), a.decide)
 	c.handle("GET /status", rightStatus, func(w http.ResponseWriter, _ *http.Request) {
 		s := a.status()
-		s.Cases = a.cases.list() // who is investigated is told to nobody over HTTP
+		// Who is investigated is told to nobody over HTTP.
+		s.Cases, s.Warnings = a.cases.list(), newestWarnings(ctx)
 		writeJSON(w, s)
 	})
+	c.handle("GET /metrics", rightStatus, a.serveMetrics().ServeHTTP)
+	c.handle("GET /config", rightStatus, a.serveConfig)
 	c.handle("GET /tap", rightContent, a.serveTap)
 	c.handle("GET /cases", rightStatus, a.serveCases)
 	c.handle("POST /cases/open", rightCases, a.serveCaseOpen)
 	c.handle("POST /cases/close", rightCases, a.serveCaseClose)
 	c.handle("GET /log", rightStatus, serveLog)
+	c.handle("GET /log/recent", rightContent, serveRecent)
 	c.handle("POST /log", rightChange, changeLog(a.decide))
 	c.handle("GET /decisions", rightContent, a.serveDecisions)
 	c.handle("POST /reload", rightChange, a.serveReload)

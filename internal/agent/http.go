@@ -18,7 +18,7 @@ import (
 // handler serves what operators and Prometheus ask over HTTP on the loopback.
 func (a *Agent) handler() http.Handler {
 	mux := http.NewServeMux()
-	mux.Handle("GET /metrics", promhttp.HandlerFor(a.registry, promhttp.HandlerOpts{Registry: a.registry, MaxRequestsInFlight: 4}))
+	mux.Handle("GET /metrics", a.serveMetrics())
 	// Alive: systemd's watchdog, which is fed only while the stages move, is what
 	// restarts a sensor that hangs.
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) {
@@ -27,6 +27,10 @@ func (a *Agent) handler() http.Handler {
 	mux.HandleFunc("GET /readyz", a.readyz)
 	mux.HandleFunc("GET /status", a.serveStatus)
 	return mux
+}
+
+func (a *Agent) serveMetrics() http.Handler {
+	return promhttp.HandlerFor(a.registry, promhttp.HandlerOpts{Registry: a.registry, MaxRequestsInFlight: 4})
 }
 
 // newServer returns a server that no slow or silent client can hold open. Requests

@@ -4,7 +4,9 @@ package agent
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
+	"io"
 	"net/http"
 	"time"
 
@@ -52,6 +54,27 @@ func registerLog(ctx context.Context, reg prometheus.Registerer) {
 func serveLog(w http.ResponseWriter, r *http.Request) {
 	log := logging.Of(r.Context())
 	writeJSON(w, LogStatus{log.Levels.List(), log.Dropped()})
+}
+
+// serveRecent answers with the newest lines of the log, one JSON document per line.
+func serveRecent(w http.ResponseWriter, r *http.Request) {
+	w.Header().Set("Content-Type", "application/x-ndjson")
+	for _, line := range logging.Of(r.Context()).Recent(false) {
+		if _, err := io.WriteString(w, line+"\n"); err != nil {
+			return
+		}
+	}
+}
+
+// warningsShown is how many lines of the log are part of /status.
+const warningsShown = 5
+
+func newestWarnings(ctx context.Context) (lines []json.RawMessage) {
+	all := logging.Of(ctx).Recent(true)
+	for _, line := range all[max(0, len(all)-warningsShown):] {
+		lines = append(lines, json.RawMessage(line))
+	}
+	return lines
 }
 
 // changeLog changes levels. Each change is a decision, also the one back when its

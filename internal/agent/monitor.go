@@ -50,6 +50,9 @@ func (a *Agent) monitor(ctx context.Context) {
 			notifySystemd(s)
 		}
 		a.cases.expire(ctx)
+		if seen, err := a.sensor.Stats(); err == nil { // else /status says why not
+			a.pace.add(time.Now(), seen, a.queue.Stats())
+		}
 		if !f.restart {
 			notifySystemd(daemon.SdNotifyWatchdog)
 		}

@@ -36,6 +36,18 @@ type ReloadResult struct {
 	Hash         string          `json:"config_sha256"`      // of what is in effect
 }
 
+// ConfigStatus is the answer of /config: the configuration in force. It has no
+// secrets, because a configuration names the files that hold them.
+type ConfigStatus struct {
+	Hash     string           `json:"config_sha256"`
+	Settings []config.Setting `json:"settings"`
+}
+
+func (a *Agent) serveConfig(w http.ResponseWriter, _ *http.Request) {
+	l := a.running.Load()
+	writeJSON(w, ConfigStatus{l.Config.Hash(), l.Settings})
+}
+
 // decideLoaded makes the configuration of the start known.
 func (a *Agent) decideLoaded(ctx context.Context) {
 	l := a.running.Load()

@@ -3,6 +3,7 @@
 package agent
 
 import (
+	"encoding/json"
 	"time"
 
 	"github.com/aurorasoc/edr-sensor/buffer"
@@ -26,8 +27,10 @@ type Status struct {
 	Cases     []cases.Case      `json:"cases,omitempty"`   // on the control socket only
 	Coverage  []Covered         `json:"coverage"`
 	Sensor    sensor.Stats      `json:"sensor"`
+	Rates     *Rates            `json:"rates,omitempty"` // none in the first moments
 	Buffer    BufferStatus      `json:"buffer"`
 	Transport TransportStatus   `json:"transport"`
+	Warnings  []json.RawMessage `json:"warnings,omitempty"` // the newest lines of the log that are some, oldest first; on the control socket only
 	Errors    []string          `json:"errors,omitempty"` // what could not be read for this answer
 }
 
@@ -49,7 +52,9 @@ type BufferStatus struct {
 	Records     uint64     `json:"records"`
 	Unsent      uint64     `json:"unsent"`
 	Bytes       int64      `json:"bytes"`
+	UnsentBytes int64      `json:"unsent_bytes"`
 	Cap         int64      `json:"cap"`
+	FullIn      *float64   `json:"full_in_seconds,omitempty"` // until undelivered records have to go; absent when what waits does not grow
 	Truncated   uint64     `json:"truncated"` // as buffer_truncations_total
 	Corrupt     uint64     `json:"corrupt"`
 	Losses      int        `json:"losses"` // loss ranges that no delivered record names yet
@@ -60,7 +65,7 @@ type BufferStatus struct {
 
 func bufferStatus(s buffer.Stats) BufferStatus {
 	b := BufferStatus{
-		Epoch: s.Epoch, First: s.First, Acked: s.Acked, Last: s.Last, Records: s.Records, Unsent: s.Unsent, Bytes: s.Bytes, Cap: s.Cap,
+		Epoch: s.Epoch, First: s.First, Acked: s.Acked, Last: s.Last, Records: s.Records, Unsent: s.Unsent, Bytes: s.Bytes, UnsentBytes: s.UnsentBytes, Cap: s.Cap,
 		Truncated: s.Truncated, Corrupt: s.Corrupt, Losses: s.Losses, Quarantined: s.Quarantined,
 	}
 	if !s.OldestUnsent.IsZero() {
@@ -87,13 +92,16 @@ type TransportStatus struct {
 
 func (a *Agent) status() Status {
 	mode := a.mode.current.Load()
+	stats, rates := a.queue.Stats(), a.pace.rates(time.Now())
 	s := Status{
 		Version: a.identity.Version, AgentID: a.identity.ID, Mode: mode.Mode, Reason: mode.Reason, Since: mode.Since, Ready: mode.ready(), Problems: mode.Problems,
 		Scope:   a.cfg.Sensor.Scope.String(),
 		Context: map[string]string{}, Coverage: []Covered{},
-		Buffer:    bufferStatus(a.queue.Stats()),
+		Rates:     rates,
+		Buffer:    bufferStatus(stats),
 		Transport: TransportStatus{State: "off"},
 	}
+	s.Buffer.FullIn = fullIn(stats, rates)
 	for key, value := range map[string]string{
 		logging.KeyCaseID: a.identity.CaseID, logging.KeyInvestigationID: a.identity.InvestigationID, logging.KeyUserID: a.identity.UserID,
 	} {

@@ -60,6 +60,7 @@ type Options struct {
 type Log struct {
 	Levels     *Levels
 	logger     *zap.Logger
+	memory     *memory // nil: nothing is remembered
 	dropped    atomic.Uint64
 	unreported atomic.Uint64 // of them, not yet said in a line
 }
@@ -73,7 +74,7 @@ func New(o Options, w io.Writer) (*Log, error) {
 }
 
 func newLog(o Options, w io.Writer, journalPath string) (*Log, error) {
-	l := &Log{Levels: newLevels()}
+	l := &Log{Levels: newLevels(), memory: newMemory()}
 	if err := l.Levels.Configure(o.Level, o.Components); err != nil {
 		return nil, err
 	}
@@ -108,7 +109,7 @@ func newLog(o Options, w io.Writer, journalPath string) (*Log, error) {
 	default:
 		core = zapcore.NewCore(jsonEncoder(journal), out, zapcore.DebugLevel)
 	}
-	l.logger = zap.New(&filter{core, l, l.Levels.of("")}, zap.ErrorOutput(zapcore.AddSync(io.Discard)))
+	l.logger = zap.New(&filter{core, l, l.Levels.of(""), l.memory}, zap.ErrorOutput(zapcore.AddSync(io.Discard)))
 	return l, nil
 }
 
@@ -124,15 +125,16 @@ func (l *Log) Dropped() uint64 { return l.dropped.Load() }
 // component allows, and counts what cannot be written.
 type filter struct {
 	zapcore.Core
-	log   *Log
-	level zap.AtomicLevel
+	log    *Log
+	level  zap.AtomicLevel
+	memory *memory
 }
 
 func (f *filter) Enabled(l zapcore.Level) bool { return f.level.Enabled(l) }
 
 func (f *filter) With(fields []zapcore.Field) zapcore.Core {
 	d := *f
-	d.Core = f.Core.With(fields)
+	d.Core, d.memory = f.Core.With(fields), f.memory.with(fields)
 	for i := range fields {
 		if fields[i].Key == KeyComponent && fields[i].Type == zapcore.StringType {
 			d.level = f.log.Levels.of(fields[i].String)
@@ -149,6 +151,7 @@ func (f *filter) Check(e zapcore.Entry, ce *zapcore.CheckedEntry) *zapcore.Check
 }
 
 func (f *filter) Write(e zapcore.Entry, fields []zapcore.Field) error {
+	f.memory.write(e, fields)
 	if n := f.log.unreported.Swap(0); n > 0 {
 		gap := zapcore.Entry{Level: zapcore.WarnLevel, Time: e.Time, LoggerName: e.LoggerName, Message: "log lines dropped"}
 		err := f.Core.Write(gap, []zapcore.Field{zap.String(KeyCode, "LOG_DROPPED"), zap.Uint64(KeyCount, n)})

@@ -12,7 +12,6 @@ import (
 	"strings"
 
 	"github.com/spf13/cobra"
-	"golang.org/x/sys/unix"
 
 	"github.com/aurorasoc/edr-sensor/internal/config"
 )
@@ -50,6 +49,7 @@ func usage(cmd *cobra.Command, format string, args ...any) error {
 
 // app is one invocation.
 type app struct {
+	stdin          *os.File // nil: nothing is read
 	stdout, stderr io.Writer
 	environ        []string
 	configPath     string // --config
@@ -97,7 +97,7 @@ Exit codes: 0 good, 1 failed, 2 wrong usage, 69 Redis cannot be reached,
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error { return usage(cmd, "%w", err) })
 	root.PersistentFlags().StringVar(&a.configPath, "config", "", "configuration file (default "+config.DefaultPath+" where it exists)")
 	_ = root.MarkPersistentFlagFilename("config", "yaml", "yml")
-	root.AddCommand(a.runCommand(), a.checkCommand(), a.doctorCommand(), a.statusCommand(), a.eventsCommand(), a.decisionsCommand(), a.caseCommand(), a.reloadCommand(), a.logCommand(), a.versionCommand(), a.completionCommand(), a.manCommand())
+	root.AddCommand(a.runCommand(), a.checkCommand(), a.doctorCommand(), a.statusCommand(), a.topCommand(), a.eventsCommand(), a.decisionsCommand(), a.caseCommand(), a.reloadCommand(), a.logCommand(), a.versionCommand(), a.completionCommand(), a.manCommand())
 	return root
 }
 
@@ -160,19 +160,6 @@ func (a *app) getenv(name string) string {
 	return ""
 }
 
-// isTerminal reports whether w is a terminal, and how wide.
-func isTerminal(w io.Writer) (columns int, ok bool) {
-	f, isFile := w.(*os.File)
-	if !isFile {
-		return 0, false
-	}
-	size, err := unix.IoctlGetWinsize(int(f.Fd()), unix.TIOCGWINSZ)
-	if err != nil {
-		return 0, false
-	}
-	return int(size.Col), true
-}
-
 // colour decides whether to paint: when asked to, else on a terminal unless
 // NO_COLOR (no-color.org) is set.
 func (a *app) colour(when string) bool {
@@ -182,6 +169,6 @@ func (a *app) colour(when string) bool {
 	case "never":
 		return false
 	}
-	_, tty := isTerminal(a.stdout)
-	return tty && a.getenv("NO_COLOR") == "" && a.getenv("TERM") != "dumb"
+	columns, _ := terminalSize(a.stdout)
+	return columns > 0 && a.getenv("NO_COLOR") == "" && a.getenv("TERM") != "dumb"
 }

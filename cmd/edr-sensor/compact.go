@@ -12,7 +12,6 @@ import (
 	"strings"
 	"time"
 	"unicode"
-	"unicode/utf8"
 )
 
 // record is the part of an OCSF event that a line of output, or a filter, needs.
@@ -265,7 +264,8 @@ func matchExe(want, exe string) bool {
 // Everything that came from a process is made safe for a terminal.
 type compact struct {
 	colour bool
-	width  int // columns; 0: lines are cut only at cutText
+	ascii  bool // no character beyond ASCII
+	width  int  // columns; 0: lines are cut only at cutText
 	zone   *time.Location
 }
 
@@ -291,8 +291,7 @@ const (
 
 // line returns the event as one line without its newline.
 func (c *compact) line(r *record) string {
-	var b lineBuilder
-	b.colour = c.colour
+	b := lineBuilder{colour: c.colour, ascii: c.ascii}
 	p := r.subject()
 	user, name, pid := p.User.Name, p.Name, ""
 	if user == "" {
@@ -313,19 +312,19 @@ func (c *compact) line(r *record) string {
 
 	room := cutText
 	if c.width > 0 {
-		room = max(c.width-b.runes, 20)
+		room = max(c.width-b.columns, 20)
 	}
 	what, notes, after := r.what()
 	used := 0
 	if len(notes) > 0 {
 		text := "[" + strings.Join(notes, " ") + "] "
 		b.add(red, text)
-		used = utf8.RuneCountInString(text)
+		used = columns(text)
 	}
 	after = safe(after)
 	what = safe(what)
 	// What happened matters more than the trailer.
-	if n := utf8.RuneCountInString(after); n > 0 && used+utf8.RuneCountInString(what)+n+2 <= room {
+	if n := columns(after); n > 0 && used+columns(what)+n+2 <= room {
 		b.add(plain, what)
 		b.add(dim, "  "+after)
 	} else {
@@ -477,17 +476,25 @@ func (r *record) colour() string {
 	return blue
 }
 
-// lineBuilder counts what is visible.
+// lineBuilder builds a line and counts how many columns it takes.
 type lineBuilder struct {
 	strings.Builder
-	colour bool
-	runes  int
+	colour  bool
+	ascii   bool
+	limit   int // columns; what does not fit is left out; 0: none
+	columns int
 }
 
 // add appends text, which must be safe, in a colour.
 func (b *lineBuilder) add(colour, text string) {
-	b.runes += utf8.RuneCountInString(text)
-	if colour == plain || !b.colour {
+	if b.limit > 0 {
+		text = cut(text, b.limit-b.columns)
+	}
+	b.columns += columns(text)
+	if b.ascii {
+		text = asciiText(text)
+	}
+	if colour == plain || !b.colour || text == "" {
 		b.WriteString(text)
 		return
 	}
@@ -504,23 +511,26 @@ func orDash(s string) string {
 // pad makes s safe and exactly n columns wide.
 func pad(s string, n int) string {
 	s = cut(safe(s), n)
-	return s + strings.Repeat(" ", n-utf8.RuneCountInString(s))
+	return s + strings.Repeat(" ", n-columns(s))
 }
 
-// cut shortens s to n runes, the last of which then is "…".
+// cut shortens s to n columns, the last of which then is "…".
 func cut(s string, n int) string {
-	if utf8.RuneCountInString(s) <= n {
+	switch {
+	case columns(s) <= n:
 		return s
+	case n <= 0:
+		return ""
 	}
 	return cutTo(s, n-1) + "…"
 }
 
+// cutTo is as much of s as fits into n columns.
 func cutTo(s string, n int) string {
-	for i := range s {
-		if n == 0 {
+	for i, r := range s {
+		if n -= runeColumns(r); n < 0 {
 			return s[:i]
 		}
-		n--
 	}
 	return s
 }
@@ -528,6 +538,7 @@ func cutTo(s string, n int) string {
 // safe replaces what is not printable by its escape: event content belongs to
 // whoever started the process and must not drive the terminal or fake a line.
 func safe(s string) string {
+	s = strings.ToValidUTF8(s, "\ufffd") // a byte alone can begin a sequence, too
 	if !strings.ContainsFunc(s, func(r rune) bool { return !unicode.IsPrint(r) }) {
 		return s
 	}

@@ -134,8 +134,9 @@ func wrap(text string, width int) string {
 }
 
 func (a *app) decisions(ctx context.Context, f *decisionsFlags, since *time.Time) error {
-	p := &decisionPrinter{out: bufio.NewWriter(a.stdout), flags: f, colour: a.colour(f.colour), zone: time.Local}
-	_, tty := isTerminal(a.stdout)
+	st := a.style(f.colour)
+	tty := st.width > 0
+	p := &decisionPrinter{out: bufio.NewWriter(a.stdout), flags: f, colour: st.colour, ascii: tty && st.ascii, zone: time.Local}
 	say := func(format string, args ...any) {
 		if tty {
 			fmt.Fprintf(a.stderr, format+"\n", args...)
@@ -201,6 +202,7 @@ type decisionPrinter struct {
 	out    *bufio.Writer
 	flags  *decisionsFlags
 	colour bool
+	ascii  bool
 	zone   *time.Location
 	shown  int
 }
@@ -289,7 +291,7 @@ const (
 )
 
 func (p *decisionPrinter) line(d *decision, stream string) string {
-	b := lineBuilder{colour: p.colour}
+	b := lineBuilder{colour: p.colour, ascii: p.ascii}
 	t, err := time.Parse(time.RFC3339Nano, d.TimeDT)
 	if err != nil {
 		t = time.UnixMilli(d.Time)

@@ -142,14 +142,13 @@ func (f *eventsFlags) start(now time.Time) (*time.Time, error) {
 }
 
 func (a *app) events(ctx context.Context, cmd *cobra.Command, f *eventsFlags) error {
-	columns, tty := isTerminal(a.stdout)
+	st := a.style(f.colour)
+	tty := st.width > 0
 	p := &printer{
 		out: bufio.NewWriter(a.stdout), left: f.number, json: f.output == "json",
-		filter:  filter{f.kinds, f.pids, f.exes},
-		compact: compact{colour: a.colour(f.colour), zone: time.Local},
-	}
-	if tty {
-		p.compact.width = columns
+		filter: filter{f.kinds, f.pids, f.exes},
+		// A file is no terminal: whoever reads it may know more than this locale.
+		compact: compact{colour: st.colour, ascii: tty && st.ascii, width: st.width, zone: time.Local},
 	}
 	say := func(format string, args ...any) {
 		if tty {

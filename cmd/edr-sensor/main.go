@@ -25,6 +25,6 @@ func execute() int {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	context.AfterFunc(ctx, stop)
-	a := app{stdout: os.Stdout, stderr: os.Stderr, environ: os.Environ()}
+	a := app{stdin: os.Stdin, stdout: os.Stdout, stderr: os.Stderr, environ: os.Environ()}
 	return a.run(ctx, os.Args[1:])
 }

@@ -18,6 +18,9 @@ func TestMain(m *testing.M) {
 		}
 		os.Exit(1)
 	}
+	if where := os.Getenv(panicEnv); where != "" {
+		os.Exit(crash(where))
+	}
 	testscript.Main(m, map[string]func(){"edr-sensor": main})
 }
 

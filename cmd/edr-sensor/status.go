@@ -4,8 +4,10 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"slices"
@@ -23,17 +25,14 @@ type sensorStatus struct {
 	Mode     string            `json:"mode"`
 	Since    time.Time         `json:"since"`
 	Reason   string            `json:"reason"`
+	Problems []problem         `json:"problems"`
 	Scope    string            `json:"scope"`
 	Context  map[string]string `json:"context"`
 	Errors   []string          `json:"errors"`
+	Warnings []logLine         `json:"warnings"`
 	Cases    []sensorCase      `json:"cases"`
-	Coverage []struct {
-		Event    string   `json:"event"`
-		Hook     string   `json:"hook"`
-		Required bool     `json:"required"`
-		Errors   []string `json:"errors"`
-	} `json:"coverage"`
-	Sensor struct {
+	Coverage []covered         `json:"coverage"`
+	Sensor   struct {
 		Events map[string]uint64 `json:"events"`
 		Lost   map[string]uint64 `json:"lost"`
 
@@ -43,14 +42,24 @@ type sensorStatus struct {
 			Size uint64 `json:"size"`
 		} `json:"rings"`
 	} `json:"sensor"`
+	Rates *struct {
+		Events    map[string]float64 `json:"events"`
+		Delivered float64            `json:"delivered"`
+		Fill      float64            `json:"fill_bytes"`
+	} `json:"rates"`
 	Buffer struct {
-		Records   uint64 `json:"records"`
-		Unsent    uint64 `json:"unsent"`
-		Last      uint64 `json:"last"`
-		Bytes     int64  `json:"bytes"`
-		Cap       int64  `json:"cap"`
-		Truncated uint64 `json:"truncated"`
-		Corrupt   uint64 `json:"corrupt"`
+		Records     uint64    `json:"records"`
+		Unsent      uint64    `json:"unsent"`
+		Last        uint64    `json:"last"`
+		Bytes       int64     `json:"bytes"`
+		UnsentBytes int64     `json:"unsent_bytes"`
+		Cap         int64     `json:"cap"`
+		FullIn      *float64  `json:"full_in_seconds"`
+		Truncated   uint64    `json:"truncated"`
+		Corrupt     uint64    `json:"corrupt"`
+		Oldest      time.Time `json:"oldest_unsent"`
+		Error       string    `json:"error"`
+		Quarantined string    `json:"quarantined"`
 	} `json:"buffer"`
 	Transport struct {
 		State      string    `json:"state"`
@@ -61,191 +70,444 @@ type sensorStatus struct {
 		Hint       string    `json:"hint"`
 		Warning    string    `json:"warning"`
 		Acked      uint64    `json:"acked"`
-		LastReply  time.Time `json:"last_reply"`
 	} `json:"transport"`
+}
+
+type problem struct {
+	Reason string `json:"reason"`
+	Metric string `json:"metric"`
+}
+
+type covered struct {
+	Event  string   `json:"event"`
+	Hook   string   `json:"hook"`
+	Blind  string   `json:"blind"`
+	Errors []string `json:"errors"`
+}
+
+// logLine is a line of the sensor's log.
+type logLine struct {
+	Time      time.Time `json:"time"`
+	Level     string    `json:"level"`
+	Msg       string    `json:"msg"`
+	Component string    `json:"component"`
+	Code      string    `json:"code"`
+	Reason    string    `json:"reason"`
+	Error     string    `json:"error"`
 }
 
 func (a *app) statusCommand() *cobra.Command {
 	var socket, when string
-	var asJSON bool
+	var asJSON, watch bool
 	cmd := &cobra.Command{
 		Use:   "status",
 		Short: "Show what the running sensor sees, keeps, sends and misses",
-		Args:  noArgs,
+		Long: `Show on one screen how the running sensor does: its mode and why, what it sees of
+this host and what it does not, how many events there are of each kind and how many
+were lost, how full the buffer is and how long it will last, how far delivery is
+behind, the open cases, and the newest warnings of its log.
+
+Rates are over the last ten seconds; the time until the buffer is full is reckoned
+from the last minute.`,
+		Example: `  edr-sensor status
+  edr-sensor status --watch
+  edr-sensor status --json | jq .buffer`,
+		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if watch && asJSON {
+				return usage(cmd, "--watch and --json exclude each other")
+			}
 			c, err := a.control(socket)
 			if err != nil {
 				return err
 			}
-			ctx, cancel := context.WithTimeout(cmd.Context(), 10*time.Second)
-			defer cancel()
-			body, err := c.get(ctx, "/status")
+			if watch {
+				return a.watchStatus(cmd.Context(), c, a.style(when))
+			}
+			answer, s, err := readStatus(cmd.Context(), c)
 			if err != nil {
 				return err
-			}
-			defer body.Close()
-			answer, err := io.ReadAll(io.LimitReader(body, 1<<20))
-			if err != nil {
-				return fmt.Errorf("read status: %w", err)
 			}
 			if asJSON {
 				_, err := a.stdout.Write(append(bytes.TrimSpace(answer), '\n'))
 				return err
 			}
-			var s sensorStatus
-			if err := json.Unmarshal(answer, &s); err != nil {
-				return fmt.Errorf("read status: %w", err)
-			}
-			_, err = io.WriteString(a.stdout, s.screen(time.Now(), a.colour(when)))
+			_, err = io.WriteString(a.stdout, s.screen(time.Now(), time.Local, a.style(when)).String())
 			return err
 		},
 	}
 	cmd.Flags().StringVar(&socket, "socket", "", "control socket of the sensor (default: control.socket)")
 	cmd.Flags().BoolVar(&asJSON, "json", false, "write JSON")
+	cmd.Flags().BoolVarP(&watch, "watch", "w", false, "go on showing it; q or Ctrl-C ends")
 	addColourFlag(cmd, &when)
 	return cmd
 }
 
-// screen lays the status out for a terminal of 80 columns and 24 lines.
-func (s *sensorStatus) screen(now time.Time, colour bool) string {
-	var b lineBuilder
-	b.colour = colour
-	modeColour := yellow
+// readStatus asks a sensor for its status.
+func readStatus(ctx context.Context, c *control) (answer []byte, s *sensorStatus, err error) {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
+	body, err := c.get(ctx, "/status")
+	if err != nil {
+		return nil, nil, err
+	}
+	defer body.Close()
+	if answer, err = io.ReadAll(io.LimitReader(body, 1<<20)); err == nil {
+		err = json.Unmarshal(answer, &s)
+	}
+	if err != nil {
+		return nil, nil, fmt.Errorf("read status: %w", err)
+	}
+	if s == nil {
+		return nil, nil, errors.New("read status: the answer is empty")
+	}
+	return answer, s, nil
+}
+
+// watchStatus shows the status until it is ended.
+func (a *app) watchStatus(ctx context.Context, c *control, st style) error {
+	var s *sensorStatus
+	return a.live(ctx, liveView{
+		every: time.Second,
+		look: func() error {
+			_, now, err := readStatus(ctx, c)
+			if err == nil {
+				s = now
+			}
+			return err
+		},
+		draw: func(st style) []string { return s.screen(time.Now(), time.Local, st).lines },
+	}, st)
+}
+
+// bounds are how much is shown of what there may be any amount of.
+type bounds struct{ lines, problems, missing, cases, warnings int }
+
+// screen lays the status out for a terminal of 80 columns and 24 lines, or for what
+// there is. On a small one the kinds with the fewest events are left out first, then
+// texts are cut.
+func (s *sensorStatus) screen(now time.Time, zone *time.Location, st style) *screen {
+	full := s.layout(now, zone, st, bounds{lines: 2, problems: 4, missing: 3, cases: 3, warnings: 3})
+	if st.height > 0 && len(full.lines) >= st.height { // the prompt needs one
+		return s.layout(now, zone, st, bounds{lines: 1, problems: 2, missing: 1, cases: 1, warnings: 1})
+	}
+	return full
+}
+
+// kindsLeast is how high the table of kinds is at least: its head, two, the rest, all.
+const kindsLeast = 5
+
+func (s *sensorStatus) layout(now time.Time, zone *time.Location, st style, most bounds) *screen {
+	top, bottom := &screen{style: st}, &screen{style: st}
+	s.head(top, now, most)
+	s.coverage(top, most)
+	s.stores(bottom, most)
+	s.delivery(bottom, now, most)
+	s.cases(bottom, now, most)
+	s.troubles(bottom, zone, most)
+	room := 0
+	if st.height > 0 {
+		room = max(st.height-1-len(top.lines)-len(bottom.lines), kindsLeast)
+	}
+	s.kinds(top, room)
+	top.lines = append(top.lines, bottom.lines...)
+	return top
+}
+
+func (s *sensorStatus) head(to *screen, now time.Time, most bounds) {
+	colour := yellow
 	switch s.Mode {
 	case "online":
-		modeColour = green
+		colour = green
 	case "degraded", "truncating":
-		modeColour = red
+		colour = red
 	}
-	row := func(name, format string, args ...any) {
-		b.add(dim, fmt.Sprintf("%-10s", name))
-		b.add(plain, fmt.Sprintf(format, args...)+"\n")
-	}
+	b := to.build()
 	b.add(bold, "edr-sensor "+safe(s.Version))
 	b.add(plain, "  "+safe(s.AgentID)+"  ")
-	b.add(modeColour, safe(s.Mode))
-	b.add(plain, " for "+ago(now, s.Since)+"\n")
-	if s.Reason != "" {
-		row("", "%s", safe(s.Reason))
+	b.add(colour, safe(s.Mode))
+	b.add(plain, " for "+ago(now, s.Since))
+	to.end(b)
+	problems := slices.DeleteFunc(slices.Clone(s.Problems), func(p problem) bool {
+		return p.Metric == deliveryMetric && s.Transport.Error != "" // said below
+	})
+	if len(s.Problems) == 0 && s.Reason != "" {
+		to.text("", plain, s.Reason, most.lines)
 	}
-	row("scope", "%s", safe(s.Scope))
+	for i, p := range problems {
+		if i == most.problems {
+			to.row("", colour, "and %d more: edr-sensor status --json", len(problems)-i)
+			break
+		}
+		text := p.Reason
+		if p.Metric != "" {
+			text += " (" + p.Metric + ")"
+		}
+		to.text("", colour, text, most.lines)
+	}
+	about := []string{s.Scope}
 	for _, key := range sorted(s.Context) {
-		row(key, "%s", safe(s.Context[key]))
+		about = append(about, key+" "+s.Context[key])
 	}
-	for _, c := range s.Cases {
-		text := fmt.Sprintf("%s on %s %s for %s, %s events", c.ID, c.Scope.Kind, c.Scope.Value, left(now, c.Until), thousands(c.Tagged))
-		if c.Collect == "deep" {
-			text += ", deep"
-		}
-		row("case", "%s", cut(safe(text), 200))
-	}
+	to.text("scope", plain, strings.Join(about, ", "), 1)
+}
 
-	var missing []string
-	covered, degraded := 0, 0
+// deliveryMetric is that of the problem that Redis does not take events.
+const deliveryMetric = "transport_connected"
+
+// coverage says what is missing or degraded, and only how much is not.
+func (s *sensorStatus) coverage(to *screen, most bounds) {
+	seen := 0
+	var missing []covered
+	degraded := map[string][]string{} // events, by what they do not see
 	for _, c := range s.Coverage {
-		if c.Hook != "" {
-			covered++
-			if strings.HasSuffix(c.Hook, syscallHook) {
-				degraded++
-			}
+		switch {
+		case c.Hook == "":
+			missing = append(missing, c)
 			continue
+		case strings.HasSuffix(c.Hook, syscallHook):
+			degraded[c.Blind] = append(degraded[c.Blind], c.Event)
 		}
-		why := ""
-		if len(c.Errors) > 0 {
-			why = ": " + c.Errors[len(c.Errors)-1]
+		seen++
+	}
+	to.row("coverage", plain, "%d of %d kinds of events are seen", seen, len(s.Coverage))
+	for _, blind := range sorted(degraded) {
+		events := degraded[blind]
+		text := fmt.Sprintf("degraded: %s, from system calls", families(events))
+		if blind != "" {
+			text += "; blind to " + blind
 		}
-		missing = append(missing, c.Event+why)
+		to.text("", yellow, text, most.lines)
 	}
-	coverage := fmt.Sprintf("%d of %d kinds of events", covered, len(s.Coverage))
-	if degraded > 0 {
-		coverage += fmt.Sprintf(", %d degraded: by system calls, not io_uring", degraded)
+	for i, c := range missing {
+		if i == most.missing {
+			to.row("", yellow, "and %d more are missing: edr-sensor doctor", len(missing)-i)
+			break
+		}
+		text := "missing: " + c.Event
+		if n := len(c.Errors); n > 0 {
+			text += ": " + c.Errors[n-1]
+		}
+		to.text("", yellow, text, most.lines)
 	}
-	row("coverage", "%s", coverage)
-	for _, m := range missing {
-		b.add(yellow, fmt.Sprintf("%10s%s\n", "", cut("missing "+safe(m), 200)))
-	}
+}
 
-	counts, all := s.counts()
-	text := fmt.Sprintf("%s events; %s lost in the kernel", thousands(all.seen), thousands(all.lost))
-	if all.suppressed > 0 {
-		text += fmt.Sprintf(", %s left out as configured", thousands(all.suppressed))
+// families names events shortly: by their family where there are many of it.
+func families(events []string) string {
+	by := map[string][]string{}
+	for _, e := range events {
+		family, _, _ := strings.Cut(e, ".")
+		by[family] = append(by[family], e)
 	}
-	row("seen", "%s", text)
-	for _, kind := range sorted(counts) {
-		n := counts[kind]
-		if n == (count{}) {
-			continue
+	var names []string
+	for _, family := range sorted(by) {
+		if n := len(by[family]); n > 2 {
+			names = append(names, fmt.Sprintf("%d of %s.*", n, family))
+		} else {
+			names = append(names, by[family]...)
 		}
-		text := fmt.Sprintf("%-20s %12s", safe(kind), thousands(n.seen))
+	}
+	return strings.Join(names, ", ")
+}
+
+// kinds is a table of the events in at most room lines; 0: as many as it needs.
+func (s *sensorStatus) kinds(to *screen, room int) {
+	all := s.counts()
+	var sum count
+	for _, n := range all {
+		sum = sum.plus(n)
+	}
+	names := make([]string, 0, len(all))
+	for kind, n := range all {
+		if n != (count{}) {
+			names = append(names, kind)
+		}
+	}
+	if room > 0 && len(names)+2 > room {
+		all, names = byFamily(all, names)
+	}
+	slices.SortFunc(names, func(a, b string) int {
+		return cmp.Or(cmp.Compare(all[b].rate, all[a].rate), cmp.Compare(all[b].seen, all[a].seen), cmp.Compare(a, b))
+	})
+	b := to.build()
+	b.add(dim, fmt.Sprintf("%-*s%-18s %9s %15s %11s %11s", labelWidth, "events", "", "a second", "seen", "lost", "left out"))
+	to.end(b)
+	line := func(name, colour string, n count) {
+		b := to.build()
+		b.add(plain, strings.Repeat(" ", labelWidth))
+		b.add(colour, pad(name, 18))
+		b.add(colour, fmt.Sprintf(" %9s %15s", s.perSecond(n.rate), thousands(n.seen)))
+		lost := colour
 		if n.lost > 0 {
-			text += fmt.Sprintf("  lost %s", thousands(n.lost))
+			lost = red
 		}
-		if n.suppressed > 0 {
-			text += fmt.Sprintf("  left out %s", thousands(n.suppressed))
-		}
-		row("", "%s", text)
+		b.add(lost, fmt.Sprintf(" %11s", thousands(n.lost)))
+		b.add(colour, fmt.Sprintf(" %11s", thousands(n.suppressed)))
+		to.end(b)
 	}
+	shown := names
+	if room > 0 && len(names)+2 > room {
+		shown = names[:max(room-3, 0)]
+	}
+	for _, name := range shown {
+		line(name, plain, all[name])
+	}
+	if len(shown) < len(names) {
+		var rest count
+		for _, name := range names[len(shown):] {
+			rest = rest.plus(all[name])
+		}
+		line(fmt.Sprintf("%d more kinds", len(names)-len(shown)), dim, rest)
+	}
+	if len(names) != 1 {
+		line("all", bold, sum)
+	}
+}
+
+// perSecond is a rate, or a dash in the first moments.
+func (s *sensorStatus) perSecond(rate float64) string {
+	if s.Rates == nil {
+		return "-"
+	}
+	return rateText(rate)
+}
+
+func rateText(rate float64) string {
+	if rate > 0 && rate < 99.95 {
+		return fmt.Sprintf("%.1f", rate)
+	}
+	return thousands(uint64(rate + 0.5))
+}
+
+const gaugeWidth = 20
+
+// stores are the places where events wait.
+func (s *sensorStatus) stores(to *screen, most bounds) {
 	var rings []string
 	for _, name := range sorted(s.Sensor.Rings) {
 		r := s.Sensor.Rings[name]
 		rings = append(rings, fmt.Sprintf("%s %s of %s", safe(name), percent(int64(r.Used), int64(r.Size)), bytesText(int64(r.Size))))
 	}
 	if len(rings) > 0 {
-		row("rings", "%s", strings.Join(rings, ", "))
+		to.row("rings", plain, "%s", strings.Join(rings, ", "))
 	}
 
 	f := s.Buffer
-	row("buffer", "%s records, %s of %s (%s), %s not sent", thousands(f.Records), bytesText(f.Bytes), bytesText(f.Cap), percent(f.Bytes, f.Cap), thousands(f.Unsent))
+	b := to.build()
+	b.add(dim, fmt.Sprintf("%-*s", labelWidth, "buffer"))
+	to.gauge(b, gaugeWidth, f.Bytes, f.Bytes-f.UnsentBytes, f.Cap)
+	b.add(plain, fmt.Sprintf(" %s of %s", percent(f.Bytes, f.Cap), bytesText(f.Cap)))
+	b.add(plain, ", "+s.outlook())
+	to.end(b)
+	to.row("", plain, "%s records (%s) wait, %s are kept after delivery", thousands(f.Unsent), bytesText(f.UnsentBytes), thousands(f.Records-min(f.Records, f.Unsent)))
 	if f.Truncated > 0 || f.Corrupt > 0 {
-		b.add(red, fmt.Sprintf("%10s%s records dropped unsent, %s damaged\n", "", thousands(f.Truncated), thousands(f.Corrupt)))
+		to.row("", red, "%s records dropped undelivered, %s damaged", thousands(f.Truncated), thousands(f.Corrupt))
 	}
+	if f.Error != "" {
+		to.text("", red, "cannot write: "+f.Error, most.lines)
+	}
+	if f.Quarantined != "" {
+		to.text("", red, "a damaged file was set aside: "+f.Quarantined, most.lines)
+	}
+}
 
+// outlook says when the buffer will be full, or empty.
+func (s *sensorStatus) outlook() string {
+	f := s.Buffer
+	const far = 30 * 24 * time.Hour
+	switch r := s.Rates; {
+	case r == nil:
+		return "rate not yet known"
+	case f.FullIn != nil && *f.FullIn < far.Seconds():
+		return "full in " + span(time.Duration(*f.FullIn*float64(time.Second)))
+	case f.FullIn != nil:
+		return "full in more than 30 days"
+	case r.Fill < 0 && f.UnsentBytes > 0:
+		return "drained in " + span(time.Duration(min(float64(f.UnsentBytes)/-r.Fill, far.Seconds())*float64(time.Second)))
+	}
+	return "does not fill"
+}
+
+func (s *sensorStatus) delivery(to *screen, now time.Time, most bounds) {
 	t := s.Transport
+	n := s.Buffer.Last - min(s.Buffer.Last, t.Acked)
+	behind := thousands(n) + " behind"
+	if o := s.Buffer.Oldest; n > 0 && !o.IsZero() {
+		behind += ", the oldest waits for " + ago(now, o)
+	}
 	switch t.State {
 	case "off", "":
-		row("redis", "not configured: events stay in the buffer")
+		to.row("delivery", plain, "off: no Redis is configured, events stay in the buffer")
 	case "connected":
-		text := fmt.Sprintf("connected to %s for %s, %s behind", safe(t.Address), ago(now, t.Since), thousands(f.Last-min(f.Last, t.Acked)))
-		if !t.LastReply.IsZero() {
-			text += ", last reply " + ago(now, t.LastReply) + " ago"
+		if s.Rates != nil {
+			behind = rateText(s.Rates.Delivered) + " a second, " + behind
 		}
-		row("redis", "%s", text)
+		to.row("delivery", plain, "%s", behind)
+		to.text("", plain, fmt.Sprintf("connected to %s for %s", t.Address, ago(now, t.Since)), 1)
 	default:
-		row("redis", "%s, %s for %s, %s behind", safe(t.Address), safe(t.State), ago(now, t.Since), thousands(f.Last-min(f.Last, t.Acked)))
+		to.text("delivery", yellow, fmt.Sprintf("%s for %s: %s", t.State, ago(now, t.Since), t.Address), 1)
+		to.row("", plain, "%s", behind)
 	}
 	if t.Error != "" {
-		b.add(yellow, fmt.Sprintf("%10s%s: %s\n", "", safe(t.ErrorClass), safe(t.Error)))
+		to.text("", yellow, t.ErrorClass+": "+t.Error, most.lines)
+		to.text("", plain, t.Hint, most.lines)
 	}
-	if t.Hint != "" && t.Error != "" {
-		row("", "%s", safe(t.Hint))
+	to.text("", red, t.Warning, most.lines)
+}
+
+func (s *sensorStatus) cases(to *screen, now time.Time, most bounds) {
+	label := "cases"
+	for i, c := range s.Cases {
+		if i == most.cases {
+			to.row("", plain, "and %d more: edr-sensor case list", len(s.Cases)-i)
+			return
+		}
+		text := fmt.Sprintf("%s on %s %s for %s, %s events", c.ID, c.Scope.Kind, c.Scope.Value, left(now, c.Until), thousands(c.Tagged))
+		if c.Collect == "deep" {
+			text += ", deep"
+		}
+		to.text(label, plain, text, 1)
+		label = ""
 	}
-	if t.Warning != "" {
-		b.add(red, fmt.Sprintf("%10s%s\n", "", safe(t.Warning)))
+}
+
+// troubles are what could not be read for this answer, and the newest warnings of the
+// log, the newest first.
+func (s *sensorStatus) troubles(to *screen, zone *time.Location, most bounds) {
+	for _, e := range s.Errors[:min(len(s.Errors), most.warnings)] {
+		to.text("error", yellow, e, most.lines)
 	}
-	for _, e := range s.Errors {
-		b.add(yellow, fmt.Sprintf("%-10s%s\n", "error", safe(e)))
+	label := "log"
+	for i := len(s.Warnings) - 1; i >= max(0, len(s.Warnings)-most.warnings); i-- {
+		l := s.Warnings[i]
+		text := l.Time.In(zone).Format("15:04:05") + " " + l.Level + " " + l.Msg
+		for _, more := range []string{l.Code, l.Reason, l.Error} {
+			if more != "" && !strings.Contains(text, more) {
+				text += ": " + more
+			}
+		}
+		to.text(label, yellow, text, 1)
+		label = ""
 	}
-	return b.String()
 }
 
 // syscallHook ends the name of the hook that sees only system calls.
 const syscallHook = "/sys_exit"
 
 // count is how many events of a kind there were, and were not.
-type count struct{ seen, lost, suppressed uint64 }
+type count struct {
+	rate                   float64 // a second
+	seen, lost, suppressed uint64
+}
 
-// counts are by event code, with files in one: their many kinds would fill the
-// screen, and --json has them.
-func (s *sensorStatus) counts() (kinds map[string]count, all count) {
-	kinds = map[string]count{}
-	add := func(code string, n count) {
-		if strings.HasPrefix(code, "file.") {
-			code = "file.*"
-		}
-		k := kinds[code]
-		kinds[code] = count{k.seen + n.seen, k.lost + n.lost, k.suppressed + n.suppressed}
-		all = count{all.seen + n.seen, all.lost + n.lost, all.suppressed + n.suppressed}
-	}
+func (c count) plus(d count) count {
+	return count{c.rate + d.rate, c.seen + d.seen, c.lost + d.lost, c.suppressed + d.suppressed}
+}
+
+// counts are by event code.
+func (s *sensorStatus) counts() map[string]count {
+	kinds := map[string]count{}
+	add := func(code string, n count) { kinds[code] = kinds[code].plus(n) }
 	for code, n := range s.Sensor.Events {
 		add(code, count{seen: n})
 	}
@@ -255,7 +517,25 @@ func (s *sensorStatus) counts() (kinds map[string]count, all count) {
 	for code, n := range s.Sensor.Suppressed {
 		add(code, count{suppressed: n})
 	}
-	return kinds, all
+	if s.Rates != nil {
+		for code, r := range s.Rates.Events {
+			add(code, count{rate: r})
+		}
+	}
+	return kinds
+}
+
+// byFamily puts files into one: their many kinds would fill the screen.
+func byFamily(all map[string]count, names []string) (map[string]count, []string) {
+	fewer := map[string]count{}
+	for _, name := range names {
+		to := name
+		if strings.HasPrefix(name, "file.") {
+			to = "file.*"
+		}
+		fewer[to] = fewer[to].plus(all[name])
+	}
+	return fewer, sorted(fewer)
 }
 
 func sorted[V any](m map[string]V) []string {
@@ -271,7 +551,11 @@ func ago(now, then time.Time) string {
 	if then.IsZero() {
 		return "an unknown time"
 	}
-	d := max(now.Sub(then), 0)
+	return span(max(now.Sub(then), 0))
+}
+
+// span is a length of time in one or two units.
+func span(d time.Duration) string {
 	switch {
 	case d < 10*time.Second:
 		return d.Round(100 * time.Millisecond).String()

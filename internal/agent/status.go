@@ -31,7 +31,7 @@ type Status struct {
 	Buffer    BufferStatus      `json:"buffer"`
 	Transport TransportStatus   `json:"transport"`
 	Warnings  []json.RawMessage `json:"warnings,omitempty"` // the newest lines of the log that are some, oldest first; on the control socket only
-	Errors    []string          `json:"errors,omitempty"` // what could not be read for this answer
+	Errors    []string          `json:"errors,omitempty"`   // what could not be read for this answer
 }
 
 // Covered says by what an event is seen on this host.
@@ -55,7 +55,7 @@ type BufferStatus struct {
 	UnsentBytes int64      `json:"unsent_bytes"`
 	Cap         int64      `json:"cap"`
 	FullIn      *float64   `json:"full_in_seconds,omitempty"` // until undelivered records have to go; absent when what waits does not grow
-	Truncated   uint64     `json:"truncated"` // as buffer_truncations_total
+	Truncated   uint64     `json:"truncated"`                 // as buffer_truncations_total
 	Corrupt     uint64     `json:"corrupt"`
 	Losses      int        `json:"losses"` // loss ranges that no delivered record names yet
 	Oldest      *time.Time `json:"oldest_unsent,omitempty"`

@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package main
+
+import (
+	"fmt"
+	"math"
+	"strings"
+	"testing"
+	"time"
+	"unicode/utf8"
+)
+
+// TestTallyIsBounded has one name that is busy among very many that come once.
+func TestTallyIsBounded(t *testing.T) {
+	y := newTally()
+	described := 0
+	describe := func(c *counted) { described++ }
+	const others = 10 * tallyMost
+	for i := range others {
+		y.add("busy", ofNet, false, describe)
+		y.add(fmt.Sprint(i), ofProcess, false, describe)
+		if n := len(y.names); n > tallyMost {
+			t.Fatalf("%d names are remembered", n)
+		}
+	}
+	if c := y.names[y.hottest()[0]]; c.total != others || c.by[ofNet] != others || c.by[ofProcess] != 0 {
+		t.Errorf("the busiest has %d of %d", c.total, others)
+	}
+	if y.all.total != 2*others || described != others+1 {
+		t.Errorf("%d events in all, %d described", y.all.total, described)
+	}
+}
+
+func TestTallyRate(t *testing.T) {
+	y := newTally()
+	check := func(when string, want, within float64) {
+		t.Helper()
+		if got := y.rate(&y.all); math.Abs(got-want) > within {
+			t.Errorf("%s: %f a second, want %f", when, got, want)
+		}
+	}
+	check("at first", 0, 0)
+	for second := range 120 {
+		for range 40 {
+			y.add("x", ofFile, false, func(*counted) {})
+			y.pass(time.Second / 40)
+		}
+		if second == 0 || second == 10 || second == 119 {
+			check(fmt.Sprint("after second ", second), 40, 0.6)
+		}
+	}
+	y.pass(halfLife)
+	check("after a half-life of nothing", 20, 0.3)
+	y.pass(time.Hour)
+	check("after an hour of nothing", 0, 0.001)
+}
+
+func TestShort(t *testing.T) {
+	for n, want := range map[uint64]string{0: "0", 9999: "9999", 10000: "10k", 12345: "12k", 999_499: "999k", 999_500: "1.0M", 1_234_567: "1.2M", 98_765_432_100: "99G", math.MaxUint64: "many"} {
+		if got := short(n); got != want || len(got) > 5 {
+			t.Errorf("%d is %q, want %q", n, got, want)
+		}
+	}
+}
+
+// FuzzFold holds texts against the width that they are for.
+func FuzzFold(f *testing.F) {
+	f.Add("some words that are long enough", 9, 3)
+	f.Add("日本語 ü", 3, 1)
+	f.Add(nasty, 20, 2)
+	f.Fuzz(func(t *testing.T, text string, width, most int) {
+		if width <= 0 || most <= 0 || width > 1000 {
+			return
+		}
+		clean := safe(text)
+		lines := fold(clean, width, most)
+		if len(lines) > most {
+			t.Errorf("%d lines, not %d", len(lines), most)
+		}
+		shown := 0
+		for _, l := range lines {
+			if columns(l) > width || !utf8.ValidString(l) {
+				t.Errorf("%q takes %d columns of %d", l, columns(l), width)
+			}
+			if a := asciiText(l); utf8.RuneCountInString(l) != len(a) || strings.ContainsFunc(a, func(r rune) bool { return r < ' ' || r > '~' }) {
+				t.Errorf("%q is %q in ASCII", l, a)
+			}
+			shown += len(strings.ReplaceAll(l, " ", ""))
+		}
+		if whole := len(strings.ReplaceAll(clean, " ", "")); len(lines) < most && shown != whole && width > 1 {
+			t.Errorf("%q loses %d bytes: %q", clean, whole-shown, lines)
+		}
+		if got := pad(text, width); columns(got) != width {
+			t.Errorf("%q takes %d columns, want %d", got, columns(got), width)
+		}
+	})
+}

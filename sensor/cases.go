@@ -47,6 +47,9 @@ func (s *Sensor) seedCases() {
 	if len(s.open) > 0 {
 		s.o.Enricher.SetCases(s.open, s.kernel.deepen)
 	}
+	for pid := range s.kernel.deepBefore {
+		s.kernel.deepen(pid, enrich.DeepOff) // its case was closed while no sensor ran
+	}
 }
 
 // rootsEvery is how often what cases need in the next run is told: a process whose
@@ -92,6 +95,7 @@ func inCases(ctx context.Context, ev *event.Event) context.Context {
 // deepen has the kernel lift or restore its limits for a running process. Where the
 // map is full the limits hold, which the counters of what was suppressed show.
 func (k *kernel) deepen(pid uint32, d enrich.Deep) {
+	delete(k.deepBefore, pid)
 	if d == enrich.DeepOff {
 		_ = k.maps["deep_pids"].Delete(pid) // an exit took it out already
 		return

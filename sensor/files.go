@@ -198,7 +198,10 @@ func (k *kernel) probeLSM(load loader) error {
 	return err
 }
 
-const sysExit = "raw_tp/sys_exit"
+const (
+	sysExit        = "raw_tp/sys_exit"
+	sysExitProgram = "raw_sys_exit"
+)
 
 // attachSyscalls has system calls tell the events that no program sees otherwise. One
 // program tells them all, so one of before goes.
@@ -221,7 +224,7 @@ func (k *kernel) attachSyscalls(load loader) {
 	if bits == 0 {
 		return
 	}
-	a := attachment{hook: hook{chain: []candidate{{"raw_sys_exit"}}, copies: k.find(event.Fork).copies}}
+	a := attachment{hook: hook{chain: []candidate{{sysExitProgram}}, copies: k.find(event.Fork).copies}}
 	err := k.spec.Variables["syscall_kinds"].Set(bits)
 	for number, pair := range syscallTable() {
 		err = errors.Join(err, k.maps["file_syscalls"].Put(number, pair))

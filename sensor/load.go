@@ -40,6 +40,7 @@ type kernelOptions struct {
 	Files         FileOptions
 	Copies        int        // of programs on tracepoints; 0 means as many as the running kernel needs
 	Types         *btf.Cache // of the running kernel; nil means to read them, and to drop them after attaching
+	Keeper        Keeper     // nil: nothing outlives the process
 }
 
 // kernel is the sensor's part that lives in the kernel: maps, programs, links. After
@@ -57,6 +58,17 @@ type kernel struct {
 	detached bool // and nothing is to be attached again
 
 	priority, bulk *ebpf.Map // the rings; owned by the kernel value
+
+	setup     string // as in a manifest
+	keeper    Keeper // nil without
+	setID     string
+	kept      map[string]bool // what the keeper has of the set
+	manifests int             // the newest one's number
+	leaving   bool            // what is kept is to go on
+
+	// Processes of which a case wanted everything in an earlier process of the sensor,
+	// until it is known which of them one wants still.
+	deepBefore map[uint32]bool
 }
 
 // KindCounter is what the kernel counted for one kind of event. Attempts is
@@ -66,40 +78,86 @@ type KindCounter struct {
 	Attempts, Lost, Suppressed uint64
 }
 
-// loadKernel makes the maps. Nothing is attached before attach. The caller must
-// close the result.
-func loadKernel(o kernelOptions) (*kernel, error) {
+// loadKernel makes the maps, or takes over a set that was kept of a kernel of the same
+// setup; set may be nil. Nothing is attached before attach. The caller must close the
+// result.
+func loadKernel(o kernelOptions, set *keptSet) (k *kernel, adopted bool, err error) {
 	spec, err := bpf.LoadSensor()
 	if err != nil {
-		return nil, fmt.Errorf("read kernel programs: %w", err)
+		return nil, false, fmt.Errorf("read kernel programs: %w", err)
 	}
 	if o.Copies == 0 {
 		o.Copies = copiesFor(release())
 	}
 	if err := configure(spec, o); err != nil {
-		return nil, err
+		return nil, false, err
 	}
-	k := &kernel{scope: o.Scope, spec: spec, types: o.Types, maps: make(map[string]*ebpf.Map)}
+	k = &kernel{scope: o.Scope, spec: spec, types: o.Types, maps: make(map[string]*ebpf.Map), setup: setupOf(spec, o), keeper: o.Keeper, kept: map[string]bool{}}
+	if set != nil && set.manifest.Setup == k.setup {
+		if err := k.adopt(set, o); err != nil {
+			set.broken = err
+		} else {
+			adopted = true
+		}
+	}
+	if !adopted {
+		err = k.make(o)
+	}
+	if err != nil {
+		return nil, false, errors.Join(err, k.close())
+	}
+	k.priority, k.bulk = k.maps["priority_ring"], k.maps["bulk_ring"]
+	missing, err := k.filter(o.Files)
+	if err == nil && adopted {
+		err = k.settleIn()
+	}
+	if err == nil && k.setID == "" {
+		var id uint32
+		id, err = mapID(k.priority)
+		k.setID = strconv.FormatUint(uint64(id), 10)
+	}
+	if err != nil {
+		k.leaving = adopted
+		return nil, false, errors.Join(err, k.close())
+	}
+	if a := k.find(event.FileModify); a != nil { // nil without file events
+		a.errs = append(a.errs, missing...)
+	}
+	return k, adopted, nil
+}
+
+// make makes the maps, and what is to be attached.
+func (k *kernel) make(o kernelOptions) (err error) {
 	for _, h := range hooks(o.Files.On, o.Copies) {
 		k.attached = append(k.attached, attachment{hook: h})
 	}
-	for name, m := range spec.Maps {
+	for name, m := range k.spec.Maps {
 		if strings.HasPrefix(name, ".") {
 			continue // constants: each program gets its own
 		}
 		if k.maps[name], err = newMap(m); err != nil {
-			return nil, errors.Join(fmt.Errorf("create map %s: %w", name, err), k.close())
+			return fmt.Errorf("create map %s: %w", name, err)
 		}
 	}
-	k.priority, k.bulk = k.maps["priority_ring"], k.maps["bulk_ring"]
-	missing, err := k.filter(o.Files)
-	if err != nil {
-		return nil, errors.Join(err, k.close())
+	return nil
+}
+
+// settleIn has what was taken over know nothing any more of the process before: none of
+// its threads is announced, and who was in its cases is found out anew.
+func (k *kernel) settleIn() error {
+	for what := range k.maps["announced_threads"].MaxEntries() {
+		if err := k.maps["announced_threads"].Put(what, announcement{}); err != nil {
+			return fmt.Errorf("take over announced_threads: %w", err)
+		}
 	}
-	if a := k.find(event.FileModify); a != nil { // nil without file events
-		a.errs = missing
+	k.deepBefore = map[uint32]bool{}
+	var pid uint32
+	var deep uint8
+	it := k.maps["deep_pids"].Iterate()
+	for it.Next(&pid, &deep) {
+		k.deepBefore[pid] = true
 	}
-	return k, nil
+	return nil // an iteration that was cut short has missed processes that ended
 }
 
 // configure puts the options into the maps' sizes and the programs' constants.
@@ -323,7 +381,10 @@ func (k *kernel) load(h hook, name string, cache *btf.Cache) (*ebpf.Program, *eb
 // counters sums the counters of all CPUs. Attempts equals the records written plus
 // Lost whenever no event is under way.
 func (k *kernel) counters() (sums [event.Kinds]KindCounter, err error) {
-	m := k.maps["kind_counters"]
+	return readCounters(k.maps["kind_counters"])
+}
+
+func readCounters(m *ebpf.Map) (sums [event.Kinds]KindCounter, err error) {
 	for kind := range min(m.MaxEntries(), uint32(len(sums))) {
 		var perCPU []bpf.SensorKindCounter
 		if err := m.Lookup(kind, &perCPU); err != nil {
@@ -441,7 +502,8 @@ func (k *kernel) detach() error {
 	return errors.Join(errs...)
 }
 
-// close detaches and frees everything. It is safe to call more than once.
+// close detaches and frees everything, but for what is kept when leaving. It is safe to
+// call more than once.
 func (k *kernel) close() error {
 	errs := []error{k.detach()}
 	for _, m := range k.maps {

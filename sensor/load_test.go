@@ -39,7 +39,7 @@ func prepare(t testing.TB, o kernelOptions) *kernel {
 	if o.BulkBytes == 0 {
 		o.BulkBytes = testRing
 	}
-	k, err := loadKernel(o)
+	k, _, err := loadKernel(o, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -305,7 +305,7 @@ func TestRootEveryProgramLoadsInEveryScope(t *testing.T) {
 func TestRootRequiredHook(t *testing.T) {
 	require(t, "root")
 	require(t, "btf")
-	k, err := loadKernel(kernelOptions{PriorityBytes: 4096, BulkBytes: 4096})
+	k, _, err := loadKernel(kernelOptions{PriorityBytes: 4096, BulkBytes: 4096}, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -329,7 +329,7 @@ func TestRootRequiredHook(t *testing.T) {
 
 func TestLoadKernelRejectsRingSizes(t *testing.T) {
 	for _, size := range []int{0, 1, 1000, 4096 * 3, -4096} {
-		if k, err := loadKernel(kernelOptions{PriorityBytes: size, BulkBytes: testRing}); err == nil {
+		if k, _, err := loadKernel(kernelOptions{PriorityBytes: size, BulkBytes: testRing}, nil); err == nil {
 			t.Errorf("took a ring of %d bytes", size)
 			k.close()
 		}

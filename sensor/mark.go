@@ -10,6 +10,8 @@ import (
 	"strings"
 
 	"github.com/cilium/ebpf"
+
+	"github.com/aurorasoc/edr-sensor/sensor/event"
 )
 
 // mark is what the buffer stores with every chunk: how far the rings were read
@@ -21,6 +23,13 @@ type mark struct {
 	ktime          uint64 // newest kernel time written
 	wall           int64  // newest wall time, ns since the Unix epoch
 	clean          bool   // the last one of a run that stopped in order
+
+	// Kernel time before which the records of these rings do not count: those of the
+	// rings that were read before them do.
+	since uint64
+	// What the kernel had counted, by kind, when it was reported last.
+	lost, suppressed [event.Kinds]uint64
+	missed           uint64
 }
 
 type ringMark struct {
@@ -29,8 +38,8 @@ type ringMark struct {
 }
 
 const (
-	markVersion = 1
-	markSize    = 1 + 1 + 16 + 2*12 + 3*8
+	markVersion = 2
+	markSize    = 1 + 1 + 16 + 2*12 + 5*8 + 1 // and two numbers for each kind
 )
 
 var errMark = errors.New("not a ring mark")
@@ -46,13 +55,20 @@ func (m *mark) append(b []byte) []byte {
 		b = binary.LittleEndian.AppendUint32(b, r.id)
 		b = binary.LittleEndian.AppendUint64(b, r.pos)
 	}
-	b = binary.LittleEndian.AppendUint64(b, m.serial)
-	b = binary.LittleEndian.AppendUint64(b, m.ktime)
-	return binary.LittleEndian.AppendUint64(b, uint64(m.wall))
+	for _, n := range [...]uint64{m.serial, m.ktime, uint64(m.wall), m.since, m.missed} {
+		b = binary.LittleEndian.AppendUint64(b, n)
+	}
+	b = append(b, byte(event.Kinds))
+	for kind := range m.lost {
+		b = binary.LittleEndian.AppendUint64(b, m.lost[kind])
+		b = binary.LittleEndian.AppendUint64(b, m.suppressed[kind])
+	}
+	return b
 }
 
+// parseMark also takes the mark of a version that knows other kinds.
 func parseMark(b []byte) (m mark, err error) {
-	if len(b) != markSize || b[0] != markVersion {
+	if len(b) < markSize || b[0] != markVersion || len(b) != markSize+16*int(b[markSize-1]) {
 		return m, fmt.Errorf("%w: %d bytes", errMark, len(b))
 	}
 	m.clean = b[1] == 1
@@ -62,8 +78,16 @@ func parseMark(b []byte) (m mark, err error) {
 		r.id, r.pos = binary.LittleEndian.Uint32(b), binary.LittleEndian.Uint64(b[4:])
 		b = b[12:]
 	}
-	m.serial, m.ktime = binary.LittleEndian.Uint64(b), binary.LittleEndian.Uint64(b[8:])
-	m.wall = int64(binary.LittleEndian.Uint64(b[16:]))
+	var wall uint64
+	for _, n := range [...]*uint64{&m.serial, &m.ktime, &wall, &m.since, &m.missed} {
+		*n, b = binary.LittleEndian.Uint64(b), b[8:]
+	}
+	m.wall = int64(wall)
+	kinds := int(b[0])
+	for kind := range min(kinds, len(m.lost)) {
+		at := b[1+16*kind:]
+		m.lost[kind], m.suppressed[kind] = binary.LittleEndian.Uint64(at), binary.LittleEndian.Uint64(at[8:])
+	}
 	return m, nil
 }
 

@@ -17,6 +17,7 @@ type metrics struct {
 	decodeErrors prometheus.Counter
 	rejected     prometheus.Counter
 	missed       prometheus.Counter
+	takeovers    map[string]prometheus.Counter
 	attached     *prometheus.GaugeVec
 	tagged       prometheus.Counter
 	latency      prometheus.Histogram
@@ -36,6 +37,8 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 		tagged:   f.NewCounter(prometheus.CounterOpts{Name: "sensor_case_events_total", Help: "Events that carry the ids of an open case. If it stands still while a case is open, the case covers something else than was meant, or nothing that runs: see edr-sensor case list."}),
 		attached: f.NewGaugeVec(prometheus.GaugeOpts{Name: "sensor_hook_attached", Help: "1 when the event is seen by a hook of this kind, 0 when it is not seen. If it is 0, this host is blind for the event: edr-sensor doctor says why."}, []string{"event", "hook"}),
 	}
+	takeovers := f.NewCounterVec(prometheus.CounterOpts{Name: "sensor_takeovers_total", Help: "1 when this run went on with the kernel programs of the one before, by whether they were adopted as they are or replaced by others, so that nothing was missed in between. If it is 0 for both after a restart by systemd, BLIND_… on the decisions stream says why, and how long nothing was seen."}, []string{"how"})
+	m.takeovers = map[string]prometheus.Counter{howAdopted: takeovers.WithLabelValues(howAdopted), howReplaced: takeovers.WithLabelValues(howReplaced)}
 	events := f.NewCounterVec(prometheus.CounterOpts{Name: "sensor_events_total", Help: "Events read, by kind. If it stops for process.exec, nothing runs or nothing is seen: see sensor_hook_attached and /readyz."}, []string{"kind"})
 	lost := f.NewCounterVec(prometheus.CounterOpts{Name: "sensor_lost_events_total", Help: "Events the kernel had no ring space for, by kind. If it grows, evidence is lost now: find what stalls the disk (buffer_commit_seconds), or raise sensor.priority_ring or sensor.bulk_ring."}, []string{"kind"})
 	suppressed := f.NewCounterVec(prometheus.CounterOpts{Name: "sensor_suppressed_events_total", Help: "Events the kernel left out on purpose, by kind: more of one process than sensor.file.per_process, or excluded. They are not among the events, nor lost. If it grows much faster than sensor_events_total, one process floods: SUPPRESSED on the decisions stream says how much of what."}, []string{"kind"})

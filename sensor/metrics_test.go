@@ -30,6 +30,7 @@ func (s *fullSink) Unnamed(dst []event.Loss) []event.Loss { return dst }
 // newWorker is a Sensor without a kernel.
 func newWorker(reg prometheus.Registerer, sink Sink) *Sensor {
 	return &Sensor{
+		in:        &rings{},
 		o:         Options{Sink: sink, Encoder: ocsf.New(event.Host{}, event.Agent{ID: "a"})},
 		metrics:   newMetrics(reg),
 		unwritten: map[string]uint64{},

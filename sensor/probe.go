@@ -9,9 +9,9 @@ import "os"
 // sensor. The error is about the maps; a hook that is refused is in the coverage.
 func Probe() ([]Coverage, error) {
 	page := os.Getpagesize()
-	k, err := loadKernel(kernelOptions{
+	k, _, err := loadKernel(kernelOptions{
 		Scope: Scope{Mode: ScopeTree, PID: uint32(os.Getpid())}, PriorityBytes: page, BulkBytes: page, Files: FileOptions{On: true},
-	})
+	}, nil)
 	if err != nil {
 		return nil, err
 	}

@@ -136,6 +136,19 @@ func (r *ring) header() uint32 {
 	return atomic.LoadUint32((*uint32)(unsafe.Pointer(&r.data[r.pos&r.mask])))
 }
 
+// scan calls visit for each record that next would return now, and leaves the reading
+// where it is. It returns the position behind the last of them.
+func (r *ring) scan(visit func(rec []byte)) (end uint64, err error) {
+	c := ring{consumer: r.consumer, produced: r.produced, data: r.data, mask: r.mask, pos: r.pos, limit: r.pos, fd: -1}
+	for {
+		rec, ok, err := c.next()
+		if err != nil || !ok {
+			return c.pos, err
+		}
+		visit(rec)
+	}
+}
+
 // position is the position up to which next has returned everything.
 func (r *ring) position() uint64 { return r.pos }
 

@@ -67,7 +67,7 @@ func TestDescends(t *testing.T) {
 // The scans of this test are a tree that changes while it is looked at.
 func TestRootSeedTree(t *testing.T) {
 	require(t, "root")
-	k, err := loadKernel(kernelOptions{Scope: Scope{Mode: ScopeTree}, PriorityBytes: 4096, BulkBytes: 4096})
+	k, _, err := loadKernel(kernelOptions{Scope: Scope{Mode: ScopeTree}, PriorityBytes: 4096, BulkBytes: 4096}, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

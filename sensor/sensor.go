@@ -67,7 +67,11 @@ type Options struct {
 	Sink          Sink
 	ExerciseDir   string // where the hooks are tried; nobody else may write there
 	Mark          []byte // stored with the last durable commit of the run before, if any
-	Registerer    prometheus.Registerer
+	// Keeper, if set, keeps what is in the kernel over a restart; Kept is what it has kept.
+	// Both are used until Close, which the descriptors do not survive.
+	Keeper     Keeper
+	Kept       []Kept
+	Registerer prometheus.Registerer
 	// CaseRoots, if set, is given every few seconds, and at the end of Run, what the
 	// cases of subtrees need to go on in the next run. The worker waits for it.
 	CaseRoots func(map[*event.Case][]event.ProcessKey)
@@ -89,6 +93,11 @@ type Sensor struct {
 	kernel   *kernel
 	priority *ring
 	bulk     *ring
+	own      rings  // those two
+	in       *rings // that the worker reads: own, or those of the process before
+	taken    takeover
+	settled  chan struct{} // closed when only the own are read
+	keepErr  error         // why nothing outlives this process
 	wait     *waiter
 	dec      decoder
 	hooks    atomic.Pointer[[event.Kinds]string] // by what each kind is seen
@@ -106,10 +115,11 @@ type Sensor struct {
 	markBuf []byte
 	pending bool // records ended since the last Flush
 
-	committed atomic.Uint64 // serial of the newest durable mark
-	beat      atomic.Int64  // ns after born of the last turn of the loop
-	lost      atomic.Uint64 // kernel losses reported so far
-	discarded atomic.Uint64 // events that could not become records so far
+	old       atomic.Pointer[rings] // of the process before, once they are opened
+	committed atomic.Uint64         // serial of the newest durable mark
+	beat      atomic.Int64          // ns after born of the last turn of the loop
+	lost      atomic.Uint64         // kernel losses reported so far
+	discarded atomic.Uint64         // events that could not become records so far
 
 	cases atomic.Pointer[caseRequest] // for the worker, the newest only
 
@@ -131,11 +141,10 @@ type Sensor struct {
 // Open loads the programs into the kernel; nothing is attached yet. The caller
 // must Close the Sensor. Errors name the program or map and the remedy.
 func Open(o Options) (*Sensor, error) {
-	k, err := loadKernel(kernelOptions{Scope: o.Scope, PriorityBytes: o.PriorityBytes, BulkBytes: o.BulkBytes, Files: o.Files})
-	if err != nil {
+	s := &Sensor{o: o, metrics: newMetrics(o.Registerer), limiter: logging.NewLimiter(linesEvery), born: time.Now(), settled: make(chan struct{})}
+	if err := s.inherit(kernelOptions{Scope: o.Scope, PriorityBytes: o.PriorityBytes, BulkBytes: o.BulkBytes, Files: o.Files, Keeper: o.Keeper}); err != nil {
 		return nil, fmt.Errorf("load sensor: %w", err)
 	}
-	s := &Sensor{o: o, kernel: k, metrics: newMetrics(o.Registerer), limiter: logging.NewLimiter(linesEvery), born: time.Now()}
 	s.cover(nil)
 	if err := s.openRings(); err != nil {
 		return nil, errors.Join(fmt.Errorf("open sensor: %w", err), s.Close())
@@ -163,12 +172,23 @@ func (s *Sensor) openRings() (err error) {
 		return fmt.Errorf("bulk ring: %w", err)
 	}
 	s.mark.bootID = parseBootID(s.o.Host.BootID)
+	s.own = rings{priority: s.priority, bulk: s.bulk, ids: [...]uint32{s.mark.priority.id, s.mark.bulk.id}}
+	s.continueRings()
+	s.readFrom(&s.own)
+	if s.taken.how == howAdopted {
+		s.pulse.serial = bootTime() // greater than any that the process before has sent
+	}
 	return nil
 }
 
-// Close releases everything. It must not run at the same time as Run.
+// Close releases everything but for what is kept for the next process. It must not run
+// at the same time as Run.
 func (s *Sensor) Close() error {
 	var errs []error
+	s.kernel.leaving = s.o.Keeper != nil
+	if s.taken.old != nil {
+		errs = append(errs, s.taken.old.close())
+	}
 	if s.wait != nil {
 		errs = append(errs, s.wait.close())
 	}
@@ -183,11 +203,16 @@ func (s *Sensor) Close() error {
 // Attach puts the programs in place. It fails only when an event that the
 // sensor cannot do without has no hook; Coverage tells about the others.
 func (s *Sensor) Attach() error {
-	err := s.kernel.attach()
+	var err error
+	if s.taken.how != howAdopted { // else they are
+		err = s.kernel.attach()
+	}
+	s.taken.attached = bootTime()
 	s.cover(s.kernel.coverage())
 	if err != nil {
 		return fmt.Errorf("attach sensor: %w", err)
 	}
+	s.keepErr = s.kernel.keep(s.o.Host.BootID)
 	return nil
 }
 
@@ -220,11 +245,18 @@ func (s *Sensor) discard(reason string, n uint64) {
 // calls it after each commit, from any one goroutine.
 func (s *Sensor) Release(stored []byte) {
 	m, err := parseMark(stored)
-	if err != nil || m.priority.id != s.mark.priority.id || m.bulk.id != s.mark.bulk.id {
+	if err != nil {
+		return
+	}
+	ids := [...]uint32{m.priority.id, m.bulk.id}
+	in := &s.own
+	if old := s.old.Load(); old != nil && ids == old.ids {
+		in = old
+	} else if ids != s.own.ids {
 		return // the mark of an earlier run
 	}
-	s.priority.release(m.priority.pos)
-	s.bulk.release(m.bulk.pos)
+	in.priority.release(m.priority.pos)
+	in.bulk.release(m.bulk.pos)
 	s.committed.Store(m.serial)
 }
 
@@ -245,10 +277,16 @@ func (s *Sensor) Run(ctx context.Context, stopWithin time.Duration) error {
 	s.lastTick = time.Now()
 	s.left.from = s.lastTick
 	s.unwritten = map[string]uint64{}
-	s.reportGap(ctx)
+	if s.keepErr != nil {
+		s.Notify(ctx, event.SelfInfo{
+			Name: "Keep Failed", Severity: 3, Failed: true, Code: "KEEP_FAILED",
+			Message: "a restart of the sensor will miss what happens meanwhile: " + s.keepErr.Error(),
+		})
+	}
+	known := s.takeOver(ctx)
 	s.writeNotices(write)
 	s.applyCases()
-	if err := s.snapshot(write); err != nil {
+	if err := s.snapshot(write, known); err != nil {
 		// Parents of running processes are then unknown: less, not nothing.
 		s.Notify(ctx, event.SelfInfo{
 			Activity: event.ActivityDegraded, Severity: 3, Failed: true, Code: "SNAPSHOT",
@@ -256,6 +294,10 @@ func (s *Sensor) Run(ctx context.Context, stopWithin time.Duration) error {
 		})
 	}
 	s.seedCases()
+	if err := s.readPredecessor(ctx, write); err != nil {
+		return err
+	}
+	close(s.settled)
 	for ctx.Err() == nil {
 		if err := s.turn(write); err != nil {
 			return err
@@ -278,6 +320,7 @@ func (s *Sensor) turn(ctx context.Context) error {
 	if err := s.flush(ctx, false); err != nil {
 		return err
 	}
+	s.dropPredecessor(ctx)
 	s.beat.Store(int64(time.Since(s.born)))
 	if n > 0 {
 		return nil
@@ -286,11 +329,16 @@ func (s *Sensor) turn(ctx context.Context) error {
 }
 
 // drain empties the rings after detaching; the record of the stop is among the
-// last.
+// last. Programs that are kept go on: of those it reads what they have seen so far, and
+// whoever keeps them detaches them unless a new process comes.
 func (s *Sensor) drain(ctx context.Context) error {
 	s.tick(ctx, time.Now()) // the programs' statistics end with them
-	err := s.kernel.detach()
-	for n := 1; n > 0; {
+	var err error
+	if s.o.Keeper == nil || s.keepErr != nil {
+		err = s.kernel.detach()
+	}
+	ends := [...]uint64{s.in.priority.producer(), s.in.bulk.producer()}
+	for n := 1; n > 0 && (int64(ends[0]-s.in.priority.position()) > 0 || int64(ends[1]-s.in.bulk.position()) > 0); {
 		var perr error
 		if n, perr = s.poll(ctx); perr != nil {
 			return errors.Join(err, perr)
@@ -314,12 +362,13 @@ func (s *Sensor) poll(ctx context.Context) (int, error) {
 	s.dec.reset()
 	// What the bulk ring holds now was caused by processes that the priority
 	// ring already shows, so the priority ring goes first.
-	limit := s.bulk.producer()
-	first, err := s.read(ctx, s.priority, ^uint64(0), 0, pollRecords-bulkShare)
+	in := s.in
+	limit := in.bulk.producer()
+	first, err := s.read(ctx, in.priority, ^uint64(0), 0, pollRecords-bulkShare)
 	if err != nil {
 		return 0, err
 	}
-	n, err := s.read(ctx, s.bulk, limit, first, pollRecords)
+	n, err := s.read(ctx, in.bulk, limit, first, pollRecords)
 	if err != nil {
 		return 0, err
 	}
@@ -344,9 +393,11 @@ func (s *Sensor) poll(ctx context.Context) (int, error) {
 		}
 	}
 	// Records that were discarded or could not be decoded are covered too.
-	s.mark.priority.pos, s.mark.bulk.pos = s.priority.position(), s.bulk.position()
-	s.pulse.rings[0].reached.Store(s.mark.priority.pos)
-	s.pulse.rings[1].reached.Store(s.mark.bulk.pos)
+	s.mark.priority.pos, s.mark.bulk.pos = in.priority.position(), in.bulk.position()
+	if in == &s.own {
+		s.pulse.rings[0].reached.Store(s.mark.priority.pos)
+		s.pulse.rings[1].reached.Store(s.mark.bulk.pos)
+	}
 	s.o.Enricher.EndBatch()
 	return n, nil
 }
@@ -365,8 +416,13 @@ func (s *Sensor) read(ctx context.Context, r *ring, limit uint64, n, most int) (
 			break
 		}
 		if serial, ok := asHeartbeat(rec); ok {
-			s.pulse.rings[s.ringIndex(r)].met(serial, r.position(), time.Since(s.born))
+			if s.in == &s.own {
+				s.pulse.rings[s.ringIndex(r)].met(serial, r.position(), time.Since(s.born))
+			}
 			continue
+		}
+		if !s.in.counts(rec) {
+			continue // read from the rings before these, or after
 		}
 		ev := &s.events[n]
 		if err := s.dec.decode(rec, ev); err != nil {
@@ -419,8 +475,8 @@ func (s *Sensor) begin(ev *event.Event) []byte {
 func (s *Sensor) flush(ctx context.Context, clean bool) error {
 	if !s.pending && !clean {
 		if s.committed.Load() == s.mark.serial {
-			s.priority.release(s.mark.priority.pos)
-			s.bulk.release(s.mark.bulk.pos)
+			s.in.priority.release(s.mark.priority.pos)
+			s.in.bulk.release(s.mark.bulk.pos)
 		}
 		return nil
 	}
@@ -519,12 +575,18 @@ func (s *Sensor) reportMissed(ctx context.Context, i event.SelfInfo) {
 	s.lost.Add(i.Count)
 	i.Code, i.Message = "RECURSION", fmt.Sprintf("the kernel left out up to %d events, since the programs that see them were interrupted on their CPU", i.Count)
 	s.decide(ctx, &i, nil)
+	s.mark.missed = missed // not before: the mark must not be ahead of the record
 }
 
 // reportSuppressed reports what the kernel left out on purpose, once per window.
 func (s *Sensor) reportSuppressed(ctx context.Context, now time.Time, end bool) {
 	for _, i := range s.left.report(now, end) {
 		s.decide(ctx, &i, nil)
+	}
+	if s.left.sum == 0 {
+		for kind := range s.reported {
+			s.mark.suppressed[kind] = s.reported[kind].Suppressed
+		}
 	}
 }
 
@@ -536,6 +598,10 @@ func (s *Sensor) reportKernelLoss(ctx context.Context, i event.SelfInfo) {
 		s.limiter.Log(ctx, zap.ErrorLevel, "counters", "read kernel loss counters", zap.Error(err))
 		return
 	}
+	s.reportLoss(ctx, i, counters)
+}
+
+func (s *Sensor) reportLoss(ctx context.Context, i event.SelfInfo, counters [event.Kinds]KindCounter) {
 	i.ByKind = map[string]uint64{}
 	for k := range counters {
 		if event.Kind(k) == event.Heartbeat {
@@ -558,16 +624,20 @@ func (s *Sensor) reportKernelLoss(ctx context.Context, i event.SelfInfo) {
 	s.lost.Add(i.Count)
 	i.Code, i.Message = "RINGBUF_FULL", fmt.Sprintf("the kernel had no room for %d events", i.Count)
 	s.decide(ctx, &i, nil)
+	for kind := range counters {
+		s.mark.lost[kind] = counters[kind].Lost
+	}
 }
 
 // reportGap names the time in which no sensor watched: with rings of its own, a
 // new process knows nothing of what happened since the last durable mark.
 func (s *Sensor) reportGap(ctx context.Context) {
-	if s.o.Mark == nil {
-		return
+	m, err := s.taken.mark, s.taken.markErr
+	if m == nil && err == nil {
+		return // the first start
 	}
-	i := event.SelfInfo{Activity: event.ActivityLost, Severity: 3, Failed: true, To: time.Now()}
-	switch m, err := parseMark(s.o.Mark); {
+	i := event.SelfInfo{Activity: event.ActivityLost, Severity: 3, Failed: true, To: time.Now(), Attrs: map[string]any{"why": s.taken.why}}
+	switch {
 	case err != nil:
 		i.Code, i.Message = "BLIND_UNKNOWN", "when the sensor last ran is unknown: "+err.Error()
 	case m.bootID != s.mark.bootID:
@@ -580,8 +650,9 @@ func (s *Sensor) reportGap(ctx context.Context) {
 	s.Notify(ctx, i)
 }
 
-// snapshot reports the processes that run already, before the first event.
-func (s *Sensor) snapshot(ctx context.Context) error {
+// snapshot reports the processes that run already, before the first event, or only takes
+// note of them when they are known from the process before.
+func (s *Sensor) snapshot(ctx context.Context, known bool) error {
 	n := 0
 	err := s.kernel.snapshot(func(rec []byte) error {
 		if n++; n%pollRecords == 0 {
@@ -597,9 +668,11 @@ func (s *Sensor) snapshot(ctx context.Context) error {
 			return fmt.Errorf("decode: %w", err)
 		}
 		ev.Hook = s.hooks.Load()[ev.Kind]
-		s.metrics.events[ev.Kind].Inc()
 		s.o.Enricher.Apply(ev)
-		s.write(ctx, time.Now().UnixNano(), ev, false, nil)
+		if !known {
+			s.metrics.events[ev.Kind].Inc()
+			s.write(ctx, time.Now().UnixNano(), ev, false, nil)
+		}
 		return ctx.Err()
 	})
 	s.o.Enricher.EndBatch()

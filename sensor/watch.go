@@ -23,6 +23,14 @@ const examineEvery = time.Minute
 // have returned before Close.
 func (s *Sensor) Watch(ctx context.Context) {
 	ctx = logging.With(ctx, zap.String(logging.KeyComponent, "sensor"))
+	if s.old.Load() != nil {
+		// Programs that are about to go would report what is only tried.
+		select {
+		case <-s.settled:
+		case <-ctx.Done():
+			return
+		}
+	}
 	deaf := make(chan struct{}, 1) // no program answers: do not wait for the next examination
 	var wg sync.WaitGroup
 	wg.Go(func() { s.beatUntil(ctx, deaf) })
@@ -68,6 +76,9 @@ func (s *Sensor) examineUntil(ctx context.Context, deaf <-chan struct{}) {
 		}
 		if len(changes) > 0 {
 			s.cover(s.kernel.coverage())
+			if err := s.kernel.keep(s.o.Host.BootID); err != nil {
+				logging.From(ctx).Error("keep mended hooks", zap.Error(err))
+			}
 		}
 		for _, c := range changes {
 			s.Notify(ctx, c.decision())

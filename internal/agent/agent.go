@@ -196,7 +196,9 @@ func (a *Agent) build(ctx context.Context, version string) error {
 	if err != nil {
 		return err
 	}
+	keeper, kept := a.kept(ctx)
 	a.sensor, err = sensor.Open(sensor.Options{
+		Keeper: keeper, Kept: kept,
 		Scope: scope, PriorityBytes: int(a.cfg.Sensor.PriorityRing), BulkBytes: int(a.cfg.Sensor.BulkRing), ForkEvents: a.cfg.Sensor.ForkEvents,
 		Files: filesOf(a.cfg.Sensor.File), ExerciseDir: a.exerciseDir(),
 		Host: host, Encoder: encoder, Enricher: enricher, Sink: newSink(a.queue, a.tap), Mark: a.queue.Mark(), Registerer: a.registry,

@@ -16,10 +16,28 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/aurorasoc/edr-sensor/internal/config"
+	"github.com/aurorasoc/edr-sensor/internal/fdstore"
 	"github.com/aurorasoc/edr-sensor/internal/logging"
 	"github.com/aurorasoc/edr-sensor/sensor"
 	"github.com/aurorasoc/edr-sensor/transport"
 )
+
+// kept is what systemd keeps of the sensor while that is restarted, and has kept of the
+// process before. Without systemd there is nobody who would.
+func (a *Agent) kept(ctx context.Context) (sensor.Keeper, []sensor.Kept) {
+	files, err := fdstore.Inherited()
+	if err != nil {
+		logging.From(ctx).Warn("nothing is taken over from the process before", zap.Error(err))
+	}
+	kept := make([]sensor.Kept, len(files))
+	for i, f := range files {
+		kept[i] = sensor.Kept{Name: f.Name, File: f.File}
+	}
+	if store := fdstore.Open(os.Getenv("NOTIFY_SOCKET")); store != nil {
+		return store, kept
+	}
+	return nil, kept
+}
 
 // scopeOf turns the configured scope into what the kernel compares.
 func scopeOf(c config.Scope) (sensor.Scope, error) {

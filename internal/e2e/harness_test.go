@@ -90,6 +90,9 @@ type host struct {
 	env    []string
 	proc   *exec.Cmd
 	log    *lines
+
+	manager *manager // that the sensor runs under, if any
+	binary  string   // that runs, if it is not the usual one
 }
 
 func newHost(t *testing.T, w *workload, redisAddr, extra string) *host {
@@ -125,8 +128,17 @@ transport: {address: "%[3]s"}
 // start runs the sensor and waits until it sees events.
 func (h *host) start() {
 	h.t.Helper()
-	h.proc = exec.Command(binary(h.t), "run", "--config", h.config)
-	h.proc.Env = append(os.Environ(), h.env...)
+	path := h.binary
+	if path == "" {
+		path = binary(h.t)
+	}
+	if h.manager != nil {
+		h.proc = h.manager.command(path, "run", "--config", h.config)
+	} else {
+		h.proc = exec.Command(path, "run", "--config", h.config)
+		h.proc.Env = os.Environ()
+	}
+	h.proc.Env = append(h.proc.Env, h.env...)
 	h.proc.Stderr = h.log
 	if err := h.proc.Start(); err != nil {
 		h.t.Fatal(err)

@@ -152,6 +152,7 @@ func closedSets() map[string][]string {
 	return map[string][]string{
 		"kind": kinds, "event": kinds, "class": classes,
 		"hook":   {"tp_btf", "raw_tp", "lsm", "fentry", "fexit", "kprobe", "iter", "none"},
+		"how":    {"adopted", "replaced"},
 		"mode":   {"starting", "online", "buffering", "degraded", "truncating", "stopping"},
 		"op":     {"commit", "reopen", "read"},
 		"result": {"ok", "dup", "gap", "overlap", "fenced", "error", "pending", "rate", "size", "gone", "changed"},

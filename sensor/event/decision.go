@@ -116,6 +116,16 @@ func DecisionTable() []Decision {
 		{"UNDECODABLE", "Lost Events", DecisionsSystem, "Records of the kernel programs that the sensor does not understand.", "Report it: program and binary do not belong together."},
 		{"TOO_LARGE", "Lost Events", DecisionsSystem, "Events that are larger than the buffer accepts.", "Report it with the log line before it, which names the kind."},
 		{"NOTICES", "Lost Events", DecisionsSystem, "So many decisions came at once that some have a log line and no record.", "Read the log of that time."},
+		{
+			"TAKEN_OVER", "Taken Over", DecisionsSystem,
+			"The sensor was restarted, and systemd had kept its kernel programs and rings meanwhile: nothing was missed. `count` events waited since `start_time`, from `priority_position` and `bulk_position` of the rings on. `after` is `adopted` when the same programs go on, `replaced` when others took their place (`why`): then both saw everything for a moment, and `cut_ktime` is the kernel time from which the new ones count. `agreed_events` were seen by both on the right side of it.",
+			"Nothing, unless `disagreed_events` is not 0: so many events around the cut may be there twice, or missing.",
+		},
+		{
+			"KEEP_FAILED", "Keep Failed", DecisionsSystem,
+			"The service manager does not keep the kernel programs and rings of the sensor, so that a restart will miss what happens meanwhile. The message says why.",
+			"Use the unit of the package, or set `FileDescriptorStoreMax=` in yours as it does.",
+		},
 		{"BLIND_STOPPED", "Lost Events", DecisionsSystem, "The sensor had been stopped. What happened between `start_time` and `end_time` was not seen.", "Compare with the STOP before it: a stop without a deployment is suspicious."},
 		{"BLIND_KILLED", "Lost Events", DecisionsSystem, "The sensor had ended without a stop: killed, crashed, or power was lost. What happened between `start_time` and `end_time` was not seen or not kept.", "Look into the kernel's log (out of memory?) and for who may send signals."},
 		{"BLIND_REBOOT", "Lost Events", DecisionsSystem, "The host was rebooted. What happened between `start_time` and `end_time` was not seen.", "Compare with the host's own log of its boot."},

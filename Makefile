@@ -110,6 +110,11 @@ deps:
 packages:
 	@VERSION='$(VERSION)' packaging/scripts/packages.sh $(ARCH)
 
+## lint-packages: build the packages and hold them against the rules of Debian and Fedora, and the lists of their files
+.PHONY: lint-packages
+lint-packages: deps
+	$(GO) test -count=1 ./packaging/...
+
 ## clean: remove what the targets above made
 .PHONY: clean
 clean:

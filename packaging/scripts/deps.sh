@@ -8,7 +8,8 @@ want=("$@")
 if [ ${#want[@]} -eq 0 ]; then
 	want=(redis-server:redis-server redis-benchmark:redis-tools promtool:prometheus gcc:gcc
 		clang-19:clang-19 llvm-strip-19:llvm-19 clang-format-19:clang-format-19
-		qemu-system-x86_64:qemu-system-x86 qemu-system-aarch64:qemu-system-arm cpio:cpio xz:xz-utils systemd-analyze:systemd)
+		qemu-system-x86_64:qemu-system-x86 qemu-system-aarch64:qemu-system-arm cpio:cpio xz:xz-utils systemd-analyze:systemd
+		lintian:lintian rpmlint:rpmlint rpm:rpm man:man-db zsh:zsh fish:fish)
 fi
 
 missing=()

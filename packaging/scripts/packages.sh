@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Builds the deb and the rpm of this tree, for amd64 and arm64 or for those named:
+# Builds the deb, the rpm and the bill of materials of this tree, for amd64 and arm64 or for those named:
 #   packages.sh [amd64|arm64 ...]
 # DIST (dist) is where they go, VERSION and SOURCE_DATE_EPOCH default to what git
 # says. The same tree, compiler and version give the same bytes.
@@ -22,8 +22,13 @@ trap 'rm -rf "$stage"' EXIT
 # What an earlier call left would look like a part of this one.
 rm -f "$DIST"/edr-sensor[_-]*.{deb,rpm,json}
 
+# The version names the commit; what git says beyond that depends on the checkout.
+build() {
+	GOOS=linux "$GO" build -trimpath -buildvcs=false -ldflags "-s -w -X main.version=$VERSION" -o "$1" ./cmd/edr-sensor
+}
+
 # What is the same on both architectures: written by the binary of this machine.
-"$GO" build -trimpath -ldflags "-s -w -X main.version=$VERSION" -o "$stage/self" ./cmd/edr-sensor
+build "$stage/self"
 for shell in bash zsh fish; do
 	"$stage/self" completion $shell >"$stage/completion.$shell"
 done
@@ -34,12 +39,14 @@ cat >"$stage/changelog.yaml" <<YAML
   packager: edr-sensor authors <edr-sensor@users.noreply.github.com>
   deb: {urgency: medium, distributions: [stable]}
   changes:
-    - note: "Built from version $VERSION; https://github.com/aurorasoc/edr-sensor has its history."
+    - note: "https://github.com/aurorasoc/edr-sensor/commits has every change."
 YAML
 
 for arch in "${arches[@]}"; do
 	mkdir "$stage/$arch"
-	GOOS=linux GOARCH=$arch "$GO" build -trimpath -ldflags "-s -w -X main.version=$VERSION" -o "$stage/$arch/edr-sensor" ./cmd/edr-sensor
+	GOARCH=$arch build "$stage/$arch/edr-sensor"
+	"$GO" run ./packaging/sbom -version "$VERSION" -bom "$DIST/edr-sensor_${VERSION}_$arch.cdx.json" \
+		-licenses "$stage/$arch/third-party-licenses.txt" "$stage/$arch/edr-sensor"
 	for format in deb rpm; do
 		doc=file # what nfpm calls doc is not put into a deb
 		[ $format = deb ] || doc=doc

@@ -97,7 +97,7 @@ Exit codes: 0 good, 1 failed, 2 wrong usage, 69 Redis cannot be reached,
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error { return usage(cmd, "%w", err) })
 	root.PersistentFlags().StringVar(&a.configPath, "config", "", "configuration file (default "+config.DefaultPath+" where it exists)")
 	_ = root.MarkPersistentFlagFilename("config", "yaml", "yml")
-	root.AddCommand(a.runCommand(), a.checkCommand(), a.doctorCommand(), a.statusCommand(), a.topCommand(), a.eventsCommand(), a.decisionsCommand(), a.caseCommand(), a.reloadCommand(), a.logCommand(), a.versionCommand(), a.completionCommand(), a.manCommand())
+	root.AddCommand(a.runCommand(), a.checkCommand(), a.doctorCommand(), a.statusCommand(), a.topCommand(), a.eventsCommand(), a.decisionsCommand(), a.caseCommand(), a.reloadCommand(), a.logCommand(), a.reportCommand(), a.versionCommand(), a.completionCommand(), a.manCommand())
 	return root
 }
 

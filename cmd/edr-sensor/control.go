@@ -40,10 +40,14 @@ func (a *app) control(socket string) (*control, error) {
 			return nil, &exit{exitConfig, fmt.Errorf("configuration:\n%w", err), "edr-sensor check" + a.configFlag()}
 		}
 	}
+	return newControl(socket), nil
+}
+
+func newControl(socket string) *control {
 	var d net.Dialer
 	return &control{socket, http.Client{Transport: &http.Transport{
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) { return d.DialContext(ctx, "unix", socket) },
-	}}}, nil
+	}}}
 }
 
 func unreadable(path string) bool { return errors.Is(unix.Access(path, unix.R_OK), fs.ErrPermission) }

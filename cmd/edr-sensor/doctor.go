@@ -65,10 +65,7 @@ Redis. Every check has a stable id, a verdict (PASS, WARN, FAIL) and a remedy.
 Exit codes: 0 without a FAIL, 1 with one, 2 wrong usage.`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			d := &doctor{
-				host: sensor.NewPreflight(), hooks: sensor.Probe, redis: examineRedis, answers: sensorAnswers,
-				explain: func() (config.Config, error) { return config.Load(a.configFile(), a.environ) }, file: a.configFile(),
-			}
+			d := a.newDoctor()
 			d.examine(cmd.Context())
 			if asJSON {
 				enc := json.NewEncoder(a.stdout)
@@ -88,6 +85,14 @@ Exit codes: 0 without a FAIL, 1 with one, 2 wrong usage.`,
 	cmd.Flags().BoolVar(&asJSON, "json", false, "write JSON")
 	addColourFlag(cmd, &when)
 	return cmd
+}
+
+// newDoctor examines this host.
+func (a *app) newDoctor() *doctor {
+	return &doctor{
+		host: sensor.NewPreflight(), hooks: sensor.Probe, redis: examineRedis, answers: sensorAnswers,
+		explain: func() (config.Config, error) { return config.Load(a.configFile(), a.environ) }, file: a.configFile(),
+	}
 }
 
 func (d *doctor) add(id string, v verdict, found, remedy string) {

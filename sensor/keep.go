@@ -555,6 +555,9 @@ func (a *attachment) adopt(s *keptSet, h keptHook) error {
 			return err
 		}
 		a.links = append(a.links, l)
+		if err := alive(l, p); err != nil {
+			return fmt.Errorf("link/%s: %w", id, err)
+		}
 	}
 	return nil
 }

@@ -64,8 +64,10 @@ const manifestLayout = 1
 type manifest struct {
 	Layout int
 	BootID string
-	Setup  string // by which a kernel of the same setup is known
-	Wire   string // the layout of its records
+	Setup  string            // by which a kernel of the same setup is known
+	Wire   string            // the layout of its records
+	State  map[string]string // that of the maps which another kernel can go on with
+	Mended bool              // since it was attached: others may be better by now
 	Maps   []string
 	Hooks  []keptHook
 }
@@ -86,6 +88,7 @@ type keptSet struct {
 	files    map[string]*os.File // by what they are
 	manifest *manifest
 	number   int   // of the manifest
+	replace  bool  // its programs are not to go on
 	broken   error // why it is of no use
 }
 
@@ -163,6 +166,12 @@ func (s *keptSet) complete(m *manifest) error {
 		}
 	}
 	return nil
+}
+
+// fresh tells whether a new start could do no better than these hooks: nothing was lost
+// since they were attached, and none was refused.
+func (m *manifest) fresh() bool {
+	return !m.Mended && !slices.ContainsFunc(m.Hooks, func(h keptHook) bool { return h.Section == "" || h.Section == sysExit || h.Candidate > 0 })
 }
 
 func (m *manifest) names() (list []string) {
@@ -331,6 +340,21 @@ func wireOf(types *btf.Spec) (string, error) {
 	return hex.EncodeToString(h.Sum(nil)), nil
 }
 
+// stateOf sums up the layouts of the maps by which programs know what began before.
+func stateOf(spec *ebpf.CollectionSpec) map[string]string {
+	layouts := map[string]string{}
+	for _, name := range [...]string{"sockets", "written_files", "scope_pids"} {
+		h := sha256.New()
+		m := spec.Maps[name]
+		fmt.Fprintln(h, m.Type, m.KeySize, m.ValueSize)
+		if s, ok := btf.UnderlyingType(m.Value).(*btf.Struct); ok {
+			writeLayout(h, s)
+		}
+		layouts[name] = hex.EncodeToString(h.Sum(nil))
+	}
+	return layouts
+}
+
 func writeLayout(w io.Writer, s *btf.Struct) {
 	fmt.Fprintln(w, s.Name, s.Size)
 	for _, m := range s.Members {
@@ -361,7 +385,7 @@ func (k *kernel) keep(bootID string) (err error) {
 	if err != nil {
 		return err
 	}
-	m := manifest{Layout: manifestLayout, BootID: bootID, Setup: k.setup, Wire: wire, Maps: slices.Sorted(maps.Keys(k.maps))}
+	m := manifest{Layout: manifestLayout, BootID: bootID, Setup: k.setup, Wire: wire, State: stateOf(k.spec), Mended: k.mended, Maps: slices.Sorted(maps.Keys(k.maps))}
 	for _, name := range m.Maps {
 		if err := k.give("map/"+name, k.maps[name].FD()); err != nil {
 			return err
@@ -524,7 +548,7 @@ func (k *kernel) adopt(s *keptSet, o kernelOptions) (err error) {
 		}
 	}
 	k.maps, k.attached = adopted, attached
-	k.setID, k.manifests, k.kept = s.id, s.number, map[string]bool{}
+	k.setID, k.manifests, k.mended, k.kept = s.id, s.number, s.manifest.Mended, map[string]bool{}
 	for what := range s.files {
 		k.kept[what] = true
 	}

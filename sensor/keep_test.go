@@ -621,3 +621,77 @@ func TestRootDeepIsForgotten(t *testing.T) {
 		t.Error("of the closed case: it is still there")
 	}
 }
+
+// TestRootCarryOn attaches a second set of programs beside the first, which was there
+// before a connection, a file and a process: the second knows of them what the first does.
+func TestRootCarryOn(t *testing.T) {
+	a := startActor(t)
+	server := a.spawn()
+	s := newShop(t)
+	o := kernelOptions{
+		Scope: Scope{Mode: ScopeTree, PID: uint32(a.pid)}, PriorityBytes: testRing, BulkBytes: testRing, Types: kernelTypes,
+		Files: FileOptions{On: true}, Keeper: s,
+	}
+	old := openKernel(t, o)
+	if err := old.keep(testBoot); err != nil {
+		t.Fatal(err)
+	}
+	old.leaving = true
+	address := server.must(request{Op: "listen", Network: "tcp4"}).Local
+	a.must(request{Op: "dial", Network: "tcp4", Addr: address})
+	server.must(request{Op: "accept"})
+	a.must(request{Op: "hold", Path: real(t, t.TempDir()) + "/held", Up: 100})
+	// What was orphaned before the second set cannot be told from a stranger by it.
+	orphan, dead := uint32(os.Getpid()), uint32(1<<30)
+	for _, pid := range []uint32{orphan, dead} {
+		if err := old.maps["scope_pids"].Put(pid, uint8(1)); err != nil {
+			t.Fatal(err)
+		}
+	}
+
+	sets, _ := readKept(s.hand())
+	defer sets[0].close()
+	o.Keeper = nil
+	k := openKernel(t, o)
+	sensor := &Sensor{o: Options{Scope: o.Scope}, kernel: k}
+	if err := sensor.carryOn(sets[0]); err != nil {
+		t.Fatal(err)
+	}
+	entries := func(k *kernel, name string) map[string]string {
+		all, m := map[string]string{}, k.maps[name]
+		key, value := make([]byte, m.KeySize()), make([]byte, m.ValueSize())
+		it := m.Iterate()
+		for it.Next(&key, &value) {
+			all[string(key)] = string(value)
+		}
+		return all
+	}
+	for _, name := range []string{"sockets", "written_files"} {
+		want := entries(old, name)
+		if diff := cmp.Diff(want, entries(k, name)); diff != "" {
+			t.Errorf("%s (-old +new):\n%s", name, diff)
+		}
+		t.Logf("%d %s", len(want), name)
+	}
+	if n := len(entries(old, "sockets")); n < 2 && coverageOf(k, event.TCPConnect) != "" {
+		t.Errorf("%d sockets are known", n)
+	}
+	var in uint8
+	if err := k.maps["scope_pids"].Lookup(orphan, &in); err != nil {
+		t.Errorf("the orphan: %v", err)
+	}
+	if err := k.maps["scope_pids"].Lookup(dead, &in); err == nil {
+		t.Error("one that is dead is in the tree")
+	}
+	server.must(request{Op: "drop"})
+	a.must(request{Op: "drop"})
+}
+
+func coverageOf(k *kernel, kind event.Kind) string {
+	for _, c := range k.coverage() {
+		if c.Kind == kind {
+			return c.Hook
+		}
+	}
+	return ""
+}

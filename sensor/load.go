@@ -65,6 +65,7 @@ type kernel struct {
 	kept      map[string]bool // what the keeper has of the set
 	manifests int             // the newest one's number
 	leaving   bool            // what is kept is to go on
+	mended    bool            // as in a manifest
 
 	// Processes of which a case wanted everything in an earlier process of the sensor,
 	// until it is known which of them one wants still.
@@ -79,8 +80,8 @@ type KindCounter struct {
 }
 
 // loadKernel makes the maps, or takes over a set that was kept of a kernel of the same
-// setup; set may be nil. Nothing is attached before attach. The caller must close the
-// result.
+// setup; set may be nil, or one that is to be replaced in any case. Nothing is attached
+// before attach. The caller must close the result.
 func loadKernel(o kernelOptions, set *keptSet) (k *kernel, adopted bool, err error) {
 	spec, err := bpf.LoadSensor()
 	if err != nil {
@@ -93,7 +94,7 @@ func loadKernel(o kernelOptions, set *keptSet) (k *kernel, adopted bool, err err
 		return nil, false, err
 	}
 	k = &kernel{scope: o.Scope, spec: spec, types: o.Types, maps: make(map[string]*ebpf.Map), setup: setupOf(spec, o), keeper: o.Keeper, kept: map[string]bool{}}
-	if set != nil && set.manifest.Setup == k.setup {
+	if set != nil && !set.replace && set.manifest.Setup == k.setup {
 		if err := k.adopt(set, o); err != nil {
 			set.broken = err
 		} else {

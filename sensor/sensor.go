@@ -207,6 +207,9 @@ func (s *Sensor) Attach() error {
 	if s.taken.how != howAdopted { // else they are
 		err = s.kernel.attach()
 	}
+	if err == nil && s.taken.old != nil {
+		s.taken.carryErr = s.carryOn(s.taken.old.set)
+	}
 	s.taken.attached = bootTime()
 	s.cover(s.kernel.coverage())
 	if err != nil {

@@ -7,11 +7,14 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"os"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/btf"
 	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
 
@@ -92,6 +95,7 @@ type takeover struct {
 	why      string // in a sentence, when it is replaced or nothing is taken over
 	old      *predecessor
 	waited   uint64 // records found in the rings
+	carryErr error  // why the new programs do not know all that the old ones know
 	attached uint64 // kernel time when the programs in place of the old ones were
 }
 
@@ -216,6 +220,10 @@ func openPredecessor(set *keptSet, m *mark, wire string) (p *predecessor, err er
 func (s *Sensor) inherit(o kernelOptions) error {
 	t := &s.taken
 	set, useless := t.choose(s.o)
+	if set != nil && t.mark != nil && t.mark.clean && !set.manifest.fresh() {
+		// Somebody restarts the sensor, perhaps because he has made better hooks possible.
+		set.replace = true
+	}
 	k, took, err := loadKernel(o, set)
 	if err != nil {
 		if set != nil {
@@ -230,6 +238,9 @@ func (s *Sensor) inherit(o kernelOptions) error {
 		set.close() // the kernel has copies
 	case set != nil:
 		t.how, t.why = howReplaced, "programs, maps or settings are others"
+		if set.replace {
+			t.why = "better hooks may be possible by now"
+		}
 		if set.broken != nil {
 			t.why = set.broken.Error()
 		}
@@ -248,6 +259,124 @@ func (s *Sensor) inherit(o kernelOptions) error {
 	}
 	if len(useless) > 0 && s.o.Keeper != nil {
 		return s.o.Keeper.Drop(useless...)
+	}
+	return nil
+}
+
+// carryOn has the own programs know what began before they were attached as the old ones
+// know it: who opened a connection, how a file was before it was written, which processes
+// are in the tree. Without that a file that was written before and is closed after would
+// not be reported. What ends at the same time may stay behind, which does no harm: nothing
+// else is found under its address that is not entered anew.
+func (s *Sensor) carryOn(old *keptSet) error {
+	layouts := stateOf(s.kernel.spec)
+	var errs []error
+	for _, name := range [...]string{"sockets", "written_files", "scope_pids"} {
+		if layouts[name] != old.manifest.State[name] {
+			errs = append(errs, fmt.Errorf("%s: the old programs keep them in another form", name))
+			continue
+		}
+		from, err := old.openMap(name)
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		early, err := s.kernel.earlyEntry(name)
+		if err == nil {
+			err = carry(from, s.kernel.maps[name], early)
+		}
+		if err = errors.Join(err, from.Close()); err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", name, err))
+		}
+	}
+	if s.o.Scope.Mode == ScopeTree {
+		errs = append(errs, forgetDead(s.kernel.maps["scope_pids"]))
+	}
+	return errors.Join(errs...)
+}
+
+// carry copies entries, but for those that the new map knows better: early tells which of
+// its entries were made of what was there when the programs were attached.
+func carry(from, to *ebpf.Map, early func(value []byte) bool) error {
+	var key []byte
+	// An entry that goes meanwhile has the iteration begin again.
+	for range 2 * from.MaxEntries() {
+		var err error
+		if key == nil {
+			key, err = from.NextKeyBytes(nil)
+		} else {
+			key, err = from.NextKeyBytes(key)
+		}
+		if err != nil || key == nil {
+			return err
+		}
+		value, err := from.LookupBytes(key)
+		if err != nil {
+			return err
+		}
+		if value == nil {
+			continue
+		}
+		flags := ebpf.UpdateNoExist
+		if own, err := to.LookupBytes(key); err == nil && own != nil {
+			if !early(own) {
+				continue
+			}
+			flags = ebpf.UpdateExist
+		}
+		err = to.Update(key, value, flags)
+		if err != nil && !errors.Is(err, ebpf.ErrKeyExist) && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return err
+		}
+	}
+	return nil
+}
+
+// earlyEntry tells entries apart by the field that says so.
+func (k *kernel) earlyEntry(name string) (func(value []byte) bool, error) {
+	var field string
+	var bit byte
+	switch name {
+	case "sockets":
+		field, bit = "flags", byte(event.TCPEarly)
+	case "written_files":
+		field, bit = "early", 1
+	default:
+		return func([]byte) bool { return false }, nil
+	}
+	s, ok := btf.UnderlyingType(k.spec.Maps[name].Value).(*btf.Struct)
+	if ok {
+		for _, m := range s.Members {
+			if m.Name == field {
+				at := int(m.Offset.Bytes())
+				return func(value []byte) bool { return at < len(value) && value[at]&bit != 0 }, nil
+			}
+		}
+	}
+	return nil, fmt.Errorf("no field %s in what %s holds", field, name)
+}
+
+// forgetDead takes processes out of a tree that ended while they were put in.
+func forgetDead(pids *ebpf.Map) error {
+	running, err := scanProc()
+	if err != nil {
+		return err
+	}
+	var pid uint32
+	var in uint8
+	var dead []uint32
+	for it := pids.Iterate(); it.Next(&pid, &in); {
+		if p, ok := running[pid]; !ok || p.dead {
+			dead = append(dead, pid)
+		}
+	}
+	for _, pid := range dead {
+		if _, err := os.Stat(fmt.Sprintf("/proc/%d", pid)); err == nil {
+			continue // made since
+		}
+		if err := pids.Delete(pid); err != nil && !errors.Is(err, ebpf.ErrKeyNotExist) {
+			return err
+		}
 	}
 	return nil
 }
@@ -289,6 +418,9 @@ func (s *Sensor) takeOver(ctx context.Context) (known bool) {
 	}
 	if t.why != "" {
 		i.Attrs["why"] = t.why
+	}
+	if t.carryErr != nil {
+		i.Attrs["not_carried_on"] = strings.Join(sentences([]error{t.carryErr}), "; ")
 	}
 	var err error
 	if t.waited, err = in.waiting(); err != nil {

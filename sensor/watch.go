@@ -76,6 +76,7 @@ func (s *Sensor) examineUntil(ctx context.Context, deaf <-chan struct{}) {
 		}
 		if len(changes) > 0 {
 			s.cover(s.kernel.coverage())
+			s.kernel.mended = true
 			if err := s.kernel.keep(s.o.Host.BootID); err != nil {
 				logging.From(ctx).Error("keep mended hooks", zap.Error(err))
 			}

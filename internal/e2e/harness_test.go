@@ -344,6 +344,7 @@ type ocsfEvent struct {
 			ByType map[string]uint64 `json:"by_type"`
 		} `json:"suppressed"`
 		Lost struct {
+			ByType map[string]uint64 `json:"by_type"`
 			Ranges []struct {
 				Cause       string
 				First, Last uint64

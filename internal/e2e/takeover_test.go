@@ -333,3 +333,41 @@ func decisionCodes(recs []record) map[string]int {
 	}
 	return codes
 }
+
+// TestTakeOverLoss overflows a ring while no sensor runs: what had no room is reported by
+// the next one with its number, and by no other after it.
+func TestTakeOverLoss(t *testing.T) {
+	requireHost(t)
+	const execs = 300
+	w := startWorkload(t)
+	server := redistest.Start(t, redistest.Options{AOF: "everysec"})
+	h := newHost(t, w, server.Addr(), fmt.Sprintf(`sensor: {scope: "tree:%d", priority_ring: 128KiB}`, w.pid()))
+	h.manager = startManager(t)
+	h.start()
+	w.do(order{Op: "exec", From: 1, N: 5})
+	h.delivered(30 * time.Second)
+	h.kill9()
+	w.do(order{Op: "exec", From: 6, N: execs - 5})
+	for range 3 {
+		h.start()
+		h.delivered(30 * time.Second)
+		h.kill9()
+	}
+	recs := readStreams(t, server.Client())
+	verify(t, recs)
+	missing, twice := numbersOf(recs, 1, execs)
+	var named, records uint64
+	for _, r := range recs {
+		if r.event.StatusCode == "RINGBUF_FULL" {
+			records++
+			named += r.event.Unmapped.Lost.ByType["process.exec"]
+		}
+	}
+	if len(missing) == 0 || len(twice) > 0 || named != uint64(len(missing)) || records != 1 {
+		t.Errorf("%d execs are missing, %d are there twice, %d are named lost in %d records", len(missing), len(twice), named, records)
+	}
+	if codes := decisionCodes(recs); codes["TAKEN_OVER"] != 3 {
+		t.Errorf("decisions by code %v, want 3 TAKEN_OVER", codes)
+	}
+	t.Logf("%d of %d execs had no room", named, execs)
+}

@@ -1,0 +1,177 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package buffer
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"time"
+
+	bolt "go.etcd.io/bbolt"
+)
+
+// Open opens the queue in o.Dir, or makes a new one. A file that is damaged
+// beyond use is set aside (see Stats.Quarantined) and replaced by a new one with
+// a new epoch; a loss of unknown size is then to be reported, as
+// [Queue.Unnamed] says. Waits at most a second for the lock: [ErrLocked].
+func Open(ctx context.Context, o Options) (q *Queue, err error) {
+	path := filepath.Join(o.Dir, fileName)
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("open buffer: %w", err)
+		}
+	}()
+	if o, err = o.withDefaults(); err != nil {
+		return nil, err
+	}
+	if err := os.MkdirAll(o.Dir, 0o700); err != nil {
+		return nil, err
+	}
+	dir, err := lockDir(ctx, o.Dir)
+	if err != nil {
+		return nil, err
+	}
+	q = &Queue{
+		o: o, path: path, dir: dir,
+		kick: make(chan struct{}, 1), room: make(chan struct{}, 1), readable: make(chan struct{}, 1),
+		stop: make(chan struct{}), done: make(chan struct{}),
+		pending: new(pending), spare: new(pending),
+	}
+	db, err := q.openFile()
+	if err != nil {
+		return nil, errors.Join(err, dir.Close())
+	}
+	if q.file, err = os.Open(path); err != nil {
+		return nil, errors.Join(err, db.Close(), dir.Close())
+	}
+	q.next = q.state.last + 1
+	q.ack = q.state.acked
+	q.index.ack(q.ack, time.Now())
+	q.dateOldest()
+	q.metrics = newMetrics(o.Registerer, q.Stats)
+	q.metrics.truncations.Add(float64(q.state.truncated))
+	q.metrics.corrupt.Add(float64(q.state.corrupt))
+	w := &writer{q: q, db: db}
+	go w.run()
+	return q, nil
+}
+
+// openFile opens the existing file, or a new one when there is none or when it
+// has to be set aside.
+func (q *Queue) openFile() (*bolt.DB, error) {
+	s := &state{epoch: mintEpoch(time.Now())}
+	_, err := os.Stat(q.path)
+	if err == nil {
+		var db *bolt.DB
+		if db, q.state, q.index, err = q.load(); err == nil {
+			return db, nil
+		}
+		if !errors.Is(err, ErrDamaged) {
+			return nil, fmt.Errorf("%s: %w", q.path, err)
+		}
+		cause := err
+		if q.aside, err = quarantine(q.path, time.Now()); err != nil {
+			return nil, fmt.Errorf("set aside %s (%w): %w", q.path, cause, err)
+		}
+		s.losses.add(Loss{Cause: CauseCorrupt})
+	} else if !errors.Is(err, os.ErrNotExist) {
+		return nil, err
+	}
+	if err := create(q.path, q.o.Cap, s); err != nil {
+		return nil, fmt.Errorf("create %s: %w", q.path, err)
+	}
+	var db *bolt.DB
+	if db, q.state, q.index, err = q.load(); err != nil {
+		return nil, fmt.Errorf("%s: %w", q.path, err)
+	}
+	return db, nil
+}
+
+// load checks and opens the file, and reads what it holds. What is wrong with
+// the content matches ErrDamaged, what is wrong around it does not.
+func (q *Queue) load() (db *bolt.DB, s *state, x index, err error) {
+	f, err := os.OpenFile(q.path, os.O_RDWR, 0)
+	if err != nil {
+		return nil, nil, x, err
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	st, err := f.Stat()
+	if err != nil {
+		return nil, nil, x, err
+	}
+	m, err := preflight(f, st.Size())
+	if err != nil {
+		return nil, nil, x, err
+	}
+	if db, err = openBolt(q.path, q.o.Cap); err != nil {
+		return nil, nil, x, err
+	}
+	err = guarded(func() error {
+		return db.View(func(tx *bolt.Tx) (err error) {
+			s, x, err = loadTx(tx)
+			return err
+		})
+	})
+	switch used := int64(m.pages) * pageSize; {
+	case err != nil:
+		err = fmt.Errorf("%w: %w", ErrDamaged, err)
+	case used > q.o.Cap:
+		err = fmt.Errorf("%d bytes of the file have been used, more than the cap of %d: set buffer.cap to at least that, or move the file away", used, q.o.Cap)
+	case st.Size() > q.o.Cap:
+		err = f.Truncate(q.o.Cap)
+	case st.Size() < q.o.Cap:
+		err = preallocate(f, q.o.Cap)
+	}
+	if err != nil {
+		return nil, nil, x, errors.Join(err, db.Close())
+	}
+	return db, s, x, nil
+}
+
+// loadTx reads the state and the chunks, checking one against the other.
+func loadTx(tx *bolt.Tx) (s *state, x index, err error) {
+	m, c := tx.Bucket(metaBucket), tx.Bucket(chunkBucket)
+	if m == nil || c == nil {
+		return nil, x, errors.New("not a buffer file")
+	}
+	if s, err = decodeState(m.Get(stateKey)); err != nil {
+		return nil, x, err
+	}
+	at := uint64(1)
+	err = c.ForEachBucket(func(k []byte) error {
+		if len(k) != 8 {
+			return fmt.Errorf("chunk key of %d bytes", len(k))
+		}
+		e, err := entryOf(c.Bucket(k), k)
+		if err != nil {
+			return err
+		}
+		if e.first < at || e.count == 0 || e.last() > s.last {
+			return fmt.Errorf("chunk of %d records at seq %d, expected at least %d and at most %d", e.count, e.first, at, s.last)
+		}
+		at = e.last() + 1
+		x.push(e)
+		return nil
+	})
+	if err != nil {
+		return nil, x, err
+	}
+	if got := s.gone() + x.records; got != s.last || s.acked > s.last || s.lease > s.last || s.lease < s.acked {
+		return nil, x, fmt.Errorf("accounts for %d records of %d: %d live, %d truncated, %d reclaimed, %d corrupt, %d in doubt; acked %d, lease %d",
+			got, s.last, x.records, s.truncated, s.reclaimed, s.corrupt, s.inDoubt(), s.acked, s.lease)
+	}
+	return s, x, nil
+}
+
+func entryOf(b *bolt.Bucket, k []byte) (entry, error) {
+	seq := b.Sequence()
+	e := entry{first: binary.BigEndian.Uint64(k), count: uint32(seq), pages: uint32(seq >> 32), root: uint64(b.Root())}
+	if e.root == 0 || e.pages == 0 {
+		return entry{}, fmt.Errorf("chunk at seq %d has no page", e.first)
+	}
+	return e, nil
+}

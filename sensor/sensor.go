@@ -637,7 +637,10 @@ func (s *Sensor) reportLoss(ctx context.Context, i event.SelfInfo, counters [eve
 func (s *Sensor) reportGap(ctx context.Context) {
 	m, err := s.taken.mark, s.taken.markErr
 	if m == nil && err == nil {
-		return // the first start
+		if len(s.o.Kept) == 0 {
+			return // the first start
+		}
+		err = errors.New("the buffer says nothing of it")
 	}
 	i := event.SelfInfo{Activity: event.ActivityLost, Severity: 3, Failed: true, To: time.Now(), Attrs: map[string]any{"why": s.taken.why}}
 	switch {

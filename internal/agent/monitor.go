@@ -78,8 +78,7 @@ func (a *Agent) facts(now time.Time) facts {
 	f.missing = unseen(a.sensor.Coverage())
 	if s := a.sensor.Stuck(now); s.Stage != "" && f.started {
 		f.stuck = s.Stage + ": " + s.Reason
-		// What waits for a disk or for room is not cured by a new start, which
-		// would lose what the rings hold.
+		// What waits for a disk or for room is not cured by a new start.
 		f.restart = s.Stage != sensor.StageRing && f.bufferError == ""
 	}
 	if a.sender != nil {
@@ -92,6 +91,7 @@ func (a *Agent) facts(now time.Time) facts {
 		// Every exchange has a deadline, so that one who delivers has an answer by now.
 		if f.stuck == "" && t.Phase == transport.Connected {
 			f.stuck = silent(now, t, stats)
+			f.restart = f.stuck != ""
 		}
 		f.transportReason = fmt.Sprintf("Redis at %s does not take events: %s: %s (%s)", t.Address, t.Phase, t.Error, t.Hint)
 	}

@@ -56,8 +56,10 @@ enum event_kind {
 	EVENT_KIND_MOUNT_MOVE = 24,
 	EVENT_KIND_FILE_OPEN_WRITE = 25, /* degraded only: no hook tells whether a write followed */
 	EVENT_KIND_FILE_CHATTR = 26,     /* file flags, such as immutable and append-only */
-	EVENT_KIND_HEARTBEAT = 27,       /* the sensor's own, through each ring; no event */
-	EVENT_KIND_COUNT = 28,
+	EVENT_KIND_SIGNAL = 27,          /* sent to the sensor, one that ends or stops a process */
+	EVENT_KIND_PTRACE = 28,    /* somebody wants to control the sensor, or read its memory */
+	EVENT_KIND_HEARTBEAT = 29, /* the sensor's own, through each ring; no event */
+	EVENT_KIND_COUNT = 30,
 };
 
 /* event_header: how long the record is, what it is, when, and which process acted. */
@@ -228,7 +230,15 @@ enum file_flags {
 	FILE_ARGUMENT =
 		1 << 17,      /* CHATTR: new_attributes was read where the caller can change it */
 	FILE_EARLY = 1 << 18, /* MODIFY: open since before the sensor's start */
+	/* What of the sensor itself the change is about: reported whoever made it and however
+	 * many of them there are. */
+	FILE_OF_BINARY = 1 << 19,
+	FILE_OF_UNIT = 1 << 20,
+	FILE_OF_CONFIG = 1 << 21,
+	FILE_OF_STATE = 1 << 22, /* its buffer, and what else it keeps */
 };
+
+#define FILE_OF_SENSOR (FILE_OF_BINARY | FILE_OF_UNIT | FILE_OF_CONFIG | FILE_OF_STATE)
 
 /*
  * file_event: EVENT_KIND_FILE_* and mounts. file is the object before the change
@@ -255,6 +265,34 @@ struct file_event {
 	__u32 path2_len; /* path: RENAME, LINK, MOUNT_MOVE new path; text: SYMLINK target, MOUNT source */
 	__u32 name_len; /* text: xattr name, file system type */
 	__u32 mnt_ns;
+};
+
+enum tamper_flags {
+	TAMPER_BY_KERNEL = 1 << 0, /* SIGNAL: nobody sent it; the process named just ran then */
+	TAMPER_DEGRADED = 1 << 1,  /* PTRACE: from a system call */
+};
+
+enum tamper_call { /* TAMPER_DEGRADED: which */
+		   TAMPER_CALL_PTRACE = 1,
+		   TAMPER_CALL_VM_READ = 2,
+		   TAMPER_CALL_VM_WRITE = 3,
+};
+
+/* tamper_event: EVENT_KIND_SIGNAL and EVENT_KIND_PTRACE; the header names who did it. */
+struct tamper_event {
+	struct event_header header;
+	__u64 target_start_time;
+	__u32 target_pid;
+	__u32 target_tid;
+	__s32 signal;
+	__s32 code;   /* SIGNAL: si_code */
+	__u32 result; /* SIGNAL: TRACE_SIGNAL_*: 0 delivered, 1 ignored, 2 one is pending already */
+	__u32 mode;   /* PTRACE: PTRACE_MODE_* */
+	__u32 request; /* PTRACE, degraded: of ptrace(2) */
+	__u32 call;    /* enum tamper_call */
+	__u32 flags;   /* enum tamper_flags */
+	__u32 reserved;
+	char comm[COMM_LEN]; /* of who did it, who may be gone and was never in scope */
 };
 
 /* heartbeat: EVENT_KIND_HEARTBEAT, when a thread ended that the sensor had announced. */

@@ -7,7 +7,7 @@
 #ifndef EDR_FILE_H
 #define EDR_FILE_H
 
-#include "process.bpf.h"
+#include "tamper.bpf.h"
 
 /* two paths at their bounds, a name, and slack for the last name of a path */
 #define FILE_STRINGS_MAX (12 * 1024)
@@ -102,21 +102,23 @@ static __always_inline bool admit(__u32 pid, __u32 *suppressed)
 /*
  * file_begin returns the index of a slot with a record about what the current process
  * does, or -1 when there is nothing to report. A pid stands for a process that was
- * found to be in scope before.
+ * found to be in scope before; of says what of the sensor it is about, FILE_OF_*.
  */
-__noinline int file_begin(__u32 kind, __u32 pid)
+__noinline int file_begin(__u32 kind, __u32 pid, __u32 of)
 {
 	struct task_struct *task = current_task();
 	struct file_event *event;
 	struct file_slot *slot;
-	__u32 suppressed;
+	__u32 suppressed = 0;
 	int index;
 
 	if (exercises(task)) {
 		count_exercised(kind);
 		return -1;
 	}
-	if (!pid) {
+	if (of && is_sensor(task))
+		of = 0; /* it may do so */
+	if (!pid && !of) {
 		if (!task_in_scope(task))
 			return -1;
 		if (excluded_task(task)) {
@@ -125,7 +127,7 @@ __noinline int file_begin(__u32 kind, __u32 pid)
 		}
 		pid = BPF_CORE_READ(task, tgid);
 	}
-	if (!admit(pid, &suppressed)) {
+	if (!of && !admit(pid, &suppressed)) {
 		count_suppressed(kind);
 		return -1;
 	}
@@ -144,6 +146,7 @@ __noinline int file_begin(__u32 kind, __u32 pid)
 	event->cgroup_id = BPF_CORE_READ(task, cgroups, dfl_cgrp, kn, id);
 	event->mnt_ns = BPF_CORE_READ(task, nsproxy, mnt_ns, ns.inum);
 	event->suppressed = suppressed;
+	event->flags = of;
 	return index;
 }
 
@@ -152,6 +155,7 @@ __noinline int file_finish(__u32 index)
 {
 	struct file_slot *slot = file_slot_at(index);
 	__u32 used, kind;
+	long err = -1;
 
 	if (!slot)
 		return 0;
@@ -164,8 +168,14 @@ __noinline int file_finish(__u32 index)
 		slot->event.header.size = sizeof(slot->event) + used;
 		/* The bound has to be said of the very register that the helper gets. */
 		barrier_var(used);
-		if (used > FILE_STRINGS_MAX ||
-		    bpf_ringbuf_output(&bulk_ring, &slot->event, sizeof(slot->event) + used, 0) < 0)
+		if (used <= FILE_STRINGS_MAX && slot->event.flags & FILE_OF_SENSOR && goes_ahead())
+			err = bpf_ringbuf_output(&priority_ring, &slot->event,
+						 sizeof(slot->event) + used, 0);
+		barrier_var(used);
+		if (err && used <= FILE_STRINGS_MAX)
+			err = bpf_ringbuf_output(&bulk_ring, &slot->event,
+						 sizeof(slot->event) + used, 0);
+		if (err)
 			count_lost(kind);
 	}
 	slot_release(&slot->users);
@@ -290,7 +300,8 @@ __noinline int file_path_some(__u32 index)
 	if (!slot)
 		return WALK_CUT;
 	return walk_some(&slot->walk, slot->data, FILE_STRINGS_MAX,
-			 filter && filter->directories && !is_deep(slot->event.header.pid));
+			 filter && filter->directories && !(slot->event.flags & FILE_OF_SENSOR) &&
+				 !is_deep(slot->event.header.pid));
 }
 
 /* file_path appends the path of slot->walk.dentry on slot->walk.mount, the first or
@@ -332,14 +343,15 @@ __noinline int file_text(__u32 index, __u64 src)
 	return append_text(&slot->walk, slot->data, FILE_STRINGS_MAX, (void *)src, false);
 }
 
-/* begin_at begins a record about a dentry. The pointers go by the slot, since the
- * verifier does not let a pointer it knows the type of pass for a scalar. */
-static __always_inline struct file_slot *begin_at(enum event_kind kind, __u64 dentry, __u64 mnt,
-						  int *index)
+/* begin_of begins a record about a dentry, which is what of says of the sensor. The pointers
+ * go by the slot, since the verifier does not let a pointer it knows the type of pass for a
+ * scalar. */
+static __always_inline struct file_slot *begin_of(enum event_kind kind, __u64 dentry, __u64 mnt,
+						  __u32 of, int *index)
 {
 	struct file_slot *slot;
 
-	*index = file_begin(kind, 0);
+	*index = file_begin(kind, 0, of);
 	slot = file_slot_at(*index);
 	if (!slot)
 		return NULL;
@@ -347,6 +359,12 @@ static __always_inline struct file_slot *begin_at(enum event_kind kind, __u64 de
 	slot->walk.mount = mnt;
 	file_describe(*index);
 	return slot;
+}
+
+static __always_inline struct file_slot *begin_at(enum event_kind kind, __u64 dentry, __u64 mnt,
+						  int *index)
+{
+	return begin_of(kind, dentry, mnt, protected_at((void *)dentry, kind), index);
 }
 
 static __always_inline __u64 mount_of(__u64 arg)
@@ -416,7 +434,9 @@ static __always_inline int handle_path_link(const __u64 *args)
 {
 	int index;
 	__u64 mnt = mount_of(args[1]);
-	struct file_slot *slot = begin_at(EVENT_KIND_FILE_LINK, args[0], mnt, &index);
+	__u32 of = protected_at((void *)args[0], EVENT_KIND_FILE_LINK) |
+		   protected_at((void *)args[2], EVENT_KIND_FILE_LINK);
+	struct file_slot *slot = begin_of(EVENT_KIND_FILE_LINK, args[0], mnt, of, &index);
 
 	if (!slot)
 		return 0;
@@ -449,8 +469,10 @@ static __always_inline int handle_path_rename(const __u64 *args)
 	struct dentry *onto = (void *)args[3];
 	struct inode *target = BPF_CORE_READ(onto, d_inode);
 	int index;
+	__u32 of = protected_at((void *)args[1], EVENT_KIND_FILE_RENAME) |
+		   protected_at((void *)args[3], EVENT_KIND_FILE_RENAME);
 	struct file_slot *slot =
-		begin_at(EVENT_KIND_FILE_RENAME, args[1], mount_of(args[0]), &index);
+		begin_of(EVENT_KIND_FILE_RENAME, args[1], mount_of(args[0]), of, &index);
 
 	if (!slot)
 		return 0;
@@ -711,7 +733,8 @@ static __always_inline int handle_file_open(const __u64 *args)
 	if (!is_written(file))
 		return 0;
 	task = current_task();
-	if (!task_in_scope(task) && !exercises(task)) {
+	if (!task_in_scope(task) && !exercises(task) &&
+	    !protected_at(BPF_CORE_READ(file, f_path.dentry), EVENT_KIND_FILE_MODIFY)) {
 		/* An open that failed later may have left its own behind. */
 		bpf_map_delete_elem(&written_files, &key);
 		return 0;
@@ -763,6 +786,7 @@ static __always_inline int handle_file_release(const __u64 *args)
 	struct file_info info;
 	struct inode *inode;
 	__u64 key = (__u64)file, size;
+	__u32 of;
 	int index;
 
 	if (!(mode & FMODE_WRITE))
@@ -780,11 +804,12 @@ static __always_inline int handle_file_release(const __u64 *args)
 	if (size == written.size && info.mtime_ns == written.mtime_ns &&
 	    (mode & FMODE_READ || BPF_CORE_READ(file, f_pos) == written.pos))
 		return 0;
-	if (written.excluded && !is_deep(written.pid)) {
+	of = protected_at(BPF_CORE_READ(file, f_path.dentry), EVENT_KIND_FILE_MODIFY);
+	if (written.excluded && !of && !is_deep(written.pid)) {
 		count_suppressed(EVENT_KIND_FILE_MODIFY);
 		return 0;
 	}
-	index = file_begin(EVENT_KIND_FILE_MODIFY, written.pid);
+	index = file_begin(EVENT_KIND_FILE_MODIFY, written.pid, of);
 	slot = file_slot_at(index);
 	if (!slot)
 		return 0;

@@ -422,7 +422,12 @@ struct task_struct {
 	unsigned int sessionid;
 	struct seccomp seccomp; /* CONFIG_SECCOMP */
 	struct css_set *cgroups;
+	struct list_head ptraced, ptrace_entry;
 	struct thread_info thread_info;
+};
+
+struct kernel_siginfo {
+	int si_code;
 };
 
 struct linux_binprm {

@@ -38,6 +38,10 @@ func TestLayout(t *testing.T) {
 		{"exit_event", unsafe.Sizeof(bpf.SensorExitEvent{})},
 		{"tcp_event", unsafe.Sizeof(bpf.SensorTcpEvent{})},
 		{"file_event", unsafe.Sizeof(bpf.SensorFileEvent{})},
+		{"tamper_event", unsafe.Sizeof(bpf.SensorTamperEvent{})},
+		{"sensor_process", unsafe.Sizeof(bpf.SensorSensorProcess{})},
+		{"protection", unsafe.Sizeof(bpf.SensorProtection{})},
+		{"name_key", unsafe.Sizeof(bpf.SensorNameKey{})},
 		{"heartbeat", unsafe.Sizeof(bpf.SensorHeartbeat{})},
 		{"announced", unsafe.Sizeof(bpf.SensorAnnounced{})},
 		{"kind_counter", unsafe.Sizeof(bpf.SensorKindCounter{})},
@@ -95,7 +99,7 @@ func TestEventKinds(t *testing.T) {
 		"FILE_MKDIR": event.FileMkdir, "FILE_CHMOD": event.FileChmod, "FILE_CHOWN": event.FileChown,
 		"FILE_TRUNCATE": event.FileTruncate, "FILE_XATTR": event.FileXattr, "FILE_TIMES": event.FileTimes,
 		"MOUNT": event.Mount, "UMOUNT": event.Umount, "MOUNT_MOVE": event.MountMove,
-		"FILE_OPEN_WRITE": event.FileOpenWrite, "FILE_CHATTR": event.FileChattr, "HEARTBEAT": event.Heartbeat,
+		"FILE_OPEN_WRITE": event.FileOpenWrite, "FILE_CHATTR": event.FileChattr, "SIGNAL": event.Signal, "PTRACE": event.Ptrace, "HEARTBEAT": event.Heartbeat,
 	}
 	for name, number := range constants(t, "event_kind") {
 		short := strings.TrimPrefix(name, "EVENT_KIND_")
@@ -122,6 +126,10 @@ func TestFlags(t *testing.T) {
 			"PROCESS_CGROUP_TRUNCATED": uint64(event.FlagCgroupTruncated), "PROCESS_KTHREAD": uint64(event.FlagKThread),
 			"PROCESS_ARGV_FAULT": uint64(event.FlagArgvFault),
 		},
+		"tamper_flags": {"TAMPER_BY_KERNEL": uint64(event.TamperByKernel), "TAMPER_DEGRADED": uint64(event.TamperDegraded)},
+		"tamper_call": {
+			"TAMPER_CALL_PTRACE": uint64(event.TamperCallPtrace), "TAMPER_CALL_VM_READ": uint64(event.TamperCallVMRead), "TAMPER_CALL_VM_WRITE": uint64(event.TamperCallVMWrite),
+		},
 		"tcp_flags": {
 			"TCP_FLAG_INITIATED": uint64(event.TCPInitiated), "TCP_FLAG_OWNER_LISTENER": uint64(event.TCPOwnerListener),
 			"TCP_FLAG_OWNER_UNKNOWN": uint64(event.TCPOwnerUnknown), "TCP_FLAG_EARLY": uint64(event.TCPEarly),
@@ -136,7 +144,8 @@ func TestFlags(t *testing.T) {
 			"FILE_NEW_GID": uint64(event.FileNewGID), "FILE_NEW_SIZE": uint64(event.FileNewSize),
 			"FILE_NEW_ATIME": uint64(event.FileNewATime), "FILE_NEW_MTIME": uint64(event.FileNewMTime),
 			"FILE_WALKED": uint64(event.FileWalked), "FILE_ARGUMENT": uint64(event.FileArgument),
-			"FILE_EARLY": uint64(event.FileEarly),
+			"FILE_EARLY": uint64(event.FileEarly), "FILE_OF_BINARY": uint64(event.FileOfBinary), "FILE_OF_UNIT": uint64(event.FileOfUnit),
+			"FILE_OF_CONFIG": uint64(event.FileOfConfig), "FILE_OF_STATE": uint64(event.FileOfState),
 		},
 	} {
 		for name, bit := range constants(t, enum) {

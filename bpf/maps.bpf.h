@@ -19,6 +19,9 @@ union priority_record {
 	struct fork_event fork;
 	struct exit_event exit;
 	struct heartbeat heartbeat;
+	struct tamper_event tamper;
+	enum tamper_flags tamper_flags;
+	enum tamper_call tamper_call;
 	enum process_flags flags;
 };
 

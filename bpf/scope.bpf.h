@@ -153,6 +153,8 @@ struct file_filter {
 	__u64 burst;    /* what can be saved up, ns */
 	__u32 executables;
 	__u32 directories;
+	__u32 protected_files; /* of the sensor itself: see tamper.bpf.h */
+	__u32 reserved;
 };
 
 struct {

@@ -25,6 +25,29 @@ struct {
 	__type(value, __u64);
 } exercised SEC(".maps");
 
+/* The sensor's process, by its number in its own pid namespace; and as others name it, once
+ * it has sent a heartbeat. */
+struct sensor_process {
+	__u32 pid_ns;
+	__u32 tgid; /* 0: none */
+	__u64 start_time;
+	__u64 pid;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct sensor_process);
+} sensor_self SEC(".maps");
+
+static __always_inline struct sensor_process *sensor_now(void)
+{
+	__u32 only = 0;
+
+	return bpf_map_lookup_elem(&sensor_self, &only);
+}
+
 /* announced_as returns what was announced of a thread, NULL for any other. */
 static __always_inline struct announced *announced_as(struct task_struct *task, __u32 what)
 {
@@ -73,10 +96,15 @@ static __always_inline void emit_heartbeat(void *ring, __u64 serial)
 static __always_inline void handle_heartbeat(struct task_struct *task)
 {
 	struct announced *announced = announced_as(task, ANNOUNCED_HEARTBEAT);
+	struct sensor_process *sensor = sensor_now();
 
 	if (!announced)
 		return;
 	announced->tid = 0; /* the number may soon be somebody else's */
+	if (sensor) {
+		sensor->start_time = BPF_CORE_READ(task, group_leader, start_boottime);
+		sensor->pid = BPF_CORE_READ(task, tgid);
+	}
 	emit_heartbeat(&priority_ring, announced->serial);
 	emit_heartbeat(&bulk_ring, announced->serial);
 }

@@ -167,6 +167,34 @@ SECURITY_HOOK(sb_umount)
 SECURITY_HOOK(move_mount)
 
 /*
+ * Sees: signals to the sensor that end or stop a process, with who sent them.
+ * Why: fires for every way to send one, when it has been allowed, and before the sensor
+ * is gone; the record waits in the ring for the one after it. The security hook does not
+ * see what the kernel sends by itself.
+ * Ignores: signals to everybody else; those that do nothing to the sensor; attempts that were
+ * refused.
+ */
+SEC("tp_btf/signal_generate")
+int on_signal_generate(__u64 *ctx)
+{
+	return handle_signal(ctx[0], ctx[1], (void *)ctx[2], ctx[4]);
+}
+
+SEC("raw_tp/signal_generate")
+int raw_signal_generate(__u64 *ctx)
+{
+	return handle_signal(ctx[0], ctx[1], (void *)ctx[2], ctx[4]);
+}
+
+/*
+ * Sees: who is to control the sensor or to read or write its memory, by ptrace(2),
+ * process_vm_writev(2), pidfd_getfd(2) or /proc/PID/mem.
+ * Why: the one place that all of them pass. Whether it is then allowed is not known.
+ * Ignores: looks that any monitoring takes (PTRACE_MODE_READ); all but the sensor.
+ */
+SECURITY_HOOK(ptrace_access_check)
+
+/*
  * Sees: system calls that succeeded, of those that user space names.
  * Why: the way out and not in, as the call's outcome is known there, an opened file can be
  * looked at, and the process's strings are in memory.

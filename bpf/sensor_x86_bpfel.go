@@ -79,8 +79,10 @@ const (
 	SensorEventKindEVENT_KIND_MOUNT_MOVE         SensorEventKind = 24
 	SensorEventKindEVENT_KIND_FILE_OPEN_WRITE    SensorEventKind = 25
 	SensorEventKindEVENT_KIND_FILE_CHATTR        SensorEventKind = 26
-	SensorEventKindEVENT_KIND_HEARTBEAT          SensorEventKind = 27
-	SensorEventKindEVENT_KIND_COUNT              SensorEventKind = 28
+	SensorEventKindEVENT_KIND_SIGNAL             SensorEventKind = 27
+	SensorEventKindEVENT_KIND_PTRACE             SensorEventKind = 28
+	SensorEventKindEVENT_KIND_HEARTBEAT          SensorEventKind = 29
+	SensorEventKindEVENT_KIND_COUNT              SensorEventKind = 30
 )
 
 type SensorExecEvent struct {
@@ -166,6 +168,10 @@ const (
 	SensorFileFlagsFILE_WALKED         SensorFileFlags = 65536
 	SensorFileFlagsFILE_ARGUMENT       SensorFileFlags = 131072
 	SensorFileFlagsFILE_EARLY          SensorFileFlags = 262144
+	SensorFileFlagsFILE_OF_BINARY      SensorFileFlags = 524288
+	SensorFileFlagsFILE_OF_UNIT        SensorFileFlags = 1048576
+	SensorFileFlagsFILE_OF_CONFIG      SensorFileFlags = 2097152
+	SensorFileFlagsFILE_OF_STATE       SensorFileFlags = 4194304
 )
 
 type SensorFileInfo struct {
@@ -209,6 +215,16 @@ type SensorKindCounter struct {
 	Suppressed uint64
 }
 
+type SensorNameKey struct {
+	_         structs.HostLayout
+	Directory struct {
+		_   structs.HostLayout
+		Ino uint64
+		Dev uint64
+	}
+	Name [112]int8
+}
+
 type SensorNsInfo struct {
 	_      structs.HostLayout
 	Mnt    uint32
@@ -235,6 +251,61 @@ const (
 	SensorProcessFlagsPROCESS_CGROUP_TRUNCATED SensorProcessFlags = 256
 	SensorProcessFlagsPROCESS_KTHREAD          SensorProcessFlags = 512
 	SensorProcessFlagsPROCESS_ARGV_FAULT       SensorProcessFlags = 1024
+)
+
+type SensorProtection struct {
+	_     structs.HostLayout
+	Of    uint32
+	Reach SensorReach
+}
+
+type SensorReach uint32
+
+const (
+	SensorReachREACH_ITSELF   SensorReach = 1
+	SensorReachREACH_CHILDREN SensorReach = 2
+	SensorReachREACH_NAMES    SensorReach = 4
+	SensorReachREACH_ABOVE    SensorReach = 8
+)
+
+type SensorSensorProcess struct {
+	_         structs.HostLayout
+	PidNs     uint32
+	Tgid      uint32
+	StartTime uint64
+	Pid       uint64
+}
+
+type SensorTamperCall uint32
+
+const (
+	SensorTamperCallTAMPER_CALL_PTRACE   SensorTamperCall = 1
+	SensorTamperCallTAMPER_CALL_VM_READ  SensorTamperCall = 2
+	SensorTamperCallTAMPER_CALL_VM_WRITE SensorTamperCall = 3
+)
+
+type SensorTamperEvent struct {
+	_               structs.HostLayout
+	Header          SensorEventHeader
+	TargetStartTime uint64
+	TargetPid       uint32
+	TargetTid       uint32
+	Signal          int32
+	Code            int32
+	Result          uint32
+	Mode            uint32
+	Request         uint32
+	Call            uint32
+	Flags           uint32
+	Reserved        uint32
+	Comm            [16]int8
+}
+
+type SensorTamperFlags uint32
+
+const (
+	SensorTamperFlagsTAMPER_BY_KERNEL SensorTamperFlags = 1
+	SensorTamperFlagsTAMPER_DEGRADED  SensorTamperFlags = 2
 )
 
 type SensorTcpEvent struct {
@@ -277,110 +348,119 @@ const (
 //
 // Used for safe lookups in a Collection or CollectionSpec.
 const (
-	SensorMapAnnouncedThreads        = "announced_threads"
-	SensorMapBulkRing                = "bulk_ring"
-	SensorMapDeepPids                = "deep_pids"
-	SensorMapExecSlots               = "exec_slots"
-	SensorMapExercised               = "exercised"
-	SensorMapFileBuckets             = "file_buckets"
-	SensorMapFileExclusions          = "file_exclusions"
-	SensorMapFileFilter              = "file_filter"
-	SensorMapFileSlots               = "file_slots"
-	SensorMapFileSyscalls            = "file_syscalls"
-	SensorMapKindCounters            = "kind_counters"
-	SensorMapLsmProbeRuns            = "lsm_probe_runs"
-	SensorMapPriorityRing            = "priority_ring"
-	SensorMapReported                = "reported"
-	SensorMapScopePids               = "scope_pids"
-	SensorMapSockets                 = "sockets"
-	SensorMapWrittenFiles            = "written_files"
-	SensorProgFentryFput             = "fentry___fput"
-	SensorProgFentryFileIoctl        = "fentry_file_ioctl"
-	SensorProgFentryFileIoctlCompat  = "fentry_file_ioctl_compat"
-	SensorProgFentryFileOpen         = "fentry_file_open"
-	SensorProgFentryFileRelease      = "fentry_file_release"
-	SensorProgFentryInodeRemoveAcl   = "fentry_inode_remove_acl"
-	SensorProgFentryInodeRemovexattr = "fentry_inode_removexattr"
-	SensorProgFentryInodeSetAcl      = "fentry_inode_set_acl"
-	SensorProgFentryInodeSetattr     = "fentry_inode_setattr"
-	SensorProgFentryInodeSetxattr    = "fentry_inode_setxattr"
-	SensorProgFentryMoveMount        = "fentry_move_mount"
-	SensorProgFentryPathLink         = "fentry_path_link"
-	SensorProgFentryPathMkdir        = "fentry_path_mkdir"
-	SensorProgFentryPathMknod        = "fentry_path_mknod"
-	SensorProgFentryPathRename       = "fentry_path_rename"
-	SensorProgFentryPathRmdir        = "fentry_path_rmdir"
-	SensorProgFentryPathSymlink      = "fentry_path_symlink"
-	SensorProgFentryPathUnlink       = "fentry_path_unlink"
-	SensorProgFentrySbMount          = "fentry_sb_mount"
-	SensorProgFentrySbUmount         = "fentry_sb_umount"
-	SensorProgFentrySockGraft        = "fentry_sock_graft"
-	SensorProgFentryVfsFileattrSet   = "fentry_vfs_fileattr_set"
-	SensorProgKprobeFput             = "kprobe___fput"
-	SensorProgKprobeFileIoctl        = "kprobe_file_ioctl"
-	SensorProgKprobeFileIoctlCompat  = "kprobe_file_ioctl_compat"
-	SensorProgKprobeFileOpen         = "kprobe_file_open"
-	SensorProgKprobeFileRelease      = "kprobe_file_release"
-	SensorProgKprobeInodeRemoveAcl   = "kprobe_inode_remove_acl"
-	SensorProgKprobeInodeRemovexattr = "kprobe_inode_removexattr"
-	SensorProgKprobeInodeSetAcl      = "kprobe_inode_set_acl"
-	SensorProgKprobeInodeSetattr     = "kprobe_inode_setattr"
-	SensorProgKprobeInodeSetxattr    = "kprobe_inode_setxattr"
-	SensorProgKprobeMoveMount        = "kprobe_move_mount"
-	SensorProgKprobePathLink         = "kprobe_path_link"
-	SensorProgKprobePathMkdir        = "kprobe_path_mkdir"
-	SensorProgKprobePathMknod        = "kprobe_path_mknod"
-	SensorProgKprobePathRename       = "kprobe_path_rename"
-	SensorProgKprobePathRmdir        = "kprobe_path_rmdir"
-	SensorProgKprobePathSymlink      = "kprobe_path_symlink"
-	SensorProgKprobePathUnlink       = "kprobe_path_unlink"
-	SensorProgKprobeSbMount          = "kprobe_sb_mount"
-	SensorProgKprobeSbUmount         = "kprobe_sb_umount"
-	SensorProgKprobeSockGraft        = "kprobe_sock_graft"
-	SensorProgKprobeVfsFileattrSet   = "kprobe_vfs_fileattr_set"
-	SensorProgLsmFileIoctl           = "lsm_file_ioctl"
-	SensorProgLsmFileIoctlCompat     = "lsm_file_ioctl_compat"
-	SensorProgLsmFileOpen            = "lsm_file_open"
-	SensorProgLsmFileRelease         = "lsm_file_release"
-	SensorProgLsmInodeFileSetattr    = "lsm_inode_file_setattr"
-	SensorProgLsmInodeRemoveAcl      = "lsm_inode_remove_acl"
-	SensorProgLsmInodeRemovexattr    = "lsm_inode_removexattr"
-	SensorProgLsmInodeSetAcl         = "lsm_inode_set_acl"
-	SensorProgLsmInodeSetattr        = "lsm_inode_setattr"
-	SensorProgLsmInodeSetxattr       = "lsm_inode_setxattr"
-	SensorProgLsmMoveMount           = "lsm_move_mount"
-	SensorProgLsmPathLink            = "lsm_path_link"
-	SensorProgLsmPathMkdir           = "lsm_path_mkdir"
-	SensorProgLsmPathMknod           = "lsm_path_mknod"
-	SensorProgLsmPathRename          = "lsm_path_rename"
-	SensorProgLsmPathRmdir           = "lsm_path_rmdir"
-	SensorProgLsmPathSymlink         = "lsm_path_symlink"
-	SensorProgLsmPathUnlink          = "lsm_path_unlink"
-	SensorProgLsmProbe               = "lsm_probe"
-	SensorProgLsmSbMount             = "lsm_sb_mount"
-	SensorProgLsmSbUmount            = "lsm_sb_umount"
-	SensorProgLsmSockGraft           = "lsm_sock_graft"
-	SensorProgOnInetSockSetState     = "on_inet_sock_set_state"
-	SensorProgOnSchedProcessExec     = "on_sched_process_exec"
-	SensorProgOnSchedProcessExit     = "on_sched_process_exit"
-	SensorProgOnSchedProcessFork     = "on_sched_process_fork"
-	SensorProgOnTask                 = "on_task"
-	SensorProgOnTaskFile             = "on_task_file"
-	SensorProgRawInetSockSetState    = "raw_inet_sock_set_state"
-	SensorProgRawSchedProcessExec    = "raw_sched_process_exec"
-	SensorProgRawSchedProcessExit    = "raw_sched_process_exit"
-	SensorProgRawSchedProcessFork    = "raw_sched_process_fork"
-	SensorProgRawSysExit             = "raw_sys_exit"
-	SensorVarAcceptsSeen             = "accepts_seen"
-	SensorVarArgumentShift           = "argument_shift"
-	SensorVarCopies                  = "copies"
-	SensorVarCopy                    = "copy"
-	SensorVarEarlyFiles              = "early_files"
-	SensorVarLsmProbePid             = "lsm_probe_pid"
-	SensorVarScopeCgroupId           = "scope_cgroup_id"
-	SensorVarScopeMode               = "scope_mode"
-	SensorVarSlotCount               = "slot_count"
-	SensorVarSyscallKinds            = "syscall_kinds"
+	SensorMapAheadUntil               = "ahead_until"
+	SensorMapAnnouncedThreads         = "announced_threads"
+	SensorMapBulkRing                 = "bulk_ring"
+	SensorMapDeepPids                 = "deep_pids"
+	SensorMapExecSlots                = "exec_slots"
+	SensorMapExercised                = "exercised"
+	SensorMapFileBuckets              = "file_buckets"
+	SensorMapFileExclusions           = "file_exclusions"
+	SensorMapFileFilter               = "file_filter"
+	SensorMapFileSlots                = "file_slots"
+	SensorMapFileSyscalls             = "file_syscalls"
+	SensorMapKindCounters             = "kind_counters"
+	SensorMapLsmProbeRuns             = "lsm_probe_runs"
+	SensorMapPriorityRing             = "priority_ring"
+	SensorMapProtectedFiles           = "protected_files"
+	SensorMapProtectedNames           = "protected_names"
+	SensorMapReported                 = "reported"
+	SensorMapScopePids                = "scope_pids"
+	SensorMapSensorSelf               = "sensor_self"
+	SensorMapSockets                  = "sockets"
+	SensorMapWrittenFiles             = "written_files"
+	SensorProgFentryFput              = "fentry___fput"
+	SensorProgFentryFileIoctl         = "fentry_file_ioctl"
+	SensorProgFentryFileIoctlCompat   = "fentry_file_ioctl_compat"
+	SensorProgFentryFileOpen          = "fentry_file_open"
+	SensorProgFentryFileRelease       = "fentry_file_release"
+	SensorProgFentryInodeRemoveAcl    = "fentry_inode_remove_acl"
+	SensorProgFentryInodeRemovexattr  = "fentry_inode_removexattr"
+	SensorProgFentryInodeSetAcl       = "fentry_inode_set_acl"
+	SensorProgFentryInodeSetattr      = "fentry_inode_setattr"
+	SensorProgFentryInodeSetxattr     = "fentry_inode_setxattr"
+	SensorProgFentryMoveMount         = "fentry_move_mount"
+	SensorProgFentryPathLink          = "fentry_path_link"
+	SensorProgFentryPathMkdir         = "fentry_path_mkdir"
+	SensorProgFentryPathMknod         = "fentry_path_mknod"
+	SensorProgFentryPathRename        = "fentry_path_rename"
+	SensorProgFentryPathRmdir         = "fentry_path_rmdir"
+	SensorProgFentryPathSymlink       = "fentry_path_symlink"
+	SensorProgFentryPathUnlink        = "fentry_path_unlink"
+	SensorProgFentryPtraceAccessCheck = "fentry_ptrace_access_check"
+	SensorProgFentrySbMount           = "fentry_sb_mount"
+	SensorProgFentrySbUmount          = "fentry_sb_umount"
+	SensorProgFentrySockGraft         = "fentry_sock_graft"
+	SensorProgFentryVfsFileattrSet    = "fentry_vfs_fileattr_set"
+	SensorProgKprobeFput              = "kprobe___fput"
+	SensorProgKprobeFileIoctl         = "kprobe_file_ioctl"
+	SensorProgKprobeFileIoctlCompat   = "kprobe_file_ioctl_compat"
+	SensorProgKprobeFileOpen          = "kprobe_file_open"
+	SensorProgKprobeFileRelease       = "kprobe_file_release"
+	SensorProgKprobeInodeRemoveAcl    = "kprobe_inode_remove_acl"
+	SensorProgKprobeInodeRemovexattr  = "kprobe_inode_removexattr"
+	SensorProgKprobeInodeSetAcl       = "kprobe_inode_set_acl"
+	SensorProgKprobeInodeSetattr      = "kprobe_inode_setattr"
+	SensorProgKprobeInodeSetxattr     = "kprobe_inode_setxattr"
+	SensorProgKprobeMoveMount         = "kprobe_move_mount"
+	SensorProgKprobePathLink          = "kprobe_path_link"
+	SensorProgKprobePathMkdir         = "kprobe_path_mkdir"
+	SensorProgKprobePathMknod         = "kprobe_path_mknod"
+	SensorProgKprobePathRename        = "kprobe_path_rename"
+	SensorProgKprobePathRmdir         = "kprobe_path_rmdir"
+	SensorProgKprobePathSymlink       = "kprobe_path_symlink"
+	SensorProgKprobePathUnlink        = "kprobe_path_unlink"
+	SensorProgKprobePtraceAccessCheck = "kprobe_ptrace_access_check"
+	SensorProgKprobeSbMount           = "kprobe_sb_mount"
+	SensorProgKprobeSbUmount          = "kprobe_sb_umount"
+	SensorProgKprobeSockGraft         = "kprobe_sock_graft"
+	SensorProgKprobeVfsFileattrSet    = "kprobe_vfs_fileattr_set"
+	SensorProgLsmFileIoctl            = "lsm_file_ioctl"
+	SensorProgLsmFileIoctlCompat      = "lsm_file_ioctl_compat"
+	SensorProgLsmFileOpen             = "lsm_file_open"
+	SensorProgLsmFileRelease          = "lsm_file_release"
+	SensorProgLsmInodeFileSetattr     = "lsm_inode_file_setattr"
+	SensorProgLsmInodeRemoveAcl       = "lsm_inode_remove_acl"
+	SensorProgLsmInodeRemovexattr     = "lsm_inode_removexattr"
+	SensorProgLsmInodeSetAcl          = "lsm_inode_set_acl"
+	SensorProgLsmInodeSetattr         = "lsm_inode_setattr"
+	SensorProgLsmInodeSetxattr        = "lsm_inode_setxattr"
+	SensorProgLsmMoveMount            = "lsm_move_mount"
+	SensorProgLsmPathLink             = "lsm_path_link"
+	SensorProgLsmPathMkdir            = "lsm_path_mkdir"
+	SensorProgLsmPathMknod            = "lsm_path_mknod"
+	SensorProgLsmPathRename           = "lsm_path_rename"
+	SensorProgLsmPathRmdir            = "lsm_path_rmdir"
+	SensorProgLsmPathSymlink          = "lsm_path_symlink"
+	SensorProgLsmPathUnlink           = "lsm_path_unlink"
+	SensorProgLsmProbe                = "lsm_probe"
+	SensorProgLsmPtraceAccessCheck    = "lsm_ptrace_access_check"
+	SensorProgLsmSbMount              = "lsm_sb_mount"
+	SensorProgLsmSbUmount             = "lsm_sb_umount"
+	SensorProgLsmSockGraft            = "lsm_sock_graft"
+	SensorProgOnInetSockSetState      = "on_inet_sock_set_state"
+	SensorProgOnSchedProcessExec      = "on_sched_process_exec"
+	SensorProgOnSchedProcessExit      = "on_sched_process_exit"
+	SensorProgOnSchedProcessFork      = "on_sched_process_fork"
+	SensorProgOnSignalGenerate        = "on_signal_generate"
+	SensorProgOnTask                  = "on_task"
+	SensorProgOnTaskFile              = "on_task_file"
+	SensorProgRawInetSockSetState     = "raw_inet_sock_set_state"
+	SensorProgRawSchedProcessExec     = "raw_sched_process_exec"
+	SensorProgRawSchedProcessExit     = "raw_sched_process_exit"
+	SensorProgRawSchedProcessFork     = "raw_sched_process_fork"
+	SensorProgRawSignalGenerate       = "raw_signal_generate"
+	SensorProgRawSysExit              = "raw_sys_exit"
+	SensorVarAcceptsSeen              = "accepts_seen"
+	SensorVarArgumentShift            = "argument_shift"
+	SensorVarCopies                   = "copies"
+	SensorVarCopy                     = "copy"
+	SensorVarEarlyFiles               = "early_files"
+	SensorVarLsmProbePid              = "lsm_probe_pid"
+	SensorVarScopeCgroupId            = "scope_cgroup_id"
+	SensorVarScopeMode                = "scope_mode"
+	SensorVarSlotCount                = "slot_count"
+	SensorVarSyscallKinds             = "syscall_kinds"
 )
 
 // LoadSensor returns the embedded CollectionSpec for Sensor.
@@ -425,89 +505,95 @@ type SensorSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type SensorProgramSpecs struct {
-	FentryFput             *ebpf.ProgramSpec `ebpf:"fentry___fput"`
-	FentryFileIoctl        *ebpf.ProgramSpec `ebpf:"fentry_file_ioctl"`
-	FentryFileIoctlCompat  *ebpf.ProgramSpec `ebpf:"fentry_file_ioctl_compat"`
-	FentryFileOpen         *ebpf.ProgramSpec `ebpf:"fentry_file_open"`
-	FentryFileRelease      *ebpf.ProgramSpec `ebpf:"fentry_file_release"`
-	FentryInodeRemoveAcl   *ebpf.ProgramSpec `ebpf:"fentry_inode_remove_acl"`
-	FentryInodeRemovexattr *ebpf.ProgramSpec `ebpf:"fentry_inode_removexattr"`
-	FentryInodeSetAcl      *ebpf.ProgramSpec `ebpf:"fentry_inode_set_acl"`
-	FentryInodeSetattr     *ebpf.ProgramSpec `ebpf:"fentry_inode_setattr"`
-	FentryInodeSetxattr    *ebpf.ProgramSpec `ebpf:"fentry_inode_setxattr"`
-	FentryMoveMount        *ebpf.ProgramSpec `ebpf:"fentry_move_mount"`
-	FentryPathLink         *ebpf.ProgramSpec `ebpf:"fentry_path_link"`
-	FentryPathMkdir        *ebpf.ProgramSpec `ebpf:"fentry_path_mkdir"`
-	FentryPathMknod        *ebpf.ProgramSpec `ebpf:"fentry_path_mknod"`
-	FentryPathRename       *ebpf.ProgramSpec `ebpf:"fentry_path_rename"`
-	FentryPathRmdir        *ebpf.ProgramSpec `ebpf:"fentry_path_rmdir"`
-	FentryPathSymlink      *ebpf.ProgramSpec `ebpf:"fentry_path_symlink"`
-	FentryPathUnlink       *ebpf.ProgramSpec `ebpf:"fentry_path_unlink"`
-	FentrySbMount          *ebpf.ProgramSpec `ebpf:"fentry_sb_mount"`
-	FentrySbUmount         *ebpf.ProgramSpec `ebpf:"fentry_sb_umount"`
-	FentrySockGraft        *ebpf.ProgramSpec `ebpf:"fentry_sock_graft"`
-	FentryVfsFileattrSet   *ebpf.ProgramSpec `ebpf:"fentry_vfs_fileattr_set"`
-	KprobeFput             *ebpf.ProgramSpec `ebpf:"kprobe___fput"`
-	KprobeFileIoctl        *ebpf.ProgramSpec `ebpf:"kprobe_file_ioctl"`
-	KprobeFileIoctlCompat  *ebpf.ProgramSpec `ebpf:"kprobe_file_ioctl_compat"`
-	KprobeFileOpen         *ebpf.ProgramSpec `ebpf:"kprobe_file_open"`
-	KprobeFileRelease      *ebpf.ProgramSpec `ebpf:"kprobe_file_release"`
-	KprobeInodeRemoveAcl   *ebpf.ProgramSpec `ebpf:"kprobe_inode_remove_acl"`
-	KprobeInodeRemovexattr *ebpf.ProgramSpec `ebpf:"kprobe_inode_removexattr"`
-	KprobeInodeSetAcl      *ebpf.ProgramSpec `ebpf:"kprobe_inode_set_acl"`
-	KprobeInodeSetattr     *ebpf.ProgramSpec `ebpf:"kprobe_inode_setattr"`
-	KprobeInodeSetxattr    *ebpf.ProgramSpec `ebpf:"kprobe_inode_setxattr"`
-	KprobeMoveMount        *ebpf.ProgramSpec `ebpf:"kprobe_move_mount"`
-	KprobePathLink         *ebpf.ProgramSpec `ebpf:"kprobe_path_link"`
-	KprobePathMkdir        *ebpf.ProgramSpec `ebpf:"kprobe_path_mkdir"`
-	KprobePathMknod        *ebpf.ProgramSpec `ebpf:"kprobe_path_mknod"`
-	KprobePathRename       *ebpf.ProgramSpec `ebpf:"kprobe_path_rename"`
-	KprobePathRmdir        *ebpf.ProgramSpec `ebpf:"kprobe_path_rmdir"`
-	KprobePathSymlink      *ebpf.ProgramSpec `ebpf:"kprobe_path_symlink"`
-	KprobePathUnlink       *ebpf.ProgramSpec `ebpf:"kprobe_path_unlink"`
-	KprobeSbMount          *ebpf.ProgramSpec `ebpf:"kprobe_sb_mount"`
-	KprobeSbUmount         *ebpf.ProgramSpec `ebpf:"kprobe_sb_umount"`
-	KprobeSockGraft        *ebpf.ProgramSpec `ebpf:"kprobe_sock_graft"`
-	KprobeVfsFileattrSet   *ebpf.ProgramSpec `ebpf:"kprobe_vfs_fileattr_set"`
-	LsmFileIoctl           *ebpf.ProgramSpec `ebpf:"lsm_file_ioctl"`
-	LsmFileIoctlCompat     *ebpf.ProgramSpec `ebpf:"lsm_file_ioctl_compat"`
-	LsmFileOpen            *ebpf.ProgramSpec `ebpf:"lsm_file_open"`
-	LsmFileRelease         *ebpf.ProgramSpec `ebpf:"lsm_file_release"`
-	LsmInodeFileSetattr    *ebpf.ProgramSpec `ebpf:"lsm_inode_file_setattr"`
-	LsmInodeRemoveAcl      *ebpf.ProgramSpec `ebpf:"lsm_inode_remove_acl"`
-	LsmInodeRemovexattr    *ebpf.ProgramSpec `ebpf:"lsm_inode_removexattr"`
-	LsmInodeSetAcl         *ebpf.ProgramSpec `ebpf:"lsm_inode_set_acl"`
-	LsmInodeSetattr        *ebpf.ProgramSpec `ebpf:"lsm_inode_setattr"`
-	LsmInodeSetxattr       *ebpf.ProgramSpec `ebpf:"lsm_inode_setxattr"`
-	LsmMoveMount           *ebpf.ProgramSpec `ebpf:"lsm_move_mount"`
-	LsmPathLink            *ebpf.ProgramSpec `ebpf:"lsm_path_link"`
-	LsmPathMkdir           *ebpf.ProgramSpec `ebpf:"lsm_path_mkdir"`
-	LsmPathMknod           *ebpf.ProgramSpec `ebpf:"lsm_path_mknod"`
-	LsmPathRename          *ebpf.ProgramSpec `ebpf:"lsm_path_rename"`
-	LsmPathRmdir           *ebpf.ProgramSpec `ebpf:"lsm_path_rmdir"`
-	LsmPathSymlink         *ebpf.ProgramSpec `ebpf:"lsm_path_symlink"`
-	LsmPathUnlink          *ebpf.ProgramSpec `ebpf:"lsm_path_unlink"`
-	LsmProbe               *ebpf.ProgramSpec `ebpf:"lsm_probe"`
-	LsmSbMount             *ebpf.ProgramSpec `ebpf:"lsm_sb_mount"`
-	LsmSbUmount            *ebpf.ProgramSpec `ebpf:"lsm_sb_umount"`
-	LsmSockGraft           *ebpf.ProgramSpec `ebpf:"lsm_sock_graft"`
-	OnInetSockSetState     *ebpf.ProgramSpec `ebpf:"on_inet_sock_set_state"`
-	OnSchedProcessExec     *ebpf.ProgramSpec `ebpf:"on_sched_process_exec"`
-	OnSchedProcessExit     *ebpf.ProgramSpec `ebpf:"on_sched_process_exit"`
-	OnSchedProcessFork     *ebpf.ProgramSpec `ebpf:"on_sched_process_fork"`
-	OnTask                 *ebpf.ProgramSpec `ebpf:"on_task"`
-	OnTaskFile             *ebpf.ProgramSpec `ebpf:"on_task_file"`
-	RawInetSockSetState    *ebpf.ProgramSpec `ebpf:"raw_inet_sock_set_state"`
-	RawSchedProcessExec    *ebpf.ProgramSpec `ebpf:"raw_sched_process_exec"`
-	RawSchedProcessExit    *ebpf.ProgramSpec `ebpf:"raw_sched_process_exit"`
-	RawSchedProcessFork    *ebpf.ProgramSpec `ebpf:"raw_sched_process_fork"`
-	RawSysExit             *ebpf.ProgramSpec `ebpf:"raw_sys_exit"`
+	FentryFput              *ebpf.ProgramSpec `ebpf:"fentry___fput"`
+	FentryFileIoctl         *ebpf.ProgramSpec `ebpf:"fentry_file_ioctl"`
+	FentryFileIoctlCompat   *ebpf.ProgramSpec `ebpf:"fentry_file_ioctl_compat"`
+	FentryFileOpen          *ebpf.ProgramSpec `ebpf:"fentry_file_open"`
+	FentryFileRelease       *ebpf.ProgramSpec `ebpf:"fentry_file_release"`
+	FentryInodeRemoveAcl    *ebpf.ProgramSpec `ebpf:"fentry_inode_remove_acl"`
+	FentryInodeRemovexattr  *ebpf.ProgramSpec `ebpf:"fentry_inode_removexattr"`
+	FentryInodeSetAcl       *ebpf.ProgramSpec `ebpf:"fentry_inode_set_acl"`
+	FentryInodeSetattr      *ebpf.ProgramSpec `ebpf:"fentry_inode_setattr"`
+	FentryInodeSetxattr     *ebpf.ProgramSpec `ebpf:"fentry_inode_setxattr"`
+	FentryMoveMount         *ebpf.ProgramSpec `ebpf:"fentry_move_mount"`
+	FentryPathLink          *ebpf.ProgramSpec `ebpf:"fentry_path_link"`
+	FentryPathMkdir         *ebpf.ProgramSpec `ebpf:"fentry_path_mkdir"`
+	FentryPathMknod         *ebpf.ProgramSpec `ebpf:"fentry_path_mknod"`
+	FentryPathRename        *ebpf.ProgramSpec `ebpf:"fentry_path_rename"`
+	FentryPathRmdir         *ebpf.ProgramSpec `ebpf:"fentry_path_rmdir"`
+	FentryPathSymlink       *ebpf.ProgramSpec `ebpf:"fentry_path_symlink"`
+	FentryPathUnlink        *ebpf.ProgramSpec `ebpf:"fentry_path_unlink"`
+	FentryPtraceAccessCheck *ebpf.ProgramSpec `ebpf:"fentry_ptrace_access_check"`
+	FentrySbMount           *ebpf.ProgramSpec `ebpf:"fentry_sb_mount"`
+	FentrySbUmount          *ebpf.ProgramSpec `ebpf:"fentry_sb_umount"`
+	FentrySockGraft         *ebpf.ProgramSpec `ebpf:"fentry_sock_graft"`
+	FentryVfsFileattrSet    *ebpf.ProgramSpec `ebpf:"fentry_vfs_fileattr_set"`
+	KprobeFput              *ebpf.ProgramSpec `ebpf:"kprobe___fput"`
+	KprobeFileIoctl         *ebpf.ProgramSpec `ebpf:"kprobe_file_ioctl"`
+	KprobeFileIoctlCompat   *ebpf.ProgramSpec `ebpf:"kprobe_file_ioctl_compat"`
+	KprobeFileOpen          *ebpf.ProgramSpec `ebpf:"kprobe_file_open"`
+	KprobeFileRelease       *ebpf.ProgramSpec `ebpf:"kprobe_file_release"`
+	KprobeInodeRemoveAcl    *ebpf.ProgramSpec `ebpf:"kprobe_inode_remove_acl"`
+	KprobeInodeRemovexattr  *ebpf.ProgramSpec `ebpf:"kprobe_inode_removexattr"`
+	KprobeInodeSetAcl       *ebpf.ProgramSpec `ebpf:"kprobe_inode_set_acl"`
+	KprobeInodeSetattr      *ebpf.ProgramSpec `ebpf:"kprobe_inode_setattr"`
+	KprobeInodeSetxattr     *ebpf.ProgramSpec `ebpf:"kprobe_inode_setxattr"`
+	KprobeMoveMount         *ebpf.ProgramSpec `ebpf:"kprobe_move_mount"`
+	KprobePathLink          *ebpf.ProgramSpec `ebpf:"kprobe_path_link"`
+	KprobePathMkdir         *ebpf.ProgramSpec `ebpf:"kprobe_path_mkdir"`
+	KprobePathMknod         *ebpf.ProgramSpec `ebpf:"kprobe_path_mknod"`
+	KprobePathRename        *ebpf.ProgramSpec `ebpf:"kprobe_path_rename"`
+	KprobePathRmdir         *ebpf.ProgramSpec `ebpf:"kprobe_path_rmdir"`
+	KprobePathSymlink       *ebpf.ProgramSpec `ebpf:"kprobe_path_symlink"`
+	KprobePathUnlink        *ebpf.ProgramSpec `ebpf:"kprobe_path_unlink"`
+	KprobePtraceAccessCheck *ebpf.ProgramSpec `ebpf:"kprobe_ptrace_access_check"`
+	KprobeSbMount           *ebpf.ProgramSpec `ebpf:"kprobe_sb_mount"`
+	KprobeSbUmount          *ebpf.ProgramSpec `ebpf:"kprobe_sb_umount"`
+	KprobeSockGraft         *ebpf.ProgramSpec `ebpf:"kprobe_sock_graft"`
+	KprobeVfsFileattrSet    *ebpf.ProgramSpec `ebpf:"kprobe_vfs_fileattr_set"`
+	LsmFileIoctl            *ebpf.ProgramSpec `ebpf:"lsm_file_ioctl"`
+	LsmFileIoctlCompat      *ebpf.ProgramSpec `ebpf:"lsm_file_ioctl_compat"`
+	LsmFileOpen             *ebpf.ProgramSpec `ebpf:"lsm_file_open"`
+	LsmFileRelease          *ebpf.ProgramSpec `ebpf:"lsm_file_release"`
+	LsmInodeFileSetattr     *ebpf.ProgramSpec `ebpf:"lsm_inode_file_setattr"`
+	LsmInodeRemoveAcl       *ebpf.ProgramSpec `ebpf:"lsm_inode_remove_acl"`
+	LsmInodeRemovexattr     *ebpf.ProgramSpec `ebpf:"lsm_inode_removexattr"`
+	LsmInodeSetAcl          *ebpf.ProgramSpec `ebpf:"lsm_inode_set_acl"`
+	LsmInodeSetattr         *ebpf.ProgramSpec `ebpf:"lsm_inode_setattr"`
+	LsmInodeSetxattr        *ebpf.ProgramSpec `ebpf:"lsm_inode_setxattr"`
+	LsmMoveMount            *ebpf.ProgramSpec `ebpf:"lsm_move_mount"`
+	LsmPathLink             *ebpf.ProgramSpec `ebpf:"lsm_path_link"`
+	LsmPathMkdir            *ebpf.ProgramSpec `ebpf:"lsm_path_mkdir"`
+	LsmPathMknod            *ebpf.ProgramSpec `ebpf:"lsm_path_mknod"`
+	LsmPathRename           *ebpf.ProgramSpec `ebpf:"lsm_path_rename"`
+	LsmPathRmdir            *ebpf.ProgramSpec `ebpf:"lsm_path_rmdir"`
+	LsmPathSymlink          *ebpf.ProgramSpec `ebpf:"lsm_path_symlink"`
+	LsmPathUnlink           *ebpf.ProgramSpec `ebpf:"lsm_path_unlink"`
+	LsmProbe                *ebpf.ProgramSpec `ebpf:"lsm_probe"`
+	LsmPtraceAccessCheck    *ebpf.ProgramSpec `ebpf:"lsm_ptrace_access_check"`
+	LsmSbMount              *ebpf.ProgramSpec `ebpf:"lsm_sb_mount"`
+	LsmSbUmount             *ebpf.ProgramSpec `ebpf:"lsm_sb_umount"`
+	LsmSockGraft            *ebpf.ProgramSpec `ebpf:"lsm_sock_graft"`
+	OnInetSockSetState      *ebpf.ProgramSpec `ebpf:"on_inet_sock_set_state"`
+	OnSchedProcessExec      *ebpf.ProgramSpec `ebpf:"on_sched_process_exec"`
+	OnSchedProcessExit      *ebpf.ProgramSpec `ebpf:"on_sched_process_exit"`
+	OnSchedProcessFork      *ebpf.ProgramSpec `ebpf:"on_sched_process_fork"`
+	OnSignalGenerate        *ebpf.ProgramSpec `ebpf:"on_signal_generate"`
+	OnTask                  *ebpf.ProgramSpec `ebpf:"on_task"`
+	OnTaskFile              *ebpf.ProgramSpec `ebpf:"on_task_file"`
+	RawInetSockSetState     *ebpf.ProgramSpec `ebpf:"raw_inet_sock_set_state"`
+	RawSchedProcessExec     *ebpf.ProgramSpec `ebpf:"raw_sched_process_exec"`
+	RawSchedProcessExit     *ebpf.ProgramSpec `ebpf:"raw_sched_process_exit"`
+	RawSchedProcessFork     *ebpf.ProgramSpec `ebpf:"raw_sched_process_fork"`
+	RawSignalGenerate       *ebpf.ProgramSpec `ebpf:"raw_signal_generate"`
+	RawSysExit              *ebpf.ProgramSpec `ebpf:"raw_sys_exit"`
 }
 
 // SensorMapSpecs contains maps before they are loaded into the kernel.
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type SensorMapSpecs struct {
+	AheadUntil       *ebpf.MapSpec `ebpf:"ahead_until"`
 	AnnouncedThreads *ebpf.MapSpec `ebpf:"announced_threads"`
 	BulkRing         *ebpf.MapSpec `ebpf:"bulk_ring"`
 	DeepPids         *ebpf.MapSpec `ebpf:"deep_pids"`
@@ -521,8 +607,11 @@ type SensorMapSpecs struct {
 	KindCounters     *ebpf.MapSpec `ebpf:"kind_counters"`
 	LsmProbeRuns     *ebpf.MapSpec `ebpf:"lsm_probe_runs"`
 	PriorityRing     *ebpf.MapSpec `ebpf:"priority_ring"`
+	ProtectedFiles   *ebpf.MapSpec `ebpf:"protected_files"`
+	ProtectedNames   *ebpf.MapSpec `ebpf:"protected_names"`
 	Reported         *ebpf.MapSpec `ebpf:"reported"`
 	ScopePids        *ebpf.MapSpec `ebpf:"scope_pids"`
+	SensorSelf       *ebpf.MapSpec `ebpf:"sensor_self"`
 	Sockets          *ebpf.MapSpec `ebpf:"sockets"`
 	WrittenFiles     *ebpf.MapSpec `ebpf:"written_files"`
 }
@@ -563,6 +652,7 @@ func (o *SensorObjects) Close() error {
 //
 // It can be passed to LoadSensorObjects or ebpf.CollectionSpec.LoadAndAssign.
 type SensorMaps struct {
+	AheadUntil       *ebpf.Map `ebpf:"ahead_until"`
 	AnnouncedThreads *ebpf.Map `ebpf:"announced_threads"`
 	BulkRing         *ebpf.Map `ebpf:"bulk_ring"`
 	DeepPids         *ebpf.Map `ebpf:"deep_pids"`
@@ -576,14 +666,18 @@ type SensorMaps struct {
 	KindCounters     *ebpf.Map `ebpf:"kind_counters"`
 	LsmProbeRuns     *ebpf.Map `ebpf:"lsm_probe_runs"`
 	PriorityRing     *ebpf.Map `ebpf:"priority_ring"`
+	ProtectedFiles   *ebpf.Map `ebpf:"protected_files"`
+	ProtectedNames   *ebpf.Map `ebpf:"protected_names"`
 	Reported         *ebpf.Map `ebpf:"reported"`
 	ScopePids        *ebpf.Map `ebpf:"scope_pids"`
+	SensorSelf       *ebpf.Map `ebpf:"sensor_self"`
 	Sockets          *ebpf.Map `ebpf:"sockets"`
 	WrittenFiles     *ebpf.Map `ebpf:"written_files"`
 }
 
 func (m *SensorMaps) Close() error {
 	return _SensorClose(
+		m.AheadUntil,
 		m.AnnouncedThreads,
 		m.BulkRing,
 		m.DeepPids,
@@ -597,8 +691,11 @@ func (m *SensorMaps) Close() error {
 		m.KindCounters,
 		m.LsmProbeRuns,
 		m.PriorityRing,
+		m.ProtectedFiles,
+		m.ProtectedNames,
 		m.Reported,
 		m.ScopePids,
+		m.SensorSelf,
 		m.Sockets,
 		m.WrittenFiles,
 	)
@@ -624,83 +721,88 @@ type SensorVariables struct {
 //
 // It can be passed to LoadSensorObjects or ebpf.CollectionSpec.LoadAndAssign.
 type SensorPrograms struct {
-	FentryFput             *ebpf.Program `ebpf:"fentry___fput"`
-	FentryFileIoctl        *ebpf.Program `ebpf:"fentry_file_ioctl"`
-	FentryFileIoctlCompat  *ebpf.Program `ebpf:"fentry_file_ioctl_compat"`
-	FentryFileOpen         *ebpf.Program `ebpf:"fentry_file_open"`
-	FentryFileRelease      *ebpf.Program `ebpf:"fentry_file_release"`
-	FentryInodeRemoveAcl   *ebpf.Program `ebpf:"fentry_inode_remove_acl"`
-	FentryInodeRemovexattr *ebpf.Program `ebpf:"fentry_inode_removexattr"`
-	FentryInodeSetAcl      *ebpf.Program `ebpf:"fentry_inode_set_acl"`
-	FentryInodeSetattr     *ebpf.Program `ebpf:"fentry_inode_setattr"`
-	FentryInodeSetxattr    *ebpf.Program `ebpf:"fentry_inode_setxattr"`
-	FentryMoveMount        *ebpf.Program `ebpf:"fentry_move_mount"`
-	FentryPathLink         *ebpf.Program `ebpf:"fentry_path_link"`
-	FentryPathMkdir        *ebpf.Program `ebpf:"fentry_path_mkdir"`
-	FentryPathMknod        *ebpf.Program `ebpf:"fentry_path_mknod"`
-	FentryPathRename       *ebpf.Program `ebpf:"fentry_path_rename"`
-	FentryPathRmdir        *ebpf.Program `ebpf:"fentry_path_rmdir"`
-	FentryPathSymlink      *ebpf.Program `ebpf:"fentry_path_symlink"`
-	FentryPathUnlink       *ebpf.Program `ebpf:"fentry_path_unlink"`
-	FentrySbMount          *ebpf.Program `ebpf:"fentry_sb_mount"`
-	FentrySbUmount         *ebpf.Program `ebpf:"fentry_sb_umount"`
-	FentrySockGraft        *ebpf.Program `ebpf:"fentry_sock_graft"`
-	FentryVfsFileattrSet   *ebpf.Program `ebpf:"fentry_vfs_fileattr_set"`
-	KprobeFput             *ebpf.Program `ebpf:"kprobe___fput"`
-	KprobeFileIoctl        *ebpf.Program `ebpf:"kprobe_file_ioctl"`
-	KprobeFileIoctlCompat  *ebpf.Program `ebpf:"kprobe_file_ioctl_compat"`
-	KprobeFileOpen         *ebpf.Program `ebpf:"kprobe_file_open"`
-	KprobeFileRelease      *ebpf.Program `ebpf:"kprobe_file_release"`
-	KprobeInodeRemoveAcl   *ebpf.Program `ebpf:"kprobe_inode_remove_acl"`
-	KprobeInodeRemovexattr *ebpf.Program `ebpf:"kprobe_inode_removexattr"`
-	KprobeInodeSetAcl      *ebpf.Program `ebpf:"kprobe_inode_set_acl"`
-	KprobeInodeSetattr     *ebpf.Program `ebpf:"kprobe_inode_setattr"`
-	KprobeInodeSetxattr    *ebpf.Program `ebpf:"kprobe_inode_setxattr"`
-	KprobeMoveMount        *ebpf.Program `ebpf:"kprobe_move_mount"`
-	KprobePathLink         *ebpf.Program `ebpf:"kprobe_path_link"`
-	KprobePathMkdir        *ebpf.Program `ebpf:"kprobe_path_mkdir"`
-	KprobePathMknod        *ebpf.Program `ebpf:"kprobe_path_mknod"`
-	KprobePathRename       *ebpf.Program `ebpf:"kprobe_path_rename"`
-	KprobePathRmdir        *ebpf.Program `ebpf:"kprobe_path_rmdir"`
-	KprobePathSymlink      *ebpf.Program `ebpf:"kprobe_path_symlink"`
-	KprobePathUnlink       *ebpf.Program `ebpf:"kprobe_path_unlink"`
-	KprobeSbMount          *ebpf.Program `ebpf:"kprobe_sb_mount"`
-	KprobeSbUmount         *ebpf.Program `ebpf:"kprobe_sb_umount"`
-	KprobeSockGraft        *ebpf.Program `ebpf:"kprobe_sock_graft"`
-	KprobeVfsFileattrSet   *ebpf.Program `ebpf:"kprobe_vfs_fileattr_set"`
-	LsmFileIoctl           *ebpf.Program `ebpf:"lsm_file_ioctl"`
-	LsmFileIoctlCompat     *ebpf.Program `ebpf:"lsm_file_ioctl_compat"`
-	LsmFileOpen            *ebpf.Program `ebpf:"lsm_file_open"`
-	LsmFileRelease         *ebpf.Program `ebpf:"lsm_file_release"`
-	LsmInodeFileSetattr    *ebpf.Program `ebpf:"lsm_inode_file_setattr"`
-	LsmInodeRemoveAcl      *ebpf.Program `ebpf:"lsm_inode_remove_acl"`
-	LsmInodeRemovexattr    *ebpf.Program `ebpf:"lsm_inode_removexattr"`
-	LsmInodeSetAcl         *ebpf.Program `ebpf:"lsm_inode_set_acl"`
-	LsmInodeSetattr        *ebpf.Program `ebpf:"lsm_inode_setattr"`
-	LsmInodeSetxattr       *ebpf.Program `ebpf:"lsm_inode_setxattr"`
-	LsmMoveMount           *ebpf.Program `ebpf:"lsm_move_mount"`
-	LsmPathLink            *ebpf.Program `ebpf:"lsm_path_link"`
-	LsmPathMkdir           *ebpf.Program `ebpf:"lsm_path_mkdir"`
-	LsmPathMknod           *ebpf.Program `ebpf:"lsm_path_mknod"`
-	LsmPathRename          *ebpf.Program `ebpf:"lsm_path_rename"`
-	LsmPathRmdir           *ebpf.Program `ebpf:"lsm_path_rmdir"`
-	LsmPathSymlink         *ebpf.Program `ebpf:"lsm_path_symlink"`
-	LsmPathUnlink          *ebpf.Program `ebpf:"lsm_path_unlink"`
-	LsmProbe               *ebpf.Program `ebpf:"lsm_probe"`
-	LsmSbMount             *ebpf.Program `ebpf:"lsm_sb_mount"`
-	LsmSbUmount            *ebpf.Program `ebpf:"lsm_sb_umount"`
-	LsmSockGraft           *ebpf.Program `ebpf:"lsm_sock_graft"`
-	OnInetSockSetState     *ebpf.Program `ebpf:"on_inet_sock_set_state"`
-	OnSchedProcessExec     *ebpf.Program `ebpf:"on_sched_process_exec"`
-	OnSchedProcessExit     *ebpf.Program `ebpf:"on_sched_process_exit"`
-	OnSchedProcessFork     *ebpf.Program `ebpf:"on_sched_process_fork"`
-	OnTask                 *ebpf.Program `ebpf:"on_task"`
-	OnTaskFile             *ebpf.Program `ebpf:"on_task_file"`
-	RawInetSockSetState    *ebpf.Program `ebpf:"raw_inet_sock_set_state"`
-	RawSchedProcessExec    *ebpf.Program `ebpf:"raw_sched_process_exec"`
-	RawSchedProcessExit    *ebpf.Program `ebpf:"raw_sched_process_exit"`
-	RawSchedProcessFork    *ebpf.Program `ebpf:"raw_sched_process_fork"`
-	RawSysExit             *ebpf.Program `ebpf:"raw_sys_exit"`
+	FentryFput              *ebpf.Program `ebpf:"fentry___fput"`
+	FentryFileIoctl         *ebpf.Program `ebpf:"fentry_file_ioctl"`
+	FentryFileIoctlCompat   *ebpf.Program `ebpf:"fentry_file_ioctl_compat"`
+	FentryFileOpen          *ebpf.Program `ebpf:"fentry_file_open"`
+	FentryFileRelease       *ebpf.Program `ebpf:"fentry_file_release"`
+	FentryInodeRemoveAcl    *ebpf.Program `ebpf:"fentry_inode_remove_acl"`
+	FentryInodeRemovexattr  *ebpf.Program `ebpf:"fentry_inode_removexattr"`
+	FentryInodeSetAcl       *ebpf.Program `ebpf:"fentry_inode_set_acl"`
+	FentryInodeSetattr      *ebpf.Program `ebpf:"fentry_inode_setattr"`
+	FentryInodeSetxattr     *ebpf.Program `ebpf:"fentry_inode_setxattr"`
+	FentryMoveMount         *ebpf.Program `ebpf:"fentry_move_mount"`
+	FentryPathLink          *ebpf.Program `ebpf:"fentry_path_link"`
+	FentryPathMkdir         *ebpf.Program `ebpf:"fentry_path_mkdir"`
+	FentryPathMknod         *ebpf.Program `ebpf:"fentry_path_mknod"`
+	FentryPathRename        *ebpf.Program `ebpf:"fentry_path_rename"`
+	FentryPathRmdir         *ebpf.Program `ebpf:"fentry_path_rmdir"`
+	FentryPathSymlink       *ebpf.Program `ebpf:"fentry_path_symlink"`
+	FentryPathUnlink        *ebpf.Program `ebpf:"fentry_path_unlink"`
+	FentryPtraceAccessCheck *ebpf.Program `ebpf:"fentry_ptrace_access_check"`
+	FentrySbMount           *ebpf.Program `ebpf:"fentry_sb_mount"`
+	FentrySbUmount          *ebpf.Program `ebpf:"fentry_sb_umount"`
+	FentrySockGraft         *ebpf.Program `ebpf:"fentry_sock_graft"`
+	FentryVfsFileattrSet    *ebpf.Program `ebpf:"fentry_vfs_fileattr_set"`
+	KprobeFput              *ebpf.Program `ebpf:"kprobe___fput"`
+	KprobeFileIoctl         *ebpf.Program `ebpf:"kprobe_file_ioctl"`
+	KprobeFileIoctlCompat   *ebpf.Program `ebpf:"kprobe_file_ioctl_compat"`
+	KprobeFileOpen          *ebpf.Program `ebpf:"kprobe_file_open"`
+	KprobeFileRelease       *ebpf.Program `ebpf:"kprobe_file_release"`
+	KprobeInodeRemoveAcl    *ebpf.Program `ebpf:"kprobe_inode_remove_acl"`
+	KprobeInodeRemovexattr  *ebpf.Program `ebpf:"kprobe_inode_removexattr"`
+	KprobeInodeSetAcl       *ebpf.Program `ebpf:"kprobe_inode_set_acl"`
+	KprobeInodeSetattr      *ebpf.Program `ebpf:"kprobe_inode_setattr"`
+	KprobeInodeSetxattr     *ebpf.Program `ebpf:"kprobe_inode_setxattr"`
+	KprobeMoveMount         *ebpf.Program `ebpf:"kprobe_move_mount"`
+	KprobePathLink          *ebpf.Program `ebpf:"kprobe_path_link"`
+	KprobePathMkdir         *ebpf.Program `ebpf:"kprobe_path_mkdir"`
+	KprobePathMknod         *ebpf.Program `ebpf:"kprobe_path_mknod"`
+	KprobePathRename        *ebpf.Program `ebpf:"kprobe_path_rename"`
+	KprobePathRmdir         *ebpf.Program `ebpf:"kprobe_path_rmdir"`
+	KprobePathSymlink       *ebpf.Program `ebpf:"kprobe_path_symlink"`
+	KprobePathUnlink        *ebpf.Program `ebpf:"kprobe_path_unlink"`
+	KprobePtraceAccessCheck *ebpf.Program `ebpf:"kprobe_ptrace_access_check"`
+	KprobeSbMount           *ebpf.Program `ebpf:"kprobe_sb_mount"`
+	KprobeSbUmount          *ebpf.Program `ebpf:"kprobe_sb_umount"`
+	KprobeSockGraft         *ebpf.Program `ebpf:"kprobe_sock_graft"`
+	KprobeVfsFileattrSet    *ebpf.Program `ebpf:"kprobe_vfs_fileattr_set"`
+	LsmFileIoctl            *ebpf.Program `ebpf:"lsm_file_ioctl"`
+	LsmFileIoctlCompat      *ebpf.Program `ebpf:"lsm_file_ioctl_compat"`
+	LsmFileOpen             *ebpf.Program `ebpf:"lsm_file_open"`
+	LsmFileRelease          *ebpf.Program `ebpf:"lsm_file_release"`
+	LsmInodeFileSetattr     *ebpf.Program `ebpf:"lsm_inode_file_setattr"`
+	LsmInodeRemoveAcl       *ebpf.Program `ebpf:"lsm_inode_remove_acl"`
+	LsmInodeRemovexattr     *ebpf.Program `ebpf:"lsm_inode_removexattr"`
+	LsmInodeSetAcl          *ebpf.Program `ebpf:"lsm_inode_set_acl"`
+	LsmInodeSetattr         *ebpf.Program `ebpf:"lsm_inode_setattr"`
+	LsmInodeSetxattr        *ebpf.Program `ebpf:"lsm_inode_setxattr"`
+	LsmMoveMount            *ebpf.Program `ebpf:"lsm_move_mount"`
+	LsmPathLink             *ebpf.Program `ebpf:"lsm_path_link"`
+	LsmPathMkdir            *ebpf.Program `ebpf:"lsm_path_mkdir"`
+	LsmPathMknod            *ebpf.Program `ebpf:"lsm_path_mknod"`
+	LsmPathRename           *ebpf.Program `ebpf:"lsm_path_rename"`
+	LsmPathRmdir            *ebpf.Program `ebpf:"lsm_path_rmdir"`
+	LsmPathSymlink          *ebpf.Program `ebpf:"lsm_path_symlink"`
+	LsmPathUnlink           *ebpf.Program `ebpf:"lsm_path_unlink"`
+	LsmProbe                *ebpf.Program `ebpf:"lsm_probe"`
+	LsmPtraceAccessCheck    *ebpf.Program `ebpf:"lsm_ptrace_access_check"`
+	LsmSbMount              *ebpf.Program `ebpf:"lsm_sb_mount"`
+	LsmSbUmount             *ebpf.Program `ebpf:"lsm_sb_umount"`
+	LsmSockGraft            *ebpf.Program `ebpf:"lsm_sock_graft"`
+	OnInetSockSetState      *ebpf.Program `ebpf:"on_inet_sock_set_state"`
+	OnSchedProcessExec      *ebpf.Program `ebpf:"on_sched_process_exec"`
+	OnSchedProcessExit      *ebpf.Program `ebpf:"on_sched_process_exit"`
+	OnSchedProcessFork      *ebpf.Program `ebpf:"on_sched_process_fork"`
+	OnSignalGenerate        *ebpf.Program `ebpf:"on_signal_generate"`
+	OnTask                  *ebpf.Program `ebpf:"on_task"`
+	OnTaskFile              *ebpf.Program `ebpf:"on_task_file"`
+	RawInetSockSetState     *ebpf.Program `ebpf:"raw_inet_sock_set_state"`
+	RawSchedProcessExec     *ebpf.Program `ebpf:"raw_sched_process_exec"`
+	RawSchedProcessExit     *ebpf.Program `ebpf:"raw_sched_process_exit"`
+	RawSchedProcessFork     *ebpf.Program `ebpf:"raw_sched_process_fork"`
+	RawSignalGenerate       *ebpf.Program `ebpf:"raw_signal_generate"`
+	RawSysExit              *ebpf.Program `ebpf:"raw_sys_exit"`
 }
 
 func (p *SensorPrograms) Close() error {
@@ -723,6 +825,7 @@ func (p *SensorPrograms) Close() error {
 		p.FentryPathRmdir,
 		p.FentryPathSymlink,
 		p.FentryPathUnlink,
+		p.FentryPtraceAccessCheck,
 		p.FentrySbMount,
 		p.FentrySbUmount,
 		p.FentrySockGraft,
@@ -745,6 +848,7 @@ func (p *SensorPrograms) Close() error {
 		p.KprobePathRmdir,
 		p.KprobePathSymlink,
 		p.KprobePathUnlink,
+		p.KprobePtraceAccessCheck,
 		p.KprobeSbMount,
 		p.KprobeSbUmount,
 		p.KprobeSockGraft,
@@ -768,6 +872,7 @@ func (p *SensorPrograms) Close() error {
 		p.LsmPathSymlink,
 		p.LsmPathUnlink,
 		p.LsmProbe,
+		p.LsmPtraceAccessCheck,
 		p.LsmSbMount,
 		p.LsmSbUmount,
 		p.LsmSockGraft,
@@ -775,12 +880,14 @@ func (p *SensorPrograms) Close() error {
 		p.OnSchedProcessExec,
 		p.OnSchedProcessExit,
 		p.OnSchedProcessFork,
+		p.OnSignalGenerate,
 		p.OnTask,
 		p.OnTaskFile,
 		p.RawInetSockSetState,
 		p.RawSchedProcessExec,
 		p.RawSchedProcessExit,
 		p.RawSchedProcessFork,
+		p.RawSignalGenerate,
 		p.RawSysExit,
 	)
 }

@@ -27,7 +27,8 @@ struct syscall {
 	__u8 directory;  /* 1: is about directories only */
 	__u8 attributes; /* file flags, in the form that a command says */
 	__u8 command;    /* of ioctl(2), of which few are about files; 0: the form of XFS */
-	__u8 forms;      /* enum syscall_forms */
+	__u8 forms;      /* enum syscall_forms; of EVENT_KIND_PTRACE: enum tamper_call */
+	__u8 target;     /* the process that it is about */
 };
 
 /* Whether a call came from a 32-bit process, most calls need not be asked. */
@@ -178,7 +179,7 @@ static __always_inline void path_of_file(int index, struct file_slot *slot, stru
 }
 
 /* A file was opened: reports that it was made, and that it can be written. */
-static __always_inline int opened(struct file *file)
+static __always_inline int opened(struct file *file, __u32 of)
 {
 	__u32 mode = BPF_CORE_READ(file, f_mode);
 	struct file_slot *slot;
@@ -191,7 +192,7 @@ static __always_inline int opened(struct file *file)
 		kind = i ? EVENT_KIND_FILE_OPEN_WRITE : EVENT_KIND_FILE_CREATE;
 		if (!(mode & (i ? FMODE_WRITE : FMODE_CREATED)) || !(syscall_kinds >> kind & 1))
 			continue;
-		index = file_begin(kind, 0);
+		index = file_begin(kind, 0, of);
 		slot = file_slot_at(index);
 		if (!slot)
 			continue;
@@ -249,23 +250,79 @@ static __always_inline __u32 wide_id(__u32 id, __u32 forms)
 	return (id & 0xffff) == 0xffff ? ~0U : id & 0xffff;
 }
 
-/*
- * told tells whether a copy before this one has run for the task's call. Nothing tells a
- * call from the same call done again, but the copies run in order: the first knows that
- * it is a new one, and the last, or the next first, ends it.
- */
-static __always_inline bool told(struct task_struct *task)
+/* The process that a call took control of last: the head of those that the caller traces. */
+static __always_inline struct task_struct *traced(struct task_struct *task)
 {
-	struct report_key key = {
-		.object = BPF_CORE_READ(task, start_boottime),
-		.pid = BPF_CORE_READ(task, pid),
-		.kind = EVENT_KIND_NONE,
-	};
-	__u64 *last = bpf_map_lookup_elem(&reported, &key), going_on = copy + 1 < copies;
-	bool before = copy && last && *last;
+	struct list_head *node = BPF_CORE_READ(task, ptraced.next);
 
-	bpf_map_update_elem(&reported, &key, &going_on, BPF_ANY);
-	return before;
+	return (void *)node - bpf_core_field_offset(struct task_struct, ptrace_entry);
+}
+
+#define PTRACE_ATTACH 16
+#define PTRACE_SEIZE 0x4206
+
+/* handle_control looks for the sensor among what ptrace(2) and the like are about. A number
+ * is that of a process in the caller's pid namespace; threads are found out by ptrace(2)
+ * only, which leaves a trace. */
+static __always_inline int handle_control(struct task_struct *task, struct syscall *call,
+					  __u64 regs)
+{
+	struct sensor_process *sensor = sensor_now();
+	struct tamper_event record = {};
+	__u32 inum, pid;
+
+	if (!sensor || !sensor->tgid)
+		return 0;
+	record.flags = TAMPER_DEGRADED;
+	record.call = call->forms;
+	if (call->command) {
+		record.request = syscall_argument(regs, call->command);
+		if ((record.request != PTRACE_ATTACH && record.request != PTRACE_SEIZE) ||
+		    !is_sensor(traced(task)))
+			return 0;
+		tamper_target(&record, traced(task));
+	} else {
+		pid = syscall_argument(regs, call->target);
+		pid_in_ns(BPF_CORE_READ(task, thread_pid), &inum);
+		if (pid != sensor->tgid || inum != sensor->pid_ns)
+			return 0;
+		record.target_start_time = sensor->start_time;
+		record.target_pid = record.target_tid = sensor->pid;
+	}
+	if (is_sensor(task) || (copies > 1 && told(task, EVENT_KIND_NONE)))
+		return 0;
+	emit_tamper(&record, EVENT_KIND_PTRACE);
+	return 0;
+}
+
+static __always_inline __u32 protected_fd(struct task_struct *task, __u32 fd, __u32 kind)
+{
+	struct file *file = file_of(task, fd);
+
+	if (!file ||
+	    (kind == EVENT_KIND_FILE_OPEN_WRITE && !(BPF_CORE_READ(file, f_mode) & FMODE_WRITE)))
+		return 0;
+	return protected_at(BPF_CORE_READ(file, f_path.dentry), kind);
+}
+
+/* protected_call says what of the sensor a call about files is about. */
+static __always_inline __u32 protected_call(struct task_struct *task, struct syscall *call,
+					    __u64 regs, long result)
+{
+	struct file_filter *filter = file_filter_now();
+	__u32 of = 0;
+
+	if (!filter || !filter->protected_files)
+		return 0;
+	if (call->fd == SYSCALL_RESULT)
+		return protected_fd(task, result, call->kind);
+	if (call->path)
+		of = protected_text(syscall_argument(regs, call->path));
+	if (call->path2)
+		of |= protected_text(syscall_argument(regs, call->path2));
+	if (call->fd && !of)
+		of = protected_fd(task, syscall_argument(regs, call->fd), call->kind);
+	return of;
 }
 
 static __always_inline int handle_syscall(struct pt_regs *regs, long result)
@@ -276,8 +333,8 @@ static __always_inline int handle_syscall(struct pt_regs *regs, long result)
 	struct syscalls *calls;
 	struct syscall *call;
 	struct file *file;
-	__u64 at = (__u64)regs, flags, path;
-	__u32 nr, kind, command, attributes = 0;
+	__u64 at = (__u64)regs, flags, path, wanted;
+	__u32 nr, kind, command, attributes = 0, of = 0;
 	char first = 0;
 	int index;
 
@@ -295,14 +352,20 @@ static __always_inline int handle_syscall(struct pt_regs *regs, long result)
 			return 0;
 	}
 	kind = call->kind;
-	if (!kind || (!task_in_scope(task) && !exercises(task)))
+	wanted = 1ULL << (kind & 63);
+	if (call->fd == SYSCALL_RESULT)
+		wanted |= 1ULL << EVENT_KIND_FILE_CREATE;
+	if (!kind || !(syscall_kinds & wanted))
 		return 0;
-	if (copies > 1 && told(task))
+	if (kind == EVENT_KIND_PTRACE)
+		return handle_control(task, call, at);
+	of = protected_call(task, call, at, result);
+	if (!of && !task_in_scope(task) && !exercises(task))
+		return 0;
+	if (copies > 1 && told(task, EVENT_KIND_NONE))
 		return 0;
 	if (call->fd == SYSCALL_RESULT)
-		return opened(file_of(task, result));
-	if (kind > 63 || !(syscall_kinds >> kind & 1))
-		return 0;
+		return opened(file_of(task, result), of);
 	if (call->times && !syscall_argument(at, call->times))
 		return 0;
 	if (call->attributes) {
@@ -311,7 +374,7 @@ static __always_inline int handle_syscall(struct pt_regs *regs, long result)
 				       &attributes))
 			return 0;
 	}
-	index = file_begin(kind, 0);
+	index = file_begin(kind, 0, of);
 	slot = file_slot_at(index);
 	if (!slot)
 		return 0;

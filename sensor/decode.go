@@ -35,6 +35,7 @@ const (
 	exitSize   = int(unsafe.Sizeof(bpf.SensorExitEvent{}))
 	tcpSize    = int(unsafe.Sizeof(bpf.SensorTcpEvent{}))
 	fileSize   = int(unsafe.Sizeof(bpf.SensorFileEvent{}))
+	tamperSize = int(unsafe.Sizeof(bpf.SensorTamperEvent{}))
 )
 
 // decoder turns records into events without copying them: the generated structs
@@ -81,7 +82,7 @@ func (d *decoder) decode(rec []byte, ev *event.Event) error {
 	ev.KTime = h.Ktime
 	ev.Actor = event.ProcessKey{StartTime: h.StartTime, PID: h.Pid}
 	ev.TID = h.Tid
-	ev.Time, ev.Hook, ev.Self = 0, "", nil
+	ev.Time, ev.Hook, ev.Severity, ev.Self = 0, "", 0, nil
 	ev.Subject, ev.Parent, ev.Creator, ev.Ancestors = nil, nil, nil, nil
 	ev.Cases, ev.Deep = nil, false
 	switch kind {
@@ -97,6 +98,8 @@ func (d *decoder) decode(rec []byte, ev *event.Event) error {
 		event.FileChmod, event.FileChown, event.FileTruncate, event.FileXattr, event.FileTimes,
 		event.Mount, event.Umount, event.MountMove, event.FileOpenWrite, event.FileChattr:
 		return d.file(rec, ev)
+	case event.Signal, event.Ptrace:
+		return decodeTamper(rec, ev)
 	default:
 		return &recordError{Kind: kind, Size: len(rec), Field: "kind", Value: uint64(h.Kind)}
 	}
@@ -209,6 +212,20 @@ func decodeExit(rec []byte, ev *event.Event) error {
 		Parent: event.ProcessKey{StartTime: r.ParentStartTime, PID: r.ParentPid},
 		UTime:  r.UtimeNs, STime: r.StimeNs, Code: r.ExitCode, Signal: r.Signal,
 		CoreDumped: r.CoreDumped != 0, Comm: fixedText(&r.Comm),
+	}
+	return nil
+}
+
+func decodeTamper(rec []byte, ev *event.Event) error {
+	if len(rec) != tamperSize {
+		return &recordError{Kind: ev.Kind, Size: len(rec), Field: "fixed size", Value: uint64(tamperSize)}
+	}
+	r := (*bpf.SensorTamperEvent)(unsafe.Pointer(&rec[0]))
+	ev.Tamper = event.TamperInfo{
+		Target: event.ProcessKey{StartTime: r.TargetStartTime, PID: r.TargetPid}, TID: r.TargetTid,
+		Signal: r.Signal, Code: r.Code, Result: r.Result, Mode: r.Mode, Request: r.Request,
+		Call: event.TamperCall(r.Call), Flags: event.TamperFlags(r.Flags),
+		Comm: fixedText(&r.Comm),
 	}
 	return nil
 }

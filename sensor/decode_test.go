@@ -82,6 +82,13 @@ func wireFork() []byte {
 	})
 }
 
+func wireTamper(kind event.Kind) []byte {
+	return wire(bpf.SensorTamperEvent{
+		Header: wireHeader(kind), TargetStartTime: 1, TargetPid: 2, TargetTid: 3, Signal: 9, Code: -6, Result: 2, Mode: 18, Request: 16, Call: 1,
+		Flags: uint32(event.TamperByKernel | event.TamperDegraded), Comm: wireChars("kill"),
+	})
+}
+
 func wireFile(kind event.Kind, flags event.FileFlags, path, path2, name string) []byte {
 	return wire(bpf.SensorFileEvent{
 		Header: wireHeader(kind),
@@ -141,6 +148,14 @@ func TestDecode(t *testing.T) {
 		return ev
 	}
 
+	tamper := func(kind event.Kind) event.Event {
+		ev := wantEvent(kind)
+		ev.Tamper = event.TamperInfo{
+			Target: event.ProcessKey{StartTime: 1, PID: 2}, TID: 3, Signal: 9, Code: -6, Result: 2, Mode: 18, Request: 16, Call: event.TamperCallPtrace,
+			Flags: event.TamperByKernel | event.TamperDegraded, Comm: []byte("kill"),
+		}
+		return ev
+	}
 	file := func(kind event.Kind, flags event.FileFlags, path, path2, name string) event.Event {
 		ev := wantEvent(kind)
 		ev.File = event.FileInfo{
@@ -199,6 +214,8 @@ func TestDecode(t *testing.T) {
 		},
 		{"fork", wireFork(), fork},
 		{"exit", wireExit(), exit},
+		{"signal", wireTamper(event.Signal), tamper(event.Signal)},
+		{"ptrace", wireTamper(event.Ptrace), tamper(event.Ptrace)},
 		{"connect", wireTCP(event.TCPConnect, unix.AF_INET, "10.0.0.1", "192.0.2.7"), tcp(event.TCPConnect, "10.0.0.1:40000", "192.0.2.7:443")},
 		{"failed", wireTCP(event.TCPConnectFailed, unix.AF_INET6, "::1", "2001:db8::1"), tcp(event.TCPConnectFailed, "[::1]:40000", "[2001:db8::1]:443")},
 		{"IPv4 on a dual-stack socket", wireTCP(event.TCPAccept, unix.AF_INET6, "::ffff:10.0.0.1", "::ffff:192.0.2.7"), tcp(event.TCPAccept, "10.0.0.1:40000", "192.0.2.7:443")},
@@ -210,7 +227,7 @@ func TestDecode(t *testing.T) {
 			// What an event held before must not show, as far as it is of its kind.
 			got := event.Event{
 				Time: 1, Hook: "x", Self: &event.SelfInfo{}, Subject: &event.Process{}, Parent: &event.Process{},
-				Creator: &event.Process{}, Ancestors: []*event.Process{{}}, Cases: []*event.Case{{ID: "c"}}, Deep: true,
+				Severity: 4, Creator: &event.Process{}, Ancestors: []*event.Process{{}}, Cases: []*event.Case{{ID: "c"}}, Deep: true,
 			}
 			got.Exec.OldPath = "/old"
 			if tt.want.File.MntNS != 0 {
@@ -263,6 +280,7 @@ func TestDecodeRefuses(t *testing.T) {
 		{"fork too long", resized(wireFork(), 8), recordError{Kind: event.Fork, Size: forkSize + 8, Field: "fixed size", Value: uint64(forkSize)}},
 		{"exit too short", resized(wireExit(), -8), recordError{Kind: event.Exit, Size: exitSize - 8, Field: "fixed size", Value: uint64(exitSize)}},
 		{"tcp too short", resized(wireTCP(event.TCPClose, 2, "::", "::"), -1), recordError{Kind: event.TCPClose, Size: tcpSize - 1, Field: "fixed size", Value: uint64(tcpSize)}},
+		{"signal too short", resized(wireTamper(event.Signal), -8), recordError{Kind: event.Signal, Size: tamperSize - 8, Field: "fixed size", Value: uint64(tamperSize)}},
 		{"only the header of a file event", wire(wireHeader(event.FileCreate)), recordError{Kind: event.FileCreate, Size: 32, Field: "fixed size", Value: uint64(fileSize)}},
 		{"file event cut", resized(wireFile(event.FileXattr, 0, "x\x00", "", "name"), -1), recordError{Kind: event.FileXattr, Size: fileSize + 5, Field: "name_len", Value: 4}},
 		{"file event too long", resized(wireFile(event.FileXattr, 0, "x\x00", "", "name"), 3), recordError{Kind: event.FileXattr, Size: fileSize + 9, Field: "bytes left over", Value: 3}},
@@ -349,10 +367,11 @@ func benchmarkRecords() map[string][]byte {
 			event.Exec, 0, "/usr/bin/python3", "/usr/bin/python3", "python3.11\x00bin\x00usr\x00", "project\x00alice\x00home\x00",
 			"session-4.scope\x00user-1000.slice\x00user.slice\x00", "python3\x00-m\x00http.server\x00--bind\x00127.0.0.1\x008080\x00",
 		),
-		"fork": wireFork(),
-		"exit": wireExit(),
-		"tcp":  wireTCP(event.TCPClose, unix.AF_INET, "10.0.0.1", "192.0.2.7"),
-		"file": wireFile(event.FileRename, 0, ".cache.php\x00html\x00www\x00var\x00", "index.php\x00html\x00www\x00var\x00", ""),
+		"fork":   wireFork(),
+		"exit":   wireExit(),
+		"tcp":    wireTCP(event.TCPClose, unix.AF_INET, "10.0.0.1", "192.0.2.7"),
+		"tamper": wireTamper(event.Signal),
+		"file":   wireFile(event.FileRename, 0, ".cache.php\x00html\x00www\x00var\x00", "index.php\x00html\x00www\x00var\x00", ""),
 	}
 }
 
@@ -386,7 +405,7 @@ func FuzzDecode(f *testing.F) {
 			}
 			return
 		}
-		if c := &ev.File; ev.Kind >= event.FileCreate {
+		if c := &ev.File; ev.Kind >= event.FileCreate && ev.Kind <= event.FileChattr {
 			if n := fileSize + len(c.Path) + len(c.Path2) + len(c.Name); n > len(rec)+4 {
 				t.Fatalf("%d bytes from a record of %d", n, len(rec))
 			}

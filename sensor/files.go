@@ -65,6 +65,7 @@ type exclusionKey struct {
 type fileFilter struct {
 	Interval, Burst          uint64
 	Executables, Directories uint32
+	ProtectedFiles, _        uint32
 }
 
 // filter has the programs leave out what o says, from now on. What is not there
@@ -72,6 +73,8 @@ type fileFilter struct {
 // everything is as it was.
 func (k *kernel) filter(o FileOptions) (missing []error, err error) {
 	wanted, missing := exclusions(o)
+	k.filtering.Lock()
+	defer k.filtering.Unlock()
 	m := k.maps["file_exclusions"]
 	var old []exclusionKey
 	var key exclusionKey
@@ -79,7 +82,7 @@ func (k *kernel) filter(o FileOptions) (missing []error, err error) {
 	for it := m.Iterate(); it.Next(&key, &value); {
 		old = append(old, key)
 	}
-	var f fileFilter
+	f := fileFilter{ProtectedFiles: k.protected.Load()}
 	for _, key := range wanted {
 		if !slices.Contains(old, key) {
 			err = errors.Join(err, m.Put(key, uint8(1)))

@@ -51,6 +51,8 @@ func hooks(files bool, copies int) []hook {
 			chain: tracepoint("inet_sock_set_state"), copies: copies,
 		},
 		{kinds: kinds(event.Task), chain: []candidate{{"on_task"}}},
+		{kinds: kinds(event.Signal), chain: tracepoint("signal_generate"), copies: copies},
+		{kinds: kinds(event.Ptrace), chain: security("ptrace_access_check"), syscalls: kinds(event.Ptrace)},
 	}
 	if files {
 		list = append(list, fileHooks()...)

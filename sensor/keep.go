@@ -330,7 +330,7 @@ func setupOf(spec *ebpf.CollectionSpec, o kernelOptions) string {
 // wireOf sums up the layout of the records that the rings carry.
 func wireOf(types *btf.Spec) (string, error) {
 	h := sha256.New()
-	for _, name := range [...]string{"exec_event", "fork_event", "exit_event", "tcp_event", "file_event", "heartbeat"} {
+	for _, name := range [...]string{"exec_event", "fork_event", "exit_event", "tcp_event", "file_event", "tamper_event", "heartbeat"} {
 		var s *btf.Struct
 		if err := types.TypeByName(name, &s); err != nil {
 			return "", fmt.Errorf("layout of %s: %w", name, err)

@@ -14,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/btf"
@@ -38,6 +39,8 @@ type kernelOptions struct {
 	PriorityBytes int // a power of two and a multiple of the page size
 	BulkBytes     int
 	Files         FileOptions
+	Protected     []Protected
+	Process       int        // whose files these are, and to whom nothing must happen; 0 is this one
 	Copies        int        // of programs on tracepoints; 0 means as many as the running kernel needs
 	Types         *btf.Cache // of the running kernel; nil means to read them, and to drop them after attaching
 	Keeper        Keeper     // nil: nothing outlives the process
@@ -52,6 +55,9 @@ type kernel struct {
 	maps  map[string]*ebpf.Map
 	lsm   func() error // whether the kernel runs LSM programs, found out once
 	types *btf.Cache   // given, or nil
+
+	filtering sync.Mutex    // of changes of file_filter
+	protected atomic.Uint32 // entries of protected_files
 
 	mu       sync.Mutex // of what follows
 	attached []attachment
@@ -108,7 +114,14 @@ func loadKernel(o kernelOptions, set *keptSet) (k *kernel, adopted bool, err err
 		return nil, false, errors.Join(err, k.close())
 	}
 	k.priority, k.bulk = k.maps["priority_ring"], k.maps["bulk_ring"]
-	missing, err := k.filter(o.Files)
+	err = k.beSensor(o.Process)
+	if err == nil {
+		err = k.protect(o.Protected)
+	}
+	var missing []error
+	if err == nil {
+		missing, err = k.filter(o.Files)
+	}
 	if err == nil && adopted {
 		err = k.settleIn()
 	}
@@ -356,7 +369,6 @@ func (k *kernel) load(h hook, name string, cache *btf.Cache) (*ebpf.Program, *eb
 	spec := &ebpf.CollectionSpec{
 		Maps:      make(map[string]*ebpf.MapSpec),
 		Programs:  map[string]*ebpf.ProgramSpec{name: program},
-		Variables: k.spec.Variables,
 		Types:     k.spec.Types,
 		ByteOrder: k.spec.ByteOrder,
 	}
@@ -367,6 +379,9 @@ func (k *kernel) load(h hook, name string, cache *btf.Cache) (*ebpf.Program, *eb
 		}
 		ref := ins.Reference()
 		spec.Maps[ref] = k.spec.Maps[ref]
+		if strings.HasPrefix(ref, ".rodata") {
+			spec.Variables = k.spec.Variables // which are all in there
+		}
 		if m, ok := k.maps[ref]; ok {
 			shared[ref] = m
 		}

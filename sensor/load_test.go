@@ -75,6 +75,8 @@ type record struct {
 	exit *bpf.SensorExitEvent
 	tcp  *bpf.SensorTcpEvent
 	file *fileRecord
+
+	tamper *bpf.SensorTamperEvent
 }
 
 type fileRecord struct {
@@ -114,6 +116,9 @@ func parse(t testing.TB, raw []byte) record {
 	case event.TCPConnect, event.TCPConnectFailed, event.TCPAccept, event.TCPListen, event.TCPClose:
 		r.tcp = new(bpf.SensorTcpEvent)
 		fixed = r.tcp
+	case event.Signal, event.Ptrace:
+		r.tamper = new(bpf.SensorTamperEvent)
+		fixed = r.tamper
 	default:
 		r.file = new(fileRecord)
 		fixed = &r.file.SensorFileEvent

@@ -137,6 +137,7 @@ type matrix struct {
 	form     string
 	degraded bool
 	path32   string
+	victim   *actor                      // in place of the sensor
 	tried    map[event.Kind]map[way]bool // and whether seen
 	refused  map[way]bool
 
@@ -215,7 +216,11 @@ func TestRootEveryWay(t *testing.T) {
 				t.Skipf("this kernel refuses %s for files", form)
 			}
 			priority, bulk := newTap(t, k.priority), newTap(t, k.bulk)
-			m := &matrix{form: form, degraded: k.systemCallsOnly(), path32: path32, tried: map[event.Kind]map[way]bool{}, refused: map[way]bool{}, impossible: map[event.Kind]bool{}}
+			victim := startVictim(t) // outside of the scope
+			if err := k.beSensor(victim.pid); err != nil {
+				t.Fatal(err)
+			}
+			m := &matrix{form: form, victim: victim, degraded: k.systemCallsOnly(), path32: path32, tried: map[event.Kind]map[way]bool{}, refused: map[way]bool{}, impossible: map[event.Kind]bool{}}
 			for _, how := range ways() {
 				t.Run(string(how), func(t *testing.T) {
 					if how == by32 {
@@ -230,6 +235,7 @@ func TestRootEveryWay(t *testing.T) {
 						}
 					}
 					t.Run("process", func(t *testing.T) { m.process(t, a, priority, how) })
+					t.Run("tamper", func(t *testing.T) { m.tamper(t, a, priority, how) })
 					t.Run("tcp", func(t *testing.T) { m.tcp(t, a, bulk, how) })
 					changes(t, a, bulk, k, m, how)
 				})

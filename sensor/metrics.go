@@ -20,6 +20,7 @@ type metrics struct {
 	takeovers    map[string]prometheus.Counter
 	attached     *prometheus.GaugeVec
 	tagged       prometheus.Counter
+	tampering    prometheus.Counter
 	latency      prometheus.Histogram
 }
 
@@ -34,8 +35,9 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 			Help:    "Stage kernel to worker: time from the kernel's time of an event until it was decoded. If it grows, the worker is short of CPU or waits for the disk: see buffer_append_latency_seconds.",
 			Buckets: []float64{.001, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 10, 60},
 		}),
-		tagged:   f.NewCounter(prometheus.CounterOpts{Name: "sensor_case_events_total", Help: "Events that carry the ids of an open case. If it stands still while a case is open, the case covers something else than was meant, or nothing that runs: see edr-sensor case list."}),
-		attached: f.NewGaugeVec(prometheus.GaugeOpts{Name: "sensor_hook_attached", Help: "1 when the event is seen by a hook of this kind, 0 when it is not seen. If it is 0, this host is blind for the event: edr-sensor doctor says why."}, []string{"event", "hook"}),
+		tampering: f.NewCounter(prometheus.CounterOpts{Name: "sensor_tampering_total", Help: "Events about the sensor itself: signals to it, control of its process, changes of its files; those that are in order, as when systemd stops it, included. If it grows while nobody upgrades or restarts the sensor, somebody works on it: TAMPERING on the decisions stream says who."}),
+		tagged:    f.NewCounter(prometheus.CounterOpts{Name: "sensor_case_events_total", Help: "Events that carry the ids of an open case. If it stands still while a case is open, the case covers something else than was meant, or nothing that runs: see edr-sensor case list."}),
+		attached:  f.NewGaugeVec(prometheus.GaugeOpts{Name: "sensor_hook_attached", Help: "1 when the event is seen by a hook of this kind, 0 when it is not seen. If it is 0, this host is blind for the event: edr-sensor doctor says why."}, []string{"event", "hook"}),
 	}
 	takeovers := f.NewCounterVec(prometheus.CounterOpts{Name: "sensor_takeovers_total", Help: "1 when this run went on with the kernel programs of the one before, by whether they were adopted as they are or replaced by others, so that nothing was missed in between. If it is 0 for both after a restart by systemd, BLIND_… on the decisions stream says why, and how long nothing was seen."}, []string{"how"})
 	m.takeovers = map[string]prometheus.Counter{howAdopted: takeovers.WithLabelValues(howAdopted), howReplaced: takeovers.WithLabelValues(howReplaced)}

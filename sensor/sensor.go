@@ -60,6 +60,7 @@ type Options struct {
 	PriorityBytes int // ring for processes; a power of two, multiple of the page size
 	BulkBytes     int // ring for the network and files
 	Files         FileOptions
+	Protected     []Protected // files of the sensor itself
 	ForkEvents    bool
 	Host          event.Host
 	Encoder       *ocsf.Encoder
@@ -142,7 +143,7 @@ type Sensor struct {
 // must Close the Sensor. Errors name the program or map and the remedy.
 func Open(o Options) (*Sensor, error) {
 	s := &Sensor{o: o, metrics: newMetrics(o.Registerer), limiter: logging.NewLimiter(linesEvery), born: time.Now(), settled: make(chan struct{})}
-	if err := s.inherit(kernelOptions{Scope: o.Scope, PriorityBytes: o.PriorityBytes, BulkBytes: o.BulkBytes, Files: o.Files, Keeper: o.Keeper}); err != nil {
+	if err := s.inherit(kernelOptions{Scope: o.Scope, PriorityBytes: o.PriorityBytes, BulkBytes: o.BulkBytes, Files: o.Files, Protected: o.Protected, Keeper: o.Keeper}); err != nil {
 		return nil, fmt.Errorf("load sensor: %w", err)
 	}
 	s.cover(nil)
@@ -380,8 +381,12 @@ func (s *Sensor) poll(ctx context.Context) (int, error) {
 		ev := &s.events[i]
 		s.o.Enricher.Apply(ev)
 		s.metrics.latency.Observe(seconds(now - ev.Time))
+		ev.Severity = gravity(ev)
 		if ev.Kind != event.Fork || s.o.ForkEvents || ev.Deep {
-			s.write(ctx, now, ev, false, nil)
+			s.write(ctx, now, ev, ev.Severity > gravityNone, nil)
+		}
+		if ev.Severity > 0 {
+			s.tampering(ctx, ev)
 		}
 		s.mark.ktime, s.mark.wall = max(s.mark.ktime, ev.KTime), max(s.mark.wall, ev.Time)
 		if i < first {
@@ -518,7 +523,10 @@ func (s *Sensor) writeSelf(ctx context.Context, i *event.SelfInfo, names []event
 // writeSelfAt writes what was decided at a time. What names losses needs no memory of
 // ours: the buffer has it named again.
 func (s *Sensor) writeSelfAt(ctx context.Context, now, at int64, i *event.SelfInfo, names []event.Loss) {
-	s.self = event.Event{Kind: event.Lifecycle, Time: at, Self: i, Hook: "userspace/agent"}
+	s.self = event.Event{Kind: event.Lifecycle, Time: at, Self: i, Hook: "userspace/agent", Subject: i.Process}
+	if i.Process != nil {
+		s.self.Actor = i.Process.Key
+	}
 	s.metrics.events[event.Lifecycle].Inc()
 	seq := s.o.Sink.Next()
 	s.write(ctx, now, &s.self, i.Severity >= 4, names)

@@ -6,7 +6,7 @@ import "github.com/aurorasoc/edr-sensor/sensor/event"
 
 // fileCall is struct syscall of bpf/syscall.bpf.h.
 type fileCall struct {
-	Kind, FD, Path, Path2, Name, Mode, UID, GID, Size, Flags, Times, Removed, Directory, Attributes, Command, Forms uint8
+	Kind, FD, Path, Path2, Name, Mode, UID, GID, Size, Flags, Times, Removed, Directory, Attributes, Command, Forms, Target uint8
 }
 
 // Constants of bpf/syscall.bpf.h.
@@ -20,7 +20,7 @@ const (
 	sizeHalves        = 1 << 4
 )
 
-// fileCalls lists the system calls that tell file events, by the kernel's names. No
+// fileCalls lists the system calls that tell events of files, and of the sensor itself, by the kernel's names. No
 // architecture has them all.
 func fileCalls() map[string]fileCall {
 	opened := fileCall{Kind: uint8(event.FileOpenWrite), FD: result}
@@ -79,6 +79,10 @@ func fileCalls() map[string]fileCall {
 		"umount":     {Kind: uint8(event.Umount), Path: 1},
 		"umount2":    {Kind: uint8(event.Umount), Path: 1, Flags: 2},
 		"move_mount": {Kind: uint8(event.MountMove), Path: 2, Path2: 4},
+
+		"ptrace":            {Kind: uint8(event.Ptrace), Command: 1, Target: 2, Forms: uint8(event.TamperCallPtrace)},
+		"process_vm_readv":  {Kind: uint8(event.Ptrace), Target: 1, Forms: uint8(event.TamperCallVMRead)},
+		"process_vm_writev": {Kind: uint8(event.Ptrace), Target: 1, Forms: uint8(event.TamperCallVMWrite)},
 	}
 }
 

@@ -10,7 +10,7 @@ func nativeNumbers() map[string]uint32 {
 		"renameat": 264, "renameat2": 316, "chmod": 90, "fchmod": 91, "fchmodat": 268, "fchmodat2": 452, "chown": 92, "lchown": 94, "fchown": 93,
 		"fchownat": 260, "truncate": 76, "ftruncate": 77, "utime": 132, "utimes": 235, "futimesat": 261, "utimensat": 280, "setxattr": 188,
 		"lsetxattr": 189, "fsetxattr": 190, "setxattrat": 463, "removexattr": 197, "lremovexattr": 198, "fremovexattr": 199,
-		"removexattrat": 466, "ioctl": 16, "file_setattr": 469, "mount": 165, "umount2": 166, "move_mount": 429,
+		"removexattrat": 466, "ioctl": 16, "file_setattr": 469, "mount": 165, "umount2": 166, "move_mount": 429, "ptrace": 101, "process_vm_readv": 310, "process_vm_writev": 311,
 	}
 }
 
@@ -23,7 +23,7 @@ func compatNumbers() map[string]uint32 {
 		"fchownat": 298, "chown32": 212, "lchown32": 198, "fchown32": 207, "truncate": 92, "ftruncate": 93, "truncate64": 193,
 		"ftruncate64": 194, "utime": 30, "utimes": 271, "futimesat": 299, "utimensat": 320, "utimensat_time64": 412, "setxattr": 226,
 		"lsetxattr": 227, "fsetxattr": 228, "setxattrat": 463, "removexattr": 235, "lremovexattr": 236, "fremovexattr": 237,
-		"removexattrat": 466, "ioctl": 54, "file_setattr": 469, "mount": 21, "umount": 22, "umount2": 52, "move_mount": 429,
+		"removexattrat": 466, "ioctl": 54, "file_setattr": 469, "mount": 21, "umount": 22, "umount2": 52, "move_mount": 429, "ptrace": 26, "process_vm_readv": 347, "process_vm_writev": 348,
 	}
 }
 

@@ -9,7 +9,7 @@ func nativeNumbers() map[string]uint32 {
 		"renameat": 38, "renameat2": 276, "fchmod": 52, "fchmodat": 53, "fchmodat2": 452, "fchown": 55, "fchownat": 54, "truncate": 45,
 		"ftruncate": 46, "utimensat": 88, "setxattr": 5, "lsetxattr": 6, "fsetxattr": 7, "setxattrat": 463, "removexattr": 14,
 		"lremovexattr": 15, "fremovexattr": 16, "removexattrat": 466, "ioctl": 29, "file_setattr": 469, "mount": 40, "umount2": 39,
-		"move_mount": 429,
+		"move_mount": 429, "ptrace": 117, "process_vm_readv": 270, "process_vm_writev": 271,
 	}
 }
 
@@ -22,7 +22,7 @@ func compatNumbers() map[string]uint32 {
 		"fchownat": 325, "chown32": 212, "lchown32": 198, "fchown32": 207, "truncate": 92, "ftruncate": 93, "truncate64": 193,
 		"ftruncate64": 194, "utimes": 269, "futimesat": 326, "utimensat": 348, "utimensat_time64": 412, "setxattr": 226, "lsetxattr": 227,
 		"fsetxattr": 228, "setxattrat": 463, "removexattr": 235, "lremovexattr": 236, "fremovexattr": 237, "removexattrat": 466, "ioctl": 54,
-		"file_setattr": 469, "mount": 21, "umount2": 52, "move_mount": 429,
+		"file_setattr": 469, "mount": 21, "umount2": 52, "move_mount": 429, "ptrace": 26, "process_vm_readv": 376, "process_vm_writev": 377,
 	}
 }
 

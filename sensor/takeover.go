@@ -211,8 +211,24 @@ func openPredecessor(set *keptSet, m *mark, wire string) (p *predecessor, err er
 			return p, err
 		}
 	}
+	if err = p.introduce(); err != nil {
+		return p, err
+	}
 	p.counters, err = set.openMap("kind_counters")
 	return p, err
+}
+
+// introduce tells the old programs who the sensor is now, so that what it does to its files
+// is no tampering to them.
+func (p *predecessor) introduce() error {
+	if !slices.Contains(p.set.manifest.Maps, "sensor_self") {
+		return nil // an older version's
+	}
+	m, err := p.set.openMap("sensor_self")
+	if err != nil {
+		return err
+	}
+	return errors.Join(introduce(m, 0), m.Close())
 }
 
 // inherit opens the kernel: the one of the process before if it is of the same setup, or

@@ -346,6 +346,11 @@ func (c *company) play(r request) (reply, error) {
 		return abandon()
 	case "drop":
 		return reply{}, c.conn.Close()
+	case "signal":
+		pid, err := strconv.Atoi(r.Args[0])
+		return reply{}, errors.Join(err, unix.Kill(pid, unix.Signal(r.Count)))
+	case "control":
+		return control(r)
 	case "end":
 		return reply{}, nil
 	}

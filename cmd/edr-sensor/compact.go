@@ -79,7 +79,11 @@ type record struct {
 		Degraded struct {
 			Reason string `json:"reason"`
 		} `json:"degraded"`
-		SuppressedBefore int `json:"suppressed_before"`
+		Signal struct {
+			Name string `json:"name"`
+		} `json:"signal"`
+		SensorPart       string `json:"sensor_part"`
+		SuppressedBefore int    `json:"suppressed_before"`
 		Suppressed       struct {
 			ByType map[string]uint64 `json:"by_type"`
 		} `json:"suppressed"`
@@ -373,6 +377,12 @@ func (r *record) what() (what string, notes []string, after string) {
 			what += " (core dumped)"
 		}
 		what += r.after()
+	case code == "process.signal":
+		what = r.Unmapped.Signal.Name + " to the sensor"
+		trailer = append(trailer, from(r.Actor.Process)...)
+	case code == "process.ptrace":
+		what = "control of the sensor"
+		trailer = append(trailer, from(r.Actor.Process)...)
 	case code == "net.listen":
 		what = "listens on " + r.Dst.String()
 		if r.Unmapped.Backlog > 0 {
@@ -391,6 +401,9 @@ func (r *record) what() (what string, notes []string, after string) {
 		}
 	case strings.HasPrefix(code, "file.") && r.File != nil:
 		what, notes = r.change()
+		if part := r.Unmapped.SensorPart; part != "" {
+			notes = append(notes, "the sensor's "+part)
+		}
 		if n := r.Unmapped.SuppressedBefore; n > 0 {
 			trailer = append(trailer, fmt.Sprintf("%d before it left out", n))
 		}

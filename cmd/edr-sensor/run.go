@@ -59,7 +59,8 @@ SIGINT or SIGTERM and at once at the second.`,
 				return usage(cmd, "--log-level: %w", err)
 			}
 			ctx := logs.Into(cmd.Context())
-			if err := agent.Run(ctx, agent.Options{Loaded: l, Version: thisBuild().Version, Load: load, Reload: hangup}); err != nil && !errors.Is(err, context.Canceled) {
+			agent.Harden(ctx)
+			if err := agent.Run(ctx, agent.Options{Loaded: l, Version: thisBuild().Version, Load: load, Reload: hangup, ConfigFile: a.configFile()}); err != nil && !errors.Is(err, context.Canceled) {
 				return &exit{code: exitCode(err)} // the log says why
 			}
 			return nil

@@ -50,6 +50,7 @@ const (
 // Agent is one running sensor.
 type Agent struct {
 	cfg     config.Config // of the start
+	file    string        // it was read from, if any
 	running atomic.Pointer[Loaded]
 	load    func() (Loaded, error)
 	hangup  <-chan os.Signal
@@ -84,6 +85,8 @@ type Options struct {
 	Load func() (Loaded, error)
 	// Reload asks for that, as SIGHUP does.
 	Reload <-chan os.Signal
+	// ConfigFile is what Load reads, with the drop-ins beside it; empty: none.
+	ConfigFile string
 }
 
 type cleanup struct {
@@ -107,7 +110,7 @@ func New(ctx context.Context, o Options) (*Agent, error) {
 	if o.Load == nil {
 		o.Load = func() (Loaded, error) { return o.Loaded, nil }
 	}
-	a := &Agent{cfg: o.Config, load: o.Load, hangup: o.Reload, registry: prometheus.NewRegistry(), tap: &tap{}, ending: make(chan struct{})}
+	a := &Agent{cfg: o.Config, file: o.ConfigFile, load: o.Load, hangup: o.Reload, registry: prometheus.NewRegistry(), tap: &tap{}, ending: make(chan struct{})}
 	a.running.Store(&o.Loaded)
 	if err := a.build(ctx, o.Version); err != nil {
 		ctx = a.bind(ctx)
@@ -200,7 +203,7 @@ func (a *Agent) build(ctx context.Context, version string) error {
 	a.sensor, err = sensor.Open(sensor.Options{
 		Keeper: keeper, Kept: kept,
 		Scope: scope, PriorityBytes: int(a.cfg.Sensor.PriorityRing), BulkBytes: int(a.cfg.Sensor.BulkRing), ForkEvents: a.cfg.Sensor.ForkEvents,
-		Files: filesOf(a.cfg.Sensor.File), ExerciseDir: a.exerciseDir(),
+		Files: filesOf(a.cfg.Sensor.File), Protected: a.protected(), ExerciseDir: a.exerciseDir(),
 		Host: host, Encoder: encoder, Enricher: enricher, Sink: newSink(a.queue, a.tap), Mark: a.queue.Mark(), Registerer: a.registry,
 		CaseRoots: func(all map[*event.Case][]event.ProcessKey) { a.cases.setRoots(all) },
 	})

@@ -176,6 +176,12 @@ func (e *Enricher) Apply(ev *event.Event) {
 			creator = e.actor(c)
 			ev.Creator = process(creator)
 		}
+	case event.Signal, event.Ptrace:
+		subject, creator = e.actor(ev.Tamper.Target), e.actor(ev.Actor)
+		if creator != nil && creator.Comm == "" {
+			creator.Comm = e.strings.string(ev.Tamper.Comm)
+		}
+		ev.Creator = process(creator)
 	default: // changes of the file system
 		subject = e.actor(ev.Actor)
 		e.nameOwners(&ev.File, ev.KTime)

@@ -54,6 +54,11 @@ func DecisionTable() []Decision {
 			"A program of the sensor was detached, or did not run when the sensor tried it. `before` is the hook that was lost, `after` the one that sees the `events` now: the same again, the next best, or none. `evidence` is how it showed.",
 			"Somebody or something took away a program of the sensor, or switched kprobes off. Look for who used bpf(2) at that time. Where `after` is none or raw_tp/sys_exit, restart the sensor once the cause is gone.",
 		},
+		{
+			"TAMPERING", "Tampering", DecisionsSystem,
+			"Somebody did something to the sensor itself: a signal that ends or stops it (what systemd sends to stop or restart it is not among them), control of its process or use of its memory, or a change of its binary, unit, configuration or buffer. `actor` and `process` are who, `event` is which event of the stream of events shows it; what it was done to is in `after`.",
+			"Where it was no administrator's or package manager's work (those have severity 3), treat the host as compromised: it is what an intruder does before anything that should not be seen.",
+		},
 		{"HOOK_BACK", "Hook Back", DecisionsSystem, "An event is seen again after HOOK_LOST.", "Find out what had happened in between."},
 		{
 			"SNAPSHOT", "Degraded", DecisionsSystem,

@@ -47,6 +47,8 @@ const (
 	MountMove
 	FileOpenWrite
 	FileChattr
+	Signal
+	Ptrace
 	Heartbeat
 	Lifecycle
 	kinds
@@ -62,7 +64,7 @@ var names = [Kinds]string{
 	FileCreate: "file.create", FileModify: "file.write", FileDelete: "file.delete", FileRename: "file.rename", FileLink: "file.link",
 	FileSymlink: "file.symlink", FileMkdir: "file.mkdir", FileChmod: "file.chmod", FileChown: "file.chown", FileTruncate: "file.truncate",
 	FileXattr: "file.xattr", FileTimes: "file.timestomp", Mount: "file.mount", Umount: "file.umount", MountMove: "file.move_mount",
-	FileOpenWrite: "file.open_write", FileChattr: "file.chattr",
+	FileOpenWrite: "file.open_write", FileChattr: "file.chattr", Signal: "process.signal", Ptrace: "process.ptrace",
 	Heartbeat: "sensor.heartbeat", Lifecycle: "sensor.lifecycle",
 }
 
@@ -90,13 +92,17 @@ type Event struct {
 	Actor ProcessKey // the acting process
 	TID   uint32
 	Hook  string // where it was seen, e.g. "tp_btf/sched_process_exec"; set by sensor
+	// Severity is OCSF's severity_id of what is done to the sensor, 0 of all else; set by
+	// sensor.
+	Severity uint8
 
-	Exec ExecInfo // Exec, Task
-	Fork ForkInfo
-	Exit ExitInfo
-	TCP  TCPInfo
-	File FileInfo
-	Self *SelfInfo // Lifecycle
+	Exec   ExecInfo // Exec, Task
+	Fork   ForkInfo
+	Exit   ExitInfo
+	TCP    TCPInfo
+	File   FileInfo
+	Tamper TamperInfo // Signal, Ptrace
+	Self   *SelfInfo  // Lifecycle
 
 	// Set by enrich. Subject is the process the event is about (the new image,
 	// the child, the one that exited, the owner of the connection); Parent is
@@ -244,6 +250,61 @@ const (
 	FileWalked
 	FileArgument
 	FileEarly
+	FileOfBinary
+	FileOfUnit
+	FileOfConfig
+	FileOfState
+)
+
+// FileOfSensor are the flags of a change of the sensor's own files.
+const FileOfSensor = FileOfBinary | FileOfUnit | FileOfConfig | FileOfState
+
+// Part names what of the sensor a change is about, empty for nothing of it.
+func (f FileFlags) Part() string {
+	switch {
+	case f&FileOfBinary != 0:
+		return "binary"
+	case f&FileOfUnit != 0:
+		return "unit"
+	case f&FileOfConfig != 0:
+		return "configuration"
+	case f&FileOfState != 0:
+		return "state"
+	}
+	return ""
+}
+
+// TamperInfo is what Event.Actor does to the sensor's process.
+type TamperInfo struct {
+	Target  ProcessKey
+	TID     uint32 // of the target
+	Signal  int32
+	Code    int32  // Signal: si_code
+	Result  uint32 // Signal: 0 delivered, 1 ignored, 2 one was pending already
+	Mode    uint32 // Ptrace: PTRACE_MODE_*
+	Request uint32 // Ptrace by a system call: of ptrace(2)
+	Call    TamperCall
+	Flags   TamperFlags
+	Comm    []byte // of Event.Actor
+}
+
+// TamperFlags are those of enum tamper_flags in bpf/events.h.
+type TamperFlags uint32
+
+// The flags; bpf/events.h says what each means.
+const (
+	TamperByKernel TamperFlags = 1 << iota
+	TamperDegraded
+)
+
+// TamperCall is enum tamper_call of bpf/events.h.
+type TamperCall uint32
+
+// The system calls that tell of ptrace where nothing better does.
+const (
+	TamperCallPtrace TamperCall = iota + 1
+	TamperCallVMRead
+	TamperCallVMWrite
 )
 
 // TCPInfo is one state of a TCP connection or listener.
@@ -358,6 +419,7 @@ type SelfInfo struct {
 	Before   string            // state before and after, where it changed
 	After    string
 	Attrs    map[string]any // further evidence, under unmapped.sensor
+	Process  *Process       // who did what the record is about; nil: nobody, or unknown
 	// The case that the decision is about, and who made it, if any.
 	CaseID, InvestigationID, UserID string
 }

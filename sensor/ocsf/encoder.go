@@ -115,6 +115,10 @@ func (e *Encoder) Append(dst []byte, seq uint64, now int64, ev *event.Event) []b
 		e.task(&w, ev)
 	case event.TCPConnect, event.TCPConnectFailed, event.TCPAccept, event.TCPListen, event.TCPClose:
 		e.tcp(&w, ev)
+	case event.Signal:
+		e.signal(&w, ev)
+	case event.Ptrace:
+		e.ptrace(&w, ev)
 	default:
 		if isFile(ev.Kind) {
 			e.file(&w, ev)
@@ -169,7 +173,8 @@ func (e *Encoder) metadata(w *writer, seq uint64, now int64, ev *event.Event) (s
 }
 
 func isKernel(k event.Kind) bool  { return k > event.None && k < event.Lifecycle }
-func isProcess(k event.Kind) bool { return k >= event.Exec && k <= event.Task }
+func isProcess(k event.Kind) bool { return k >= event.Exec && k <= event.Task || isTamper(k) }
+func isTamper(k event.Kind) bool  { return k == event.Signal || k == event.Ptrace }
 
 // context writes for which investigations and cases the event was produced: those
 // of the run, then those of the open cases. correlation_uid can name only one: the
@@ -207,7 +212,7 @@ func (w *writer) tag(name, value string) {
 // lets a schema accept them.
 func (w *writer) profiles(ev *event.Event) {
 	w.raw(`"profiles":["host","datetime"`)
-	if contained(ev.Subject) || (isProcess(ev.Kind) && contained(ev.Parent)) {
+	if contained(ev.Subject) || (isProcess(ev.Kind) && !isTamper(ev.Kind) && contained(ev.Parent)) {
 		w.raw(`,"container"`)
 	}
 	if described(ev.Subject) && isKernel(ev.Kind) && ev.Kind != event.Fork {

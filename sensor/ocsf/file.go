@@ -60,7 +60,7 @@ func (e *Encoder) file(w *writer, ev *event.Event) {
 	f := &ev.File
 	w.raw(fileClass)
 	w.raw(fileActivity(ev))
-	w.raw(informational)
+	w.raw(severity(ev.Severity))
 	switch {
 	case ev.Kind == event.FileModify, f.Flags&event.FileDegraded != 0:
 		w.raw(success)
@@ -88,6 +88,7 @@ func (e *Encoder) file(w *writer, ev *event.Event) {
 	}
 
 	w.open(`"unmapped":{`)
+	w.opt(`"sensor_part":`, f.Flags.Part())
 	w.change(ev)
 	if f.MntNS != 0 {
 		w.uint(`"mnt_ns":`, uint64(f.MntNS))

@@ -363,6 +363,62 @@ func folder(f *event.FileInfo) {
 	f.File.Mode, f.File.Nlink, f.Flags = 0o40755, 2, f.Flags|event.FileDirectory
 }
 
+// sensorProcess is the sensor as it sees itself.
+func sensorProcess() *event.Process {
+	return &event.Process{
+		Key: event.ProcessKey{PID: 812, StartTime: 6_000_000_000}, CPID: "5a8e2f10-0f4d-8c21-b7e3-91d0c3a4f5e6", NSPID: 812, Comm: "edr-sensor",
+		Path: "/usr/bin/edr-sensor", CmdLine: "/usr/bin/edr-sensor run",
+		File: event.File{Ino: 4242, Size: 18000000, DevMajor: 254, DevMinor: 1, Mode: 0o100755, Nlink: 1},
+		Cred: event.Cred{UID: 997, GID: 997, EUID: 997, EGID: 997}, User: "edr-sensor", Group: "edr-sensor", NS: event.Namespaces{Mnt: 4026532256},
+		LoginUID: event.Unset, SessionID: event.Unset,
+	}
+}
+
+func signalEvent() event.Event {
+	target := sensorProcess()
+	return event.Event{
+		Kind: event.Signal, KTime: testKTime, Time: testTime, Actor: login().Key, TID: login().Key.PID, Hook: "tp_btf/signal_generate", Severity: 4,
+		Subject: target, Creator: login(), Tamper: event.TamperInfo{Target: target.Key, TID: target.Key.PID, Signal: 9},
+	}
+}
+
+func stopSignal() event.Event {
+	ev := signalEvent()
+	ev.Tamper.Signal, ev.Tamper.Result, ev.Tamper.Code, ev.Tamper.TID = 19, 2, -6, 815
+	ev.Subject, ev.Creator = nil, nil
+	return ev
+}
+
+func kernelSignal() event.Event {
+	ev := signalEvent()
+	ev.Tamper.Flags, ev.Tamper.Result, ev.Severity = event.TamperByKernel, 1, 0
+	return ev
+}
+
+func ptraceEvent() event.Event {
+	ev := signalEvent()
+	ev.Kind, ev.Hook = event.Ptrace, "lsm/ptrace_access_check"
+	ev.Tamper = event.TamperInfo{Target: ev.Subject.Key, TID: 815, Mode: 0x12}
+	return ev
+}
+
+func degradedPtrace(call event.TamperCall) event.Event {
+	ev := ptraceEvent()
+	ev.Hook = "raw_tp/sys_exit"
+	ev.Tamper.Mode, ev.Tamper.Call, ev.Tamper.Flags = 0, call, event.TamperDegraded
+	if call == event.TamperCallPtrace {
+		ev.Tamper.Request = 0x4206
+	}
+	return ev
+}
+
+// ofSensor is a change of the sensor's own configuration.
+func ofSensor() event.Event {
+	ev := changed(event.FileModify, "/etc/edr-sensor/edr-sensor.yaml", func(f *event.FileInfo) { f.OpenFlags, f.Flags = 1, event.FileOfConfig })
+	ev.Severity = 4
+	return ev
+}
+
 // fileGoldens has every kind of change, as good hooks see it and as system calls do.
 func fileGoldens() []golden {
 	const php = "/var/www/html/.cache.php"
@@ -381,6 +437,7 @@ func fileGoldens() []golden {
 		{"file.write-early", changed(event.FileModify, "/var/log/app.log", func(f *event.FileInfo) {
 			f.OpenFlags, f.Written, f.Flags = 0x401, 120, event.FileEarly
 		})},
+		{"file.write-sensor", ofSensor()},
 		{"file.delete", fileEvent(event.FileDelete, php)},
 		{"file.delete-other-link", changed(event.FileDelete, php, func(f *event.FileInfo) { f.File.Nlink = 3 })},
 		{"file.delete-folder", changed(event.FileDelete, "/var/www/html/old", folder)},
@@ -497,6 +554,13 @@ func goldens() []golden {
 		{"process.exit-unknown", unknownExit},
 		{"process.snapshot", taskEvent()},
 		{"process.snapshot-kernel-thread", kthreadEvent()},
+		{"process.signal", signalEvent()},
+		{"process.signal-stop", stopSignal()},
+		{"process.signal-kernel", kernelSignal()},
+		{"process.ptrace", ptraceEvent()},
+		{"process.ptrace-degraded", degradedPtrace(event.TamperCallPtrace)},
+		{"process.ptrace-vm-read", degradedPtrace(event.TamperCallVMRead)},
+		{"process.ptrace-vm-write", degradedPtrace(event.TamperCallVMWrite)},
 		{"net.connect", tcpEvent(event.TCPConnect)},
 		{"net.connect-unknown", unknownConnect},
 		{"net.connect_failed", failedEvent(111)},

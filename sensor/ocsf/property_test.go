@@ -131,6 +131,11 @@ func (r random) event() event.Event {
 		TargetIno: r.uint64(), NewMode: r.uint32(), NewUID: r.uint32(), NewGID: r.uint32(), NewSize: r.uint64(), NewATime: int64(r.uint64()), NewMTime: int64(r.uint64()),
 		Written: r.uint64(), Suppressed: r.uint32(), Owner: r.string(), NewOwner: r.string(),
 	}
+	ev.Severity = uint8(r.IntN(256))
+	ev.Tamper = event.TamperInfo{
+		Target: r.key(), TID: r.uint32(), Signal: int32(r.Uint32()), Code: int32(r.Uint32()), Result: uint32(r.IntN(5)), Mode: r.uint32(), Request: r.uint32(),
+		Call: event.TamperCall(r.IntN(5)), Flags: event.TamperFlags(r.IntN(4)),
+	}
 	if r.IntN(4) > 0 {
 		ev.Self = &event.SelfInfo{
 			Activity: event.Activity(r.IntN(9)), Name: r.string(), Severity: uint8(r.IntN(256)), Failed: r.maybe(), Code: r.string(), Message: r.string(),

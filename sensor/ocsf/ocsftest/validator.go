@@ -117,6 +117,7 @@ func captionOf(path string, id int64) (caption string, known bool) {
 		"severity_id":          {0: "Unknown", 1: "Informational", 2: "Low", 3: "Medium", 4: "High", 5: "Critical", 6: "Fatal", 99: "Other"},
 		"status_id":            {0: "Unknown", 1: "Success", 2: "Failure", 99: "Other"},
 		"launch_type_id":       {0: "Unknown", 1: "Spawn", 2: "Fork", 3: "Exec", 99: "Other"},
+		"injection_type_id":    {0: "Unknown", 1: "Remote Thread", 2: "Load Library", 99: "Other"},
 		"query_result_id":      {0: "Unknown", 1: "Exists"},
 		"direction_id":         {0: "Unknown", 1: "Inbound", 2: "Outbound", 3: "Lateral", 99: "Other"},
 		"boundary_id":          {0: "Unknown", 1: "Localhost", 2: "Internal", 3: "External"},
@@ -176,7 +177,7 @@ func names(doc map[string]any) error {
 	wantActivity := map[int64]string{
 		100101: "Create", 100103: "Update", 100104: "Delete", 100105: "Rename", 100106: "Set Attributes", 100107: "Set Security",
 		100112: "Mount", 100113: "Unmount", 100114: "Open",
-		100701: "Launch", 100702: "Terminate", 501501: "Query", 400101: "Open", 400102: "Close", 400103: "Reset",
+		100701: "Launch", 100702: "Terminate", 100704: "Inject", 501501: "Query", 400101: "Open", 400102: "Close", 400103: "Reset",
 		400104: "Fail", 400105: "Refuse", 400107: "Listen", 600203: "Start", 600204: "Stop",
 	}[class*100+activity]
 	wantType := wantClass + ": " + wantActivity

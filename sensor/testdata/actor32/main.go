@@ -86,6 +86,16 @@ func change(what, path, second string) error {
 		return syscall.Close(fd)
 	case "converse":
 		return converse()
+	case "signal":
+		if err := syscall.Kill(int(number(path)), syscall.SIGSTOP); err != nil {
+			return err
+		}
+		return syscall.Kill(int(number(path)), syscall.SIGCONT)
+	case "seize": // until this process ends
+		if _, _, errno := syscall.Syscall6(syscall.SYS_PTRACE, 0x4206, uintptr(number(path)), 0, 0, 0, 0); errno != 0 {
+			return errno
+		}
+		return nil
 	}
 	println("no such operation")
 	return nil

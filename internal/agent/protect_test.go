@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"os/exec"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/aurorasoc/edr-sensor/internal/config"
+	"github.com/aurorasoc/edr-sensor/sensor/event"
+)
+
+const hardenEnv = "EDR_TEST_HARDEN"
+
+func TestMain(m *testing.M) {
+	if os.Getenv(hardenEnv) != "" {
+		hardened()
+		return
+	}
+	os.Exit(m.Run())
+}
+
+// hardened is a process that has hardened itself, and says what it can still do.
+func hardened() {
+	Harden(context.Background())
+	dumpable, err := unix.PrctlRetInt(unix.PR_GET_DUMPABLE, 0, 0, 0, 0)
+	fmt.Println("dumpable", dumpable, err)
+	privileges, err := unix.PrctlRetInt(unix.PR_GET_NO_NEW_PRIVS, 0, 0, 0, 0)
+	fmt.Println("no new privileges", privileges, err)
+	var core unix.Rlimit
+	err = unix.Getrlimit(unix.RLIMIT_CORE, &core)
+	fmt.Println("core", core.Cur, core.Max, err)
+	fmt.Printf("environment %q %q\n", os.Getenv("MY_PASSWORD"), os.Getenv("OTHER"))
+	// All that the sensor reads of itself.
+	_, err = binarySum()
+	fmt.Println("exe", err)
+	for _, name := range []string{"stat", "status", "limits", "cgroup", "mountinfo", "uid_map", "io"} {
+		_, err := os.ReadFile("/proc/self/" + name)
+		fmt.Println(name, err)
+	}
+	_, err = os.Readlink("/proc/self/ns/pid")
+	_, errStat := os.Stat("/proc/self/ns/pid")
+	fmt.Println("ns", errors.Join(err, errStat))
+	fds, err := os.ReadDir("/proc/self/fd")
+	fmt.Println("fd", len(fds) > 2, err)
+}
+
+// TestHarden hardens a process of an ordinary user without capabilities: it loses nothing
+// that the sensor needs.
+func TestHarden(t *testing.T) {
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Env = []string{hardenEnv + "=1", "MY_PASSWORD=hunter2", "OTHER=value"}
+	if os.Geteuid() == 0 {
+		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 12345, Gid: 12345}}
+	}
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	said := strings.Split(strings.TrimSpace(string(out)), "\n")
+	want := []string{
+		"dumpable 0 <nil>", "no new privileges 1 <nil>", "core 0 0 <nil>", `environment "" "value"`, "exe <nil>", "stat <nil>", "status <nil>", "limits <nil>",
+		"cgroup <nil>", "mountinfo <nil>", "uid_map <nil>", "io open /proc/self/io: permission denied", "ns <nil>", "fd true <nil>",
+	}
+	if os.Getenv("CGO_ENABLED") != "0" && slices.Contains(said, "no new privileges 0 <nil>") {
+		want[1] = "no new privileges 0 <nil>" // with cgo the runtime does not do it for all threads
+	}
+	if !slices.Equal(said, want) {
+		t.Errorf("a hardened process says\n%s\nwant\n%s", strings.Join(said, "\n"), strings.Join(want, "\n"))
+	}
+}
+
+func TestSecret(t *testing.T) {
+	for name, want := range map[string]bool{
+		"REDIS_PASSWORD": true, "aws_secret_access_key": true, "GITHUB_TOKEN": true, "REDISCLI_AUTH": true,
+		"PATH": false, "NOTIFY_SOCKET": false, "CREDENTIALS_DIRECTORY": false, "EDR_SENSOR_TRANSPORT__PASSWORD_FILE": false, "GOMEMLIMIT": false,
+	} {
+		if got := secret(name); got != want {
+			t.Errorf("%s: %t", name, got)
+		}
+	}
+}
+
+func TestProtected(t *testing.T) {
+	a := &Agent{cfg: config.Default(), file: "/etc/x/sensor.yaml"}
+	a.cfg.Transport.PasswordFile = "/etc/x/password"
+	have := map[string]string{}
+	for _, p := range a.protected() {
+		have[p.Path] = p.Part.Part()
+		if p.All {
+			have[p.Path] += " and below"
+		}
+	}
+	for path, want := range map[string]string{
+		"/etc/x/sensor.yaml": "configuration", "/etc/x/conf.d": "configuration and below", "/etc/x/password": "configuration",
+		"/var/lib/edr-sensor": "state and below", "/var/lib/edr-sensor/buffer": "state and below",
+		"/etc/systemd/system/edr-sensor.service": "unit", "/etc/systemd/system/edr-sensor.service.d": "unit and below",
+	} {
+		if have[path] != want && !strings.HasPrefix(path, "/etc/systemd/") {
+			t.Errorf("%s: %q, want %q", path, have[path], want)
+		}
+	}
+	if !slices.Contains(slices.Collect(maps.Values(have)), event.FileOfBinary.Part()) {
+		t.Errorf("the binary is not among %v", have)
+	}
+}

@@ -3,13 +3,12 @@
 package sensor
 
 import (
+	"encoding/json"
 	"errors"
-	"fmt"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
-	"text/tabwriter"
 	"time"
 
 	"github.com/cilium/ebpf"
@@ -40,8 +39,8 @@ func runsOf(t testing.TB, k *kernel) []runs {
 	return list
 }
 
-// TestRootCost logs what the programs take in the kernel, by its own run statistics: for a
-// process in scope, and for one that is not.
+// TestRootCost logs what the programs take in the kernel, by its own run statistics, in
+// nanoseconds of each run: for a process in scope, and for one that is not (docs/costs.md).
 func TestRootCost(t *testing.T) {
 	worker, stranger := startActor(t), startActor(t)
 	stats, err := ebpf.EnableStats(unix.BPF_STATS_RUN_TIME)
@@ -49,7 +48,9 @@ func TestRootCost(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer stats.Close()
+	start := time.Now()
 	k := watchFiles(t, worker, FileOptions{Rate: 1_000_000, Burst: 1000}, "")
+	attached := time.Since(start)
 	dir := real(t, t.TempDir())
 	work := func(a *actor, name string) (spent []runs) {
 		before := runsOf(t, k)
@@ -64,22 +65,23 @@ func TestRootCost(t *testing.T) {
 		return spent
 	}
 	in, out := work(worker, "in"), work(stranger, "out")
-	each := func(r runs) string {
+	each := func(r runs) int64 {
 		if r.count == 0 {
-			return "-"
+			return -1
 		}
-		return fmt.Sprint(r.time.Nanoseconds() / int64(r.count))
+		return r.time.Nanoseconds() / int64(r.count)
 	}
-	var b strings.Builder
-	w := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
-	fmt.Fprintf(w, "\nns of each run\tin scope\tout of scope\truns\thook\n")
+	tell := func(kinds, hook string, in, out int64, verified uint32) {
+		line, err := json.Marshal(map[string]any{"event": kinds, "hook": hook, "inscope": in, "outscope": out, "verified": verified})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Logf("cost: %s", line)
+	}
 	for i, a := range k.attached {
 		if in[i].count > 0 || out[i].count > 0 {
-			fmt.Fprintf(w, "%s\t%s\t%s\t%d\t%s\n", codes(a.kinds), each(in[i]), each(out[i]), in[i].count, a.section)
+			tell(codes(a.kinds), a.section, each(in[i]), each(out[i]), 0)
 		}
-	}
-	if err := w.Flush(); err != nil {
-		t.Fatal(err)
 	}
 	var verified uint32
 	for _, a := range k.attached {
@@ -92,7 +94,7 @@ func TestRootCost(t *testing.T) {
 			verified += n
 		}
 	}
-	t.Logf("the verifier followed %d instructions%s", verified, b.String())
+	tell("attach", "", attached.Nanoseconds(), -1, verified)
 }
 
 func codes(kinds []event.Kind) string {

@@ -19,7 +19,7 @@ import (
 	"github.com/aurorasoc/edr-sensor/sensor/event"
 )
 
-var update = flag.Bool("update", false, "write docs/coverage.md")
+var update = flag.Bool("update", false, "write docs/coverage.md and docs/costs.md")
 
 // seen is what a kernel's tests say of an event under one form of the programs.
 type seen struct {
@@ -36,19 +36,19 @@ func forms() []struct{ name, title, text string } {
 	}
 }
 
-// coverageOf reads the lines out of the output of a test and those below it.
-func coverageOf(r *result) (list []seen, err error) {
+// told returns what a test and those below it say in lines of JSON after a word.
+func told[T any](r *result, word string) (list []T, err error) {
 	for line := range strings.Lines(r.output.String()) {
-		if _, data, ok := strings.Cut(line, ": coverage: "); ok {
-			var s seen
-			if err := json.Unmarshal([]byte(data), &s); err != nil {
-				return nil, fmt.Errorf("coverage %q: %w", data, err)
+		if _, data, ok := strings.Cut(line, ": "+word+": "); ok {
+			var one T
+			if err := json.Unmarshal([]byte(data), &one); err != nil {
+				return nil, fmt.Errorf("%s %q: %w", word, data, err)
 			}
-			list = append(list, s)
+			list = append(list, one)
 		}
 	}
 	for _, sub := range r.subs {
-		below, err := coverageOf(sub)
+		below, err := told[T](sub, word)
 		if err != nil {
 			return nil, err
 		}

@@ -77,6 +77,7 @@ func TestVMVariants(t *testing.T) {
 			continue
 		}
 		t.Run(v.kernel+" "+v.name, func(t *testing.T) {
+			t.Parallel()
 			b.boot(t, selected[i], cmp.Or(v.lsm, securityModules), v.suites)
 		})
 	}

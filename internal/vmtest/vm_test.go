@@ -65,24 +65,29 @@ func cacheDir(t *testing.T) string {
 	return filepath.Join(user, "edr-sensor", "vmtest")
 }
 
-// selected returns the kernels that KERNEL names, all of them without it.
+// selected returns the kernels that KERNEL names, with commas between, all of them without it.
 func selected(t *testing.T) []release {
 	t.Helper()
 	if testing.Short() {
 		t.Skip("-short: booting kernels takes minutes")
 	}
 	want := os.Getenv("KERNEL")
-	var names []string
-	for _, r := range releases() {
-		if r.name() == want {
-			return []release{r}
+	if want == "" {
+		return releases()
+	}
+	var list []release
+	for name := range strings.SplitSeq(want, ",") {
+		i := slices.IndexFunc(releases(), func(r release) bool { return r.name() == name })
+		if i < 0 {
+			var names []string
+			for _, r := range releases() {
+				names = append(names, r.name())
+			}
+			t.Fatalf("KERNEL=%s: %q is not one of %s", want, name, strings.Join(names, ", "))
 		}
-		names = append(names, r.name())
+		list = append(list, releases()[i])
 	}
-	if want != "" {
-		t.Fatalf("KERNEL=%s is not one of %s", want, strings.Join(names, ", "))
-	}
-	return releases()
+	return list
 }
 
 // TestVM runs the tests of the kernel programs on every supported kernel, as many at a time
@@ -91,21 +96,23 @@ func TestVM(t *testing.T) {
 	seeSources(t)
 	b := builder{dir: t.TempDir()}
 	var mu sync.Mutex
-	covered := map[string][]seen{}
+	covered, costs := map[string][]seen{}, map[string][]cost{}
 	t.Cleanup(func() { // after the subtests, which run in parallel
 		if !t.Failed() {
 			compareCoverage(t, covered)
+			writeCosts(t, costs)
 		}
 	})
-	for _, r := range selected(t) {
+	for _, r := range slices.Backward(selected(t)) { // the slowest first
 		t.Run(r.name(), func(t *testing.T) {
 			t.Parallel()
-			list := b.boot(t, r, securityModules, suites())
+			list, took := b.boot(t, r, securityModules, suites())
 			mu.Lock()
 			defer mu.Unlock()
 			if len(list) > 0 {
 				covered[r.name()] = list
 			}
+			costs[r.name()] = took
 		})
 	}
 }
@@ -136,8 +143,8 @@ func (b *builder) build(t *testing.T, m machine, suites []suite) (dir string) {
 	return dir
 }
 
-// boot runs suites on a kernel and returns what they say is seen.
-func (b *builder) boot(t *testing.T, r release, lsm string, suites []suite) []seen {
+// boot runs suites on a kernel and returns what they say is seen, and what it takes.
+func (b *builder) boot(t *testing.T, r release, lsm string, suites []suite) ([]seen, []cost) {
 	t.Helper()
 	m, kernel := requireVM(t, r)
 	if !strings.HasPrefix(kernel.version(), r.series+".") {
@@ -172,13 +179,13 @@ func TestVMPanic(t *testing.T) {
 	}
 }
 
-// boots boots a kernel, replays what its tests said, and returns what they say is seen.
-func boots(t *testing.T, m machine, kernel image, initrd, lsm string) []seen {
+// boots boots a kernel, replays what its tests said, and returns what they say is seen, and what it takes.
+func boots(t *testing.T, m machine, kernel image, initrd, lsm string) ([]seen, []cost) {
 	start := time.Now()
 	out, console, spent, err := bootAgain(t, m, kernel, initrd, lsm)
-	covered := tell(t, out, console, err)
+	covered, costs := tell(t, out, console, err)
 	t.Logf("over after %s, with %s of CPU", time.Since(start).Round(100*time.Millisecond), spent.Round(100*time.Millisecond))
-	return covered
+	return covered, costs
 }
 
 // bootAgain boots, and again while the emulator is to blame, twice at most.
@@ -206,7 +213,7 @@ func again(out, console []byte, err error) bool {
 }
 
 // tell has the tests of a machine end here as they ended there.
-func tell(t *testing.T, out, console []byte, err error) (covered []seen) {
+func tell(t *testing.T, out, console []byte, err error) (covered []seen, costs []cost) {
 	r, errParse := parse(out)
 	if err := errors.Join(err, errParse); err != nil {
 		t.Error(err)
@@ -222,11 +229,12 @@ func tell(t *testing.T, out, console []byte, err error) (covered []seen) {
 				t.Fatal(err)
 			}
 			tests.count(sums)
-			list, err := coverageOf(tests)
-			if err != nil {
+			list, err := told[seen](tests, "coverage")
+			took, errCost := told[cost](tests, "cost")
+			if err := errors.Join(err, errCost); err != nil {
 				t.Error(err)
 			}
-			covered = append(covered, list...)
+			covered, costs = append(covered, list...), append(costs, took...)
 			for _, test := range tests.subs {
 				t.Run(test.name, test.replay)
 			}
@@ -242,7 +250,7 @@ func tell(t *testing.T, out, console []byte, err error) (covered []seen) {
 		})
 	}
 	t.Logf("Linux %s (%s): %d passed, %d failed, %d skipped", r.kernel, r.security, sums["pass"], sums["fail"]+sums[""], sums["skip"])
-	return covered
+	return covered, costs
 }
 
 // slowest lists what takes the time.

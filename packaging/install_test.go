@@ -45,6 +45,7 @@ func newChroot(t *testing.T) chroot {
 			touch "$1/root/dev/$d"
 			mount --bind "/dev/$d" "$1/root/dev/$d"
 		done
+		ln -s /proc/self/fd/0 "$1/root/dev/stdin"
 		rm -f "$1/root/usr/sbin/policy-rc.d"
 		echo ready
 		exec cat`, "sh", dir)
@@ -188,6 +189,23 @@ func TestInstallDeb(t *testing.T) {
 		t.Errorf("check of the configuration as installed: %s", out)
 	}
 
+	// What the README says connects it to Redis, but for the running service.
+	readme, err := os.ReadFile("../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, after, _ := strings.Cut(string(readme), "Connect it to Redis")
+	_, after, _ = strings.Cut(after, "```sh\n")
+	lines, _, _ := strings.Cut(after, "```")
+	if !strings.Contains(lines, "redis-password") {
+		t.Fatalf("the README's lines about Redis: %q", lines)
+	}
+	out := c.run(t, `set -e; sudo() { case "$1 $2" in "systemctl restart" | "edr-sensor status") ;; *) "$@" ;; esac; }
+`+lines+`stat -c '%U:%G %a' /etc/edr-sensor/redis-password`)
+	if !strings.Contains(out, "to redis.example.com:6379") || !strings.HasSuffix(out, "root:root 600\n") {
+		t.Errorf("what the README says gives: %s", out)
+	}
+
 	// Edited by the administrator, and new in the package: his stays, at both upgrades.
 	c.run(t, `printf 'http:\n  listen: 127.0.0.1:9999\n' >>`+config+`; systemctl disable edr-sensor; mkdir -p /var/lib/edr-sensor/buffer; touch /var/lib/edr-sensor/buffer/x`)
 	c.run(t, "dpkg -i --force-confdef --force-confold /tmp/new.deb </dev/null")
@@ -206,7 +224,7 @@ func TestInstallDeb(t *testing.T) {
 
 	// What is wrong with the configuration is said, and hinders nothing.
 	c.run(t, "printf 'buffer:\n  capp: 1GiB\n' >/etc/edr-sensor/conf.d/10-wrong.yaml")
-	out := c.run(t, "dpkg -i --force-confold /tmp/new.deb </dev/null")
+	out = c.run(t, "dpkg -i --force-confold /tmp/new.deb </dev/null")
 	if !strings.Contains(out, "10-wrong.yaml:2:3") || !strings.Contains(out, "did you mean buffer.cap?") || !strings.Contains(out, "would refuse this configuration") {
 		t.Errorf("a wrong configuration, and the package says:\n%s", out)
 	}

@@ -690,6 +690,9 @@ func (s *Sensor) snapshot(ctx context.Context, known bool) error {
 		return ctx.Err()
 	})
 	s.o.Enricher.EndBatch()
+	if known {
+		err = errors.Join(err, s.unlearn())
+	}
 	if err != nil {
 		return err
 	}

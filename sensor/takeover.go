@@ -468,6 +468,35 @@ func (s *Sensor) takeOver(ctx context.Context) (known bool) {
 	return true
 }
 
+// unlearn takes back what the snapshot knows of programs that were begun in events which
+// are still to be read: those that come before them are of other programs.
+func (s *Sensor) unlearn() error {
+	unlearn := func(in *rings) error {
+		_, err := in.priority.scan(func(rec []byte) {
+			if _, beat := asHeartbeat(rec); beat || !in.counts(rec) {
+				return
+			}
+			s.dec.reset()
+			ev := &s.events[0]
+			if s.dec.decode(rec, ev) != nil {
+				return // counted when it is read
+			}
+			switch ev.Kind {
+			case event.Exec:
+				s.o.Enricher.Unlearn(ev.Actor, ev.KTime)
+			case event.Fork:
+				s.o.Enricher.Unlearn(ev.Fork.Child, ev.KTime)
+			}
+		})
+		return err
+	}
+	var err error
+	if s.taken.old != nil {
+		err = unlearn(&s.taken.old.rings)
+	}
+	return errors.Join(err, unlearn(&s.own))
+}
+
 // readPredecessor reads the rings of the process before to the cut, and has the mark name
 // the own ones from then on. That the old ones are no more needed is known when that mark
 // is durable.

@@ -266,6 +266,26 @@ func (e *Enricher) nameOwners(f *event.FileInfo, ktime uint64) {
 	}
 }
 
+// Unlearn takes back what a snapshot has told of the program that a process runs, if it
+// runs it since a kernel time that is before the snapshot: events of before are still to
+// come, and must not be told of the program that came after them.
+func (e *Enricher) Unlearn(key event.ProcessKey, since uint64) {
+	p := e.table.byKey[key]
+	if p == nil || p.asOf <= since {
+		return
+	}
+	p.asOf, p.unlearned, p.Partial = 0, true, true
+	p.setImage(&entry{})
+}
+
+// setImage has the process run what another one does.
+func (p *entry) setImage(of *entry) {
+	p.Comm, p.Path, p.CmdLine, p.CWD = of.Comm, of.Path, of.CmdLine, of.CWD
+	p.File, p.Flags, p.Owner = of.File, of.Flags, of.Owner
+	p.SHA256, p.HashNote, p.job = of.SHA256, of.HashNote, of.job
+	p.caseAsOf = 0
+}
+
 func (e *Enricher) exec(ev *event.Event) *entry {
 	x := &ev.Exec
 	p := e.table.use(ev.Actor)
@@ -278,7 +298,7 @@ func (e *Enricher) exec(ev *event.Event) *entry {
 		x.OldPath = p.Path
 	}
 	p.asOf = max(p.asOf, ev.KTime)
-	p.Partial = false
+	p.Partial, p.unlearned = false, false
 	e.parent(p, x.Parent)
 	if p.NSPID != x.NSPID || p.NS.PID != x.NS.PID || p.CPID == "" {
 		p.NSPID, p.NS.PID = x.NSPID, x.NS.PID
@@ -360,6 +380,10 @@ func (e *Enricher) fork(ev *event.Event) (child, parent *entry) {
 	if child := e.table.use(f.Child); child != nil {
 		if child.Parent == (event.ProcessKey{}) || child.Parent == ev.Actor && child.parentID == 0 {
 			e.table.adopt(child, ev.Actor)
+		}
+		if child.unlearned && parent != nil {
+			child.setImage(parent)
+			child.unlearned, child.Partial = false, parent.Partial
 		}
 		return child, parent // a snapshot or a later event knows it better
 	}

@@ -349,6 +349,54 @@ func TestApplySnapshot(t *testing.T) {
 	}
 }
 
+// TestUnlearn has a snapshot show programs that were begun in events which come after it,
+// as when a new process of the sensor reads what waits in the rings.
+func TestUnlearn(t *testing.T) {
+	h := newHost(t, nil)
+	shell, child := key(10, 5*tick), key(11, 7*tick)
+
+	early := h.at(event.TCPConnect, shell)
+	forked := h.at(event.Fork, shell)
+	forked.Fork = event.ForkInfo{Child: child, CgroupID: 5, NSPID: 11, PIDNS: initialPIDNamespace, Comm: []byte("sh")}
+	inChild := h.at(event.TCPConnect, child)
+	childExec := h.execEvent(child, shell, "/bin/curl")
+	shellExec := h.execEvent(shell, event.ProcessKey{}, "/bin/after")
+	for _, p := range []struct {
+		key  event.ProcessKey
+		path string
+	}{{child, "/bin/curl"}, {shell, "/bin/after"}} {
+		ev := h.execEvent(p.key, event.ProcessKey{}, p.path)
+		ev.Kind = event.Task
+		h.apply(ev)
+	}
+	h.Unlearn(child, forked.KTime)
+	h.Unlearn(child, childExec.KTime)
+	h.Unlearn(shell, shellExec.KTime)
+
+	if p := h.apply(early).Subject; p == nil || p.Path != "" || p.CmdLine != "" || !p.Partial || p.Key != shell {
+		t.Errorf("before the exec: %+v", p)
+	}
+	h.apply(forked)
+	if p := h.apply(inChild).Subject; p == nil || p.Path != "" || p.Key != child {
+		t.Errorf("between fork and exec: %+v", p)
+	}
+	if p := h.apply(childExec).Subject; p.Path != "/bin/curl" || p.Partial {
+		t.Errorf("after the exec: %+v", p)
+	}
+	if ev := h.apply(shellExec); ev.Subject.Path != "/bin/after" || ev.Exec.OldPath != "" {
+		t.Errorf("after the shell's exec: %+v", ev.Subject)
+	}
+	if p := h.connect(child).Parent; p == nil || p.Path != "/bin/after" {
+		t.Errorf("parent %+v", p)
+	}
+	// What a snapshot does not know better stays.
+	h.Unlearn(shell, h.now+tick)
+	h.Unlearn(key(99, tick), 0)
+	if p := h.connect(shell).Subject; p.Path != "/bin/after" {
+		t.Errorf("unlearned for a later exec: %+v", p)
+	}
+}
+
 func TestApplyTCP(t *testing.T) {
 	h := newHost(t, nil)
 	server, other := key(10, 5*tick), key(11, 6*tick)

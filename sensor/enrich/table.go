@@ -43,6 +43,9 @@ type entry struct {
 	caseAsOf uint32   // generation of the cases
 	seeded   uint32
 	deep     Deep
+
+	unlearned bool // what it runs is not known until an event tells
+
 	id       uint64 // of this entry, never reused
 	parentID uint64 // entry that counts this one among its children, or 0
 	children int

@@ -93,6 +93,11 @@ generate-metrics: deps
 generate-coverage: deps
 	KERNEL=$(KERNEL) $(GO) test -count=1 -timeout 25m -run TestVM/ ./internal/vmtest -args -update
 
+## screens: write the screens in README.md from a running sensor (root)
+.PHONY: screens
+screens: deps
+	$(GO) test -count=1 ./internal/e2e -run TestScreens -args -update
+
 ## check-generated: fail when the committed BPF objects differ from their sources
 .PHONY: check-generated
 check-generated:

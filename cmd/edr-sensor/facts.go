@@ -124,14 +124,14 @@ func collectProcess(b *bundle, pid int) {
 	}
 	b.add("process.txt", "what the sensor's process uses, and its limits", out.Bytes(), nil)
 
-	out.Reset()
+	var held bytes.Buffer
 	descriptors, err := os.ReadDir(filepath.Join(dir, "fd"))
 	for _, fd := range descriptors {
 		kind, e := os.Readlink(filepath.Join(dir, "fd", fd.Name()))
 		if e != nil || !strings.Contains(kind, "bpf") {
 			continue
 		}
-		fmt.Fprintf(&out, "== %s\n", kind)
+		fmt.Fprintf(&held, "== %s\n", kind)
 		info, e := os.ReadFile(filepath.Join(dir, "fdinfo", fd.Name()))
 		if e != nil {
 			info = []byte(e.Error())
@@ -140,9 +140,9 @@ func collectProcess(b *bundle, pid int) {
 			switch key, _, _ := strings.Cut(line, ":"); key {
 			case "pos", "flags", "mnt_id", "ino": // of every descriptor
 			default:
-				out.WriteString(line)
+				held.WriteString(line)
 			}
 		}
 	}
-	b.add("bpf.txt", "the programs, maps and links that the sensor holds", out.Bytes(), err)
+	b.add("bpf.txt", "the programs, maps and links that the sensor holds", held.Bytes(), err)
 }

@@ -201,7 +201,7 @@ func (s *sensorStatus) layout(now time.Time, zone *time.Location, st style, most
 	top, bottom := &screen{style: st}, &screen{style: st}
 	s.head(top, now, most)
 	s.coverage(top, most)
-	s.stores(bottom, most)
+	s.stores(bottom, now, most)
 	s.delivery(bottom, now, most)
 	s.cases(bottom, now, most)
 	s.troubles(bottom, zone, most)
@@ -288,7 +288,7 @@ func (s *sensorStatus) coverage(to *screen, most bounds) {
 		if n := len(c.Errors); n > 0 {
 			text += ": " + c.Errors[n-1]
 		}
-		to.text("", yellow, text, most.lines)
+		to.text("", yellow, text, 1) // doctor tells more
 	}
 }
 
@@ -382,7 +382,7 @@ func rateText(rate float64) string {
 const gaugeWidth = 20
 
 // stores are the places where events wait.
-func (s *sensorStatus) stores(to *screen, most bounds) {
+func (s *sensorStatus) stores(to *screen, now time.Time, most bounds) {
 	var rings []string
 	for _, name := range sorted(s.Sensor.Rings) {
 		r := s.Sensor.Rings[name]
@@ -397,9 +397,9 @@ func (s *sensorStatus) stores(to *screen, most bounds) {
 	b.add(dim, fmt.Sprintf("%-*s", labelWidth, "buffer"))
 	to.gauge(b, gaugeWidth, f.Bytes, f.Bytes-f.UnsentBytes, f.Cap)
 	b.add(plain, fmt.Sprintf(" %s of %s", percent(f.Bytes, f.Cap), bytesText(f.Cap)))
-	b.add(plain, ", "+s.outlook())
+	b.add(plain, ", "+s.outlook(now))
 	to.end(b)
-	to.row("", plain, "%s records (%s) wait, %s are kept after delivery", thousands(f.Unsent), bytesText(f.UnsentBytes), thousands(f.Records-min(f.Records, f.Unsent)))
+	to.row("", plain, "%s records (%s) to deliver, %s kept after delivery", thousands(f.Unsent), bytesText(f.UnsentBytes), thousands(f.Records-min(f.Records, f.Unsent)))
 	if f.Truncated > 0 || f.Corrupt > 0 {
 		to.row("", red, "%s records dropped undelivered, %s damaged", thousands(f.Truncated), thousands(f.Corrupt))
 	}
@@ -411,8 +411,11 @@ func (s *sensorStatus) stores(to *screen, most bounds) {
 	}
 }
 
+// drainsAfter is how long records wait at least when they do not go as they come.
+const drainsAfter = 10 * time.Second
+
 // outlook says when the buffer will be full, or empty.
-func (s *sensorStatus) outlook() string {
+func (s *sensorStatus) outlook(now time.Time) string {
 	f := s.Buffer
 	const far = 30 * 24 * time.Hour
 	switch r := s.Rates; {
@@ -422,7 +425,7 @@ func (s *sensorStatus) outlook() string {
 		return "full in " + span(time.Duration(*f.FullIn*float64(time.Second)))
 	case f.FullIn != nil:
 		return "full in more than 30 days"
-	case r.Fill < 0 && f.UnsentBytes > 0:
+	case r.Fill < 0 && now.Sub(f.Oldest) > drainsAfter && !f.Oldest.IsZero():
 		return "drained in " + span(time.Duration(min(float64(f.UnsentBytes)/-r.Fill, far.Seconds())*float64(time.Second)))
 	}
 	return "does not fill"
@@ -432,7 +435,7 @@ func (s *sensorStatus) delivery(to *screen, now time.Time, most bounds) {
 	t := s.Transport
 	n := s.Buffer.Last - min(s.Buffer.Last, t.Acked)
 	behind := thousands(n) + " behind"
-	if o := s.Buffer.Oldest; n > 0 && !o.IsZero() {
+	if o := s.Buffer.Oldest; n > 0 && now.Sub(o) >= time.Second && !o.IsZero() {
 		behind += ", the oldest waits for " + ago(now, o)
 	}
 	switch t.State {

@@ -46,6 +46,7 @@ type counted struct {
 	pid   int
 	user  string
 	text  string // what to show for it
+	thin  bool   // which is not what it should be
 	heat  float64
 	total uint64
 	by    [familyCount]uint64
@@ -68,23 +69,18 @@ type tally struct {
 
 func newTally() *tally { return &tally{names: map[string]*counted{}} }
 
-// add counts an event. What a name looks like is asked only when it is new, or changed
-// as that of a process does by exec.
-func (t *tally) add(name string, f family, changed bool, describe func(*counted)) {
+// add counts an event. A name that is new is still to be described.
+func (t *tally) add(name string, f family) (c *counted, fresh bool) {
 	t.all.add(f)
-	c := t.names[name]
-	if c == nil {
+	if c = t.names[name]; c == nil {
 		if len(t.names) >= tallyMost {
 			t.forget()
 		}
-		c = &counted{}
+		c, fresh = &counted{}, true
 		t.names[name] = c
-		changed = true
-	}
-	if changed {
-		describe(c)
 	}
 	c.add(f)
+	return c, fresh
 }
 
 func (t *tally) forget() {

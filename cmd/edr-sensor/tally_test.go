@@ -14,12 +14,14 @@ import (
 // TestTallyIsBounded has one name that is busy among very many that come once.
 func TestTallyIsBounded(t *testing.T) {
 	y := newTally()
-	described := 0
-	describe := func(c *counted) { described++ }
+	fresh := 0
 	const others = 10 * tallyMost
 	for i := range others {
-		y.add("busy", ofNet, false, describe)
-		y.add(fmt.Sprint(i), ofProcess, false, describe)
+		for name, f := range map[string]family{"busy": ofNet, fmt.Sprint(i): ofProcess} {
+			if _, is := y.add(name, f); is {
+				fresh++
+			}
+		}
 		if n := len(y.names); n > tallyMost {
 			t.Fatalf("%d names are remembered", n)
 		}
@@ -27,8 +29,8 @@ func TestTallyIsBounded(t *testing.T) {
 	if c := y.names[y.hottest()[0]]; c.total != others || c.by[ofNet] != others || c.by[ofProcess] != 0 {
 		t.Errorf("the busiest has %d of %d", c.total, others)
 	}
-	if y.all.total != 2*others || described != others+1 {
-		t.Errorf("%d events in all, %d described", y.all.total, described)
+	if y.all.total != 2*others || fresh != others+1 {
+		t.Errorf("%d events in all, %d fresh", y.all.total, fresh)
 	}
 }
 
@@ -43,7 +45,7 @@ func TestTallyRate(t *testing.T) {
 	check("at first", 0, 0)
 	for second := range 120 {
 		for range 40 {
-			y.add("x", ofFile, false, func(*counted) {})
+			y.add("x", ofFile)
 			y.pass(time.Second / 40)
 		}
 		if second == 0 || second == 10 || second == 119 {

@@ -268,30 +268,30 @@ func (t *top) count(line []byte) {
 	}
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	user := p.User.Name
-	if user == "" {
-		user = p.User.UID
-	}
 	process := p.UID
 	if process == "" {
 		process = strconv.Itoa(p.PID)
 	}
-	t.tallies[byProcess].add(process, f, became, func(c *counted) {
-		text := p.CmdLine
-		if text == "" {
-			text = cmp.Or(p.Path, p.Name)
+	if c, fresh := t.tallies[byProcess].add(process, f); fresh || became || c.thin {
+		image := p
+		if code == "process.fork" && r.Process != nil { // tells little of who forks, but a child is its image
+			image = r.Process
 		}
-		c.pid, c.user, c.text = p.PID, user, bounded(text)
-	})
+		c.pid, c.thin = p.PID, image.CmdLine == ""
+		c.user = bounded(cmp.Or(image.User.Name, image.User.UID))
+		c.text = bounded(cmp.Or(image.CmdLine, p.Path, p.Name))
+	}
 	exe := bounded(cmp.Or(p.Path, p.Name, "?"))
-	t.tallies[byExecutable].add(exe, f, false, func(c *counted) { c.text = exe })
+	if c, fresh := t.tallies[byExecutable].add(exe, f); fresh {
+		c.text = exe
+	}
 	id := bounded(p.Container.UID)
-	t.tallies[byContainer].add(id, f, false, func(c *counted) {
+	if c, fresh := t.tallies[byContainer].add(id, f); fresh {
 		c.text = "(host)"
 		if id != "" {
 			c.text = bounded(strings.TrimSpace(id + " " + p.Container.Runtime))
 		}
-	})
+	}
 }
 
 // bounded copies at most topText bytes, so that no record is held by a part of it.

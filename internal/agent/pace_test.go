@@ -40,9 +40,15 @@ func TestPace(t *testing.T) {
 	if n := len(p.samples); n > 62 {
 		t.Errorf("%d samples are kept", n)
 	}
-	if left := fullIn(b, got); left == nil || *left != 800 {
-		t.Errorf("full in %v, want 800 s", left)
+	for waits, want := range map[time.Duration]float64{paceOver: 800, paceOver / 2: -1, -1: -1} {
+		if b.OldestUnsent = now.Add(-waits); waits < 0 {
+			b.OldestUnsent = time.Time{}
+		}
+		if left := fullIn(b, got, now); (left == nil) != (want < 0) || left != nil && *left != want {
+			t.Errorf("full in %v when the oldest waits for %s, want %v", left, waits, want)
+		}
 	}
+	b.OldestUnsent = start
 	if r := p.rates(now.Add(time.Minute)); r != nil {
 		t.Errorf("of a monitor that stands still: %+v", r)
 	}
@@ -51,7 +57,7 @@ func TestPace(t *testing.T) {
 	if r := p.rates(start.Add(500 * time.Second)); r != nil {
 		t.Errorf("after a pause: %+v", r)
 	}
-	if left := fullIn(b, &Rates{Fill: -1}); left != nil {
+	if left := fullIn(b, &Rates{Fill: -1}, now); left != nil {
 		t.Errorf("a buffer that drains is full in %v", *left)
 	}
 }

@@ -54,7 +54,7 @@ type BufferStatus struct {
 	Bytes       int64      `json:"bytes"`
 	UnsentBytes int64      `json:"unsent_bytes"`
 	Cap         int64      `json:"cap"`
-	FullIn      *float64   `json:"full_in_seconds,omitempty"` // until undelivered records have to go; absent when what waits does not grow
+	FullIn      *float64   `json:"full_in_seconds,omitempty"` // until undelivered records have to go; absent when they are sent as they come
 	Truncated   uint64     `json:"truncated"`                 // as buffer_truncations_total
 	Corrupt     uint64     `json:"corrupt"`
 	Losses      int        `json:"losses"` // loss ranges that no delivered record names yet
@@ -101,7 +101,7 @@ func (a *Agent) status() Status {
 		Buffer:    bufferStatus(stats),
 		Transport: TransportStatus{State: "off"},
 	}
-	s.Buffer.FullIn = fullIn(stats, rates)
+	s.Buffer.FullIn = fullIn(stats, rates, time.Now())
 	for key, value := range map[string]string{
 		logging.KeyCaseID: a.identity.CaseID, logging.KeyInvestigationID: a.identity.InvestigationID, logging.KeyUserID: a.identity.UserID,
 	} {

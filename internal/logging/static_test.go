@@ -26,6 +26,7 @@ func TestContextReachesEveryLine(t *testing.T) {
 	exempt := map[string][]string{
 		"cmd/edr-sensor/main.go": {"context.Background", "os.Stdout", "os.Stderr"},
 		"cmd/edr-sensor/run.go":  {"logging.New"},
+		"packaging/sbom/main.go": {"os.Stderr"}, // a tool of the build
 	}
 	checked := 0
 	err := filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {

@@ -220,7 +220,7 @@ func (a *app) show(f *caseFlags, answer any, text func(now time.Time) string) er
 		enc.SetIndent("", "  ")
 		return enc.Encode(answer)
 	}
-	_, err := io.WriteString(a.stdout, text(time.Now()))
+	_, err := io.WriteString(a.stdout, a.printable(text(time.Now())))
 	return err
 }
 

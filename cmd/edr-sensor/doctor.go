@@ -73,7 +73,7 @@ Exit codes: 0 without a FAIL, 1 with one, 2 wrong usage.`,
 				if err := enc.Encode(map[string]any{"version": thisBuild().Version, "checks": d.findings}); err != nil {
 					return err
 				}
-			} else if _, err := io.WriteString(a.stdout, d.report(a.colour(when))); err != nil {
+			} else if _, err := io.WriteString(a.stdout, a.printable(d.report(a.colour(when)))); err != nil {
 				return err
 			}
 			if d.count(fail) > 0 {

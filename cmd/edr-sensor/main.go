@@ -22,9 +22,15 @@ func main() {
 // execute ends at the first signal in order, and at the second at once: by then
 // the signal has its default action again. The buffer is safe at any instant.
 func execute() int {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	context.AfterFunc(ctx, stop)
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	signals := make(chan os.Signal, 1)
+	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
+	go func() {
+		<-signals
+		signal.Stop(signals) // before anybody can see that the end began, and send the second
+		cancel()
+	}()
 	a := app{stdin: os.Stdin, stdout: os.Stdout, stderr: os.Stderr, environ: os.Environ()}
 	return a.run(ctx, os.Args[1:])
 }

@@ -44,7 +44,7 @@ func (a *app) reload(ctx context.Context, socket string) error {
 		}
 		return &exit{exitConfig, fmt.Errorf("the sensor refused the configuration, which has %s, and goes on with what it had", plural(len(r.Problems), "problem")), "edr-sensor check" + a.configFlag()}
 	}
-	_, err = fmt.Fprint(a.stdout, reloadText(r))
+	_, err = fmt.Fprint(a.stdout, a.printable(reloadText(r)))
 	return err
 }
 

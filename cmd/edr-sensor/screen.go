@@ -26,6 +26,14 @@ func (a *app) style(when string) style {
 	return s
 }
 
+// printable is text as the terminal can show it, if standard output is one.
+func (a *app) printable(text string) string {
+	if width, _ := terminalSize(a.stdout); width > 0 && !a.utf8() {
+		return asciiText(text)
+	}
+	return text
+}
+
 // utf8 tells whether the locale's characters are UTF-8, as setlocale(3) decides. An
 // environment that says nothing means C.
 func (a *app) utf8() bool {

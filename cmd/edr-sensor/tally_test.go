@@ -3,8 +3,12 @@
 package main
 
 import (
+	"bytes"
+	"encoding/json"
 	"fmt"
 	"math"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -97,4 +101,32 @@ func FuzzFold(f *testing.F) {
 			t.Errorf("%q takes %d columns, want %d", got, columns(got), width)
 		}
 	})
+}
+
+// BenchmarkTop counts events as they are.
+func BenchmarkTop(b *testing.B) {
+	files, err := filepath.Glob("../../sensor/ocsf/testdata/*.json")
+	if err != nil || len(files) == 0 {
+		b.Fatalf("%d golden events, %v", len(files), err)
+	}
+	var lines [][]byte
+	size := 0
+	for _, f := range files {
+		text, err := os.ReadFile(f)
+		if err != nil {
+			b.Fatal(err)
+		}
+		var line bytes.Buffer
+		if json.Compact(&line, text) == nil {
+			lines = append(lines, line.Bytes())
+			size += line.Len()
+		}
+	}
+	t := &top{now: time.Now}
+	t.reset()
+	b.SetBytes(int64(size / len(lines)))
+	b.ReportAllocs()
+	for i := 0; b.Loop(); i++ {
+		t.count(lines[i%len(lines)])
+	}
 }

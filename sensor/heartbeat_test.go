@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"os"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -27,6 +28,8 @@ type shelf struct {
 	size    int
 	stuck   atomic.Bool
 	release func([]byte) // of what was taken
+	seen    func([]byte) // each record, if set
+	mark    []byte       // of what was taken last
 }
 
 func (s *shelf) Next() uint64                          { return s.seq }
@@ -36,6 +39,9 @@ func (s *shelf) Size() int                             { return s.size }
 func (s *shelf) Unnamed(dst []event.Loss) []event.Loss { return dst }
 func (s *shelf) End(rec []byte, _ bool, _ []event.Loss) error {
 	s.seq, s.size = s.seq+1, s.size+len(rec)
+	if s.seen != nil {
+		s.seen(rec)
+	}
 	return nil
 }
 
@@ -44,7 +50,7 @@ func (s *shelf) Flush(ctx context.Context, mark []byte) error {
 		<-ctx.Done()
 		return ctx.Err()
 	}
-	s.size = 0
+	s.size, s.mark = 0, slices.Clone(mark)
 	if s.release != nil {
 		s.release(mark)
 	}
@@ -245,7 +251,11 @@ func TestRootStuckStage(t *testing.T) {
 		await(t, "handed over", func() bool { return s.Beat() != time.Time{} })
 		beat(t, s)
 		await(t, "read", func() bool { return s.pulse.rings[0].serial.Load() == 1 && s.pulse.rings[1].serial.Load() == 1 })
-		s.beat.Store(int64(time.Hour)) // the worker still turns by then
+		await(t, "stuck at the buffer", func() bool {
+			s.beat.Store(int64(time.Hour)) // the worker still turns by then; it may just have ended a turn
+			return s.Stuck(later()).Stage == StageBuffer
+		})
+		s.beat.Store(int64(time.Hour))
 		check(t, s, StageBuffer, "is not durable")
 	})
 	t.Run("buffer takes nothing", func(t *testing.T) {

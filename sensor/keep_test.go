@@ -3,6 +3,8 @@
 package sensor
 
 import (
+	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"maps"
@@ -694,4 +696,81 @@ func coverageOf(k *kernel, kind event.Kind) string {
 		}
 	}
 	return ""
+}
+
+// TestRootTakeOver has one sensor follow another, of the same setup and of another one,
+// while others ask it how it is: what happens before, between and after is read once.
+func TestRootTakeOver(t *testing.T) {
+	for how, change := range map[string]func(*Options){
+		howAdopted:  func(*Options) {},
+		howReplaced: func(o *Options) { o.BulkBytes = 2 * testRing },
+	} {
+		t.Run(how, func(t *testing.T) {
+			a := startActor(t)
+			s := newShop(t)
+			o := Options{Scope: Scope{Mode: ScopeTree, PID: uint32(a.pid)}, Keeper: s}
+			var mu sync.Mutex
+			count := map[string]int{}
+			seen := func(rec []byte) {
+				mu.Lock()
+				defer mu.Unlock()
+				for _, word := range []string{"edr-before", "edr-between", "edr-after"} {
+					if bytes.Contains(rec, []byte(`"process.exec"`)) && bytes.Contains(rec, []byte(word)) {
+						count[word]++
+					}
+				}
+				if bytes.Contains(rec, []byte(`"TAKEN_OVER"`)) && bytes.Contains(rec, []byte(how)) {
+					count["TAKEN_OVER"]++
+				}
+			}
+			counted := func(word string) func() bool {
+				return func() bool { mu.Lock(); defer mu.Unlock(); return count[word] > 0 }
+			}
+			run := func(word string) { a.must(request{Op: "run", Path: "/bin/true", Args: []string{word}}) }
+			t.Run("first", func(t *testing.T) {
+				sensor, sink := openSensor(t, o, true)
+				sink.seen = seen
+				stop := runWorker(t, sensor)
+				run("edr-before")
+				await(t, "the first", counted("edr-before"))
+				stop()
+				m, err := parseMark(sink.mark)
+				if err != nil || !m.clean {
+					t.Fatalf("mark of an orderly stop: %+v, %v", m, err)
+				}
+				m.clean = false // as of a kill: after a stop hooks are tried anew that were refused
+				o.Mark = m.append(nil)
+			})
+			run("edr-between")
+			o.Kept = s.hand()
+			change(&o)
+			first := s.names()
+			sensor, sink := openSensor(t, o, true)
+			sink.seen = seen
+			ctx, cancel := context.WithCancel(t.Context())
+			var watching sync.WaitGroup
+			watching.Go(func() { sensor.Watch(ctx) })
+			watching.Go(func() {
+				for ctx.Err() == nil {
+					sensor.Stuck(time.Now())
+					if _, err := sensor.Stats(); err != nil {
+						t.Error(err)
+					}
+				}
+			})
+			stop := runWorker(t, sensor)
+			run("edr-after")
+			await(t, "the last", counted("edr-after"))
+			await(t, "no more is kept than before", func() bool {
+				names := s.names()
+				return len(names) == len(first) && (how == howAdopted) == slices.Contains(names, first[0])
+			})
+			cancel()
+			watching.Wait()
+			stop()
+			if diff := cmp.Diff(map[string]int{"edr-before": 1, "edr-between": 1, "edr-after": 1, "TAKEN_OVER": 1}, count); diff != "" {
+				t.Errorf("records (-want +got):\n%s", diff)
+			}
+		})
+	}
 }

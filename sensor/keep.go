@@ -556,6 +556,9 @@ func (k *kernel) adopt(s *keptSet, o kernelOptions) (err error) {
 }
 
 func (a *attachment) adopt(s *keptSet, h keptHook) error {
+	if slices.ContainsFunc(h.Kinds, func(kind event.Kind) bool { return int(kind) >= event.Kinds }) {
+		return fmt.Errorf("hook %s tells of kinds that this version does not know", h.First)
+	}
 	a.kinds, a.candidate, a.section = h.Kinds, h.Candidate, h.Section
 	for _, text := range h.Errs {
 		a.errs = append(a.errs, errors.New(text))

@@ -288,6 +288,7 @@ func TestRootAdoptRefuses(t *testing.T) {
 			s.files["link/"+id] = s.files["program/"+id]
 		},
 		"a hook that is not":      func(_ *kernelOptions, s *keptSet) { s.manifest.Hooks[0].First = "on_something" },
+		"a kind that is not":      func(_ *kernelOptions, s *keptSet) { s.manifest.Hooks[0].Kinds = []event.Kind{200} },
 		"a candidate that is not": func(_ *kernelOptions, s *keptSet) { s.manifest.Hooks[0].Candidate = 7 },
 	} {
 		t.Run(name, func(t *testing.T) {

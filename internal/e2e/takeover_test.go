@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -183,38 +184,49 @@ func otherBinary(t *testing.T) string {
 	return path
 }
 
-// stream makes numbered execs at a rate until it is ended, and returns how many.
+// stream makes numbered execs at a rate, and numbered connections of the workload's and to
+// it in between, until it is ended.
 type stream struct {
-	stop chan struct{}
-	done chan int
+	stop               chan struct{}
+	done               chan error
+	execs, connections int // made
 }
 
-func startStream(w *workload, from, perSecond int) *stream {
-	s := &stream{make(chan struct{}), make(chan int)}
+func startStream(w *workload, perSecond int, out, in string) *stream {
+	const batch = 5
+	s := &stream{stop: make(chan struct{}), done: make(chan error)}
 	go func() {
-		n := from
 		for {
 			select {
 			case <-s.stop:
-				s.done <- n - from
+				s.done <- nil
 				return
 			default:
-				w.do(order{Op: "exec", From: n, N: perSecond / 10, PerSec: perSecond})
-				n += perSecond / 10
 			}
+			w.do(order{Op: "exec", From: s.execs, N: batch, PerSec: perSecond})
+			s.execs += batch
+			other := make(chan error, 1)
+			go func() { other <- connects(order{Addr: in, From: s.connections, N: batch}) }()
+			w.do(order{Op: "connect", Addr: out, From: s.connections, N: batch})
+			if err := <-other; err != nil {
+				<-s.stop
+				s.done <- err
+				return
+			}
+			s.connections += batch
 		}
 	}()
 	return s
 }
 
-func (s *stream) end() int {
+func (s *stream) end() error {
 	close(s.stop)
 	return <-s.done
 }
 
-// TestTakeOver restarts the sensor again and again under a stream of numbered execs: by
-// kill -9 at any moment, and by a version with other kernel programs in its place. Each
-// number arrives exactly once. The control is a restart for which nothing was kept.
+// TestTakeOver restarts the sensor again and again under a stream of numbered execs and
+// connections: by kill -9 at any moment, and by a version with other kernel programs in its
+// place. Each number arrives exactly once.
 func TestTakeOver(t *testing.T) {
 	requireHost(t)
 	const kills, swaps, perSecond = 20, 5, 50
@@ -231,8 +243,15 @@ func TestTakeOver(t *testing.T) {
 	if kept < 20 || kept > 256 {
 		t.Errorf("%d descriptors are kept", kept)
 	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	go serveTraffic(l)
+	served := w.do(order{Op: "listen"}).Addr
 	h.delivered(30 * time.Second)
-	s := startStream(w, 1, perSecond)
+	s := startStream(w, perSecond, l.Addr().String(), served)
 	for i := range kills + swaps {
 		if i%5 == 4 { // an upgrade: an orderly stop, and another version
 			h.binary = map[bool]string{true: "", false: other}[h.binary != ""]
@@ -247,7 +266,9 @@ func TestTakeOver(t *testing.T) {
 		}
 		h.start()
 	}
-	total := s.end()
+	if err := s.end(); err != nil {
+		t.Fatal(err)
+	}
 	eventually(t, 10*time.Second, "no more is kept than before", func() bool { return m.kept() == kept })
 	h.delivered(30 * time.Second)
 	_, page = h.get("/metrics")
@@ -259,16 +280,17 @@ func TestTakeOver(t *testing.T) {
 	if lost := verify(t, recs); lost != 0 {
 		t.Errorf("%d seqs named lost", lost)
 	}
-	missing, twice := numbersOf(recs, 1, total)
+	missing, twice := numbersOf(recs, 0, s.execs)
 	if len(missing)+len(twice) > 0 {
-		t.Errorf("of %d execs %d are missing: %v; %d are there again: %v", total, len(missing), missing, len(twice), twice)
+		t.Errorf("of %d execs %d are missing: %v; %d are there again: %v", s.execs, len(missing), missing, len(twice), twice)
 	}
 	// A run that was killed before its first commit has left no record of itself.
 	codes := decisionCodes(recs)
 	if n := codes["TAKEN_OVER"]; n != codes["START"]-1 || n < swaps || codes["BLIND_KILLED"]+codes["BLIND_STOPPED"]+codes["KEEP_FAILED"] != 0 {
 		t.Errorf("decisions by code %v, want TAKEN_OVER in each run but the first and none that is blind", codes)
 	}
-	t.Logf("%d execs through %d kills and %d swaps, %d descriptors kept", total, kills, swaps, kept)
+	checkConnections(t, recs, w.pid(), port(t, l.Addr().String()), port(t, served), s.connections)
+	t.Logf("%d execs and twice %d connections through %d kills and %d swaps, %d descriptors kept", s.execs, s.connections, kills, swaps, kept)
 }
 
 // TestTakeOverControl does the same without what was kept: the gap is there, and named.

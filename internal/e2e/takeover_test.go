@@ -29,9 +29,9 @@ type manager struct {
 	fd     int
 	done   chan struct{}
 
-	mu    sync.Mutex
-	store []stored
-	ready int // times that a process was
+	mu       sync.Mutex
+	store    []stored
+	watchdog int // times that it was fed
 }
 
 type stored struct {
@@ -109,8 +109,8 @@ func (m *manager) handle(message string, files []*os.File) {
 			}
 		}
 		m.store = kept
-	case fields["READY"] == "1":
-		m.ready++
+	case fields["WATCHDOG"] == "1":
+		m.watchdog++
 	}
 	for _, f := range files { // of a barrier: closing it is the answer
 		_ = f.Close()
@@ -131,6 +131,12 @@ func (m *manager) kept() int {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return len(m.store)
+}
+
+func (m *manager) fed() int {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.watchdog
 }
 
 // command is one that the manager starts, with all that is kept.
@@ -318,6 +324,48 @@ func TestTakeOverControl(t *testing.T) {
 	}
 	if codes := decisionCodes(recs); codes["TAKEN_OVER"] != 0 || codes["BLIND_KILLED"] != 1 {
 		t.Errorf("decisions by code %v, want 1 BLIND_KILLED", codes)
+	}
+}
+
+// TestWatchdog has the disk stand still: the sensor says so, and does not feed the watchdog
+// until it moves again.
+func TestWatchdog(t *testing.T) {
+	requireHost(t)
+	mount := loopMount(t)
+	w := startWorkload(t)
+	server := redistest.Start(t, redistest.Options{AOF: "everysec"})
+	h := newHost(t, w, server.Addr(), fmt.Sprintf(`buffer: {dir: "%s/buffer", cap: 64MiB}`, mount))
+	h.manager = startManager(t)
+	h.start()
+	grows := func() {
+		t.Helper()
+		n := h.manager.fed()
+		eventually(t, 10*time.Second, "the watchdog is fed", func() bool { return h.manager.fed() > n+1 })
+	}
+	h.readyz(200, "ready: online")
+	grows()
+	thaw := freeze(t, mount)
+	w.do(order{Op: "exec", From: 1, N: 1})
+	eventually(t, time.Minute, "the sensor is stuck", func() bool {
+		code, body := h.get("/readyz")
+		return code == 503 && strings.Contains(body, "stuck at stage buffer")
+	})
+	// One may be on its way.
+	n := h.manager.fed()
+	wait := time.NewTimer(3 * time.Second)
+	<-wait.C
+	if more := h.manager.fed() - n; more > 1 {
+		t.Errorf("the watchdog was fed %d times while the buffer does not move", more)
+	}
+	thaw()
+	h.readyz(200, "ready: online")
+	grows()
+	h.delivered(30 * time.Second)
+	h.stop()
+	recs := readStreams(t, server.Client())
+	verify(t, recs)
+	if missing, twice := numbersOf(recs, 1, 1); len(missing)+len(twice) > 0 {
+		t.Errorf("missing %v, twice %v", missing, twice)
 	}
 }
 

@@ -273,10 +273,11 @@ func (s *sensorStatus) coverage(to *screen, most bounds) {
 	to.row("coverage", plain, "%d of %d kinds of events are seen", seen, len(s.Coverage))
 	for _, blind := range sorted(degraded) {
 		events := degraded[blind]
-		text := fmt.Sprintf("degraded: %s, from system calls", families(events))
+		text := "degraded: " + families(events) + " (system calls"
 		if blind != "" {
-			text += "; blind to " + blind
+			text += ", not " + blind
 		}
+		text += ")"
 		to.text("", yellow, text, most.lines)
 	}
 	for i, c := range missing {
@@ -419,6 +420,8 @@ func (s *sensorStatus) outlook(now time.Time) string {
 	f := s.Buffer
 	const far = 30 * 24 * time.Hour
 	switch r := s.Rates; {
+	case s.Mode == "truncating":
+		return "full: the oldest records go"
 	case r == nil:
 		return "rate not yet known"
 	case f.FullIn != nil && *f.FullIn < far.Seconds():

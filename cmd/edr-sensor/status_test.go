@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -135,4 +136,37 @@ func TestStatusCommand(t *testing.T) {
 	if code != exitFailure || !strings.Contains(errs, "read status: ") {
 		t.Errorf("exit code %d: %s", code, errs)
 	}
+}
+
+// FuzzStatusScreen shows whatever a sensor of another version, or somebody in its
+// place, may answer.
+func FuzzStatusScreen(f *testing.F) {
+	for _, text := range statuses() {
+		f.Add([]byte(text), 80, 24)
+	}
+	f.Add([]byte(`{"warnings":[{}],"cases":[{}],"rates":{"events":{"\u001b":-1e300}},"buffer":{"bytes":-1,"unsent_bytes":5,"cap":-7,"full_in_seconds":-1e300}}`), 20, 3)
+	f.Fuzz(func(t *testing.T, text []byte, width, height int) {
+		var s *sensorStatus
+		if json.Unmarshal(text, &s) != nil || s == nil || width < 1 || width > 500 || height < 1 || height > 500 {
+			return
+		}
+		now := time.Date(2026, 11, 23, 17, 15, 0, 0, time.UTC)
+		view := top{now: func() time.Time { return now }}
+		view.reset()
+		view.count(text)
+		view.pass(s)
+		screens := [][]string{s.screen(now, time.UTC, style{width: width, height: height}).lines}
+		for view.view = range topViews() {
+			lines := view.draw(style{width: width, height: height})
+			if len(lines) > max(height, 4) { // of which the terminal shows as many as it has
+				t.Errorf("%d lines on %d", len(lines), height)
+			}
+			screens = append(screens, lines)
+		}
+		for _, line := range slices.Concat(screens...) {
+			if columns(line) > width || strings.ContainsFunc(line, unicode.IsControl) {
+				t.Errorf("%d columns on %d: %q", columns(line), width, line)
+			}
+		}
+	})
 }

@@ -94,9 +94,10 @@ func (p *pace) rates(now time.Time) *Rates {
 
 // fullIn is how many seconds are left, at this rate, until the oldest record that is
 // not delivered has to go; nil when what waits does not grow, or waits only for its
-// turn in a delivery that keeps up.
-func fullIn(b buffer.Stats, r *Rates, now time.Time) *float64 {
-	if r == nil || r.Fill <= 0 || b.OldestUnsent.IsZero() || now.Sub(b.OldestUnsent) < paceOver {
+// turn in a delivery that keeps up: a batch under way comes and goes.
+func fullIn(b buffer.Stats, r *Rates, now time.Time, delivering bool) *float64 {
+	keepsUp := delivering && now.Sub(b.OldestUnsent) < paceOver
+	if r == nil || r.Fill <= 0 || b.OldestUnsent.IsZero() || keepsUp {
 		return nil
 	}
 	left := float64(max(b.Cap-b.UnsentBytes, 0)) / r.Fill

@@ -40,12 +40,16 @@ func TestPace(t *testing.T) {
 	if n := len(p.samples); n > 62 {
 		t.Errorf("%d samples are kept", n)
 	}
-	for waits, want := range map[time.Duration]float64{paceOver: 800, paceOver / 2: -1, -1: -1} {
-		if b.OldestUnsent = now.Add(-waits); waits < 0 {
+	for _, tt := range []struct {
+		waits      time.Duration // the oldest record; negative: there is none
+		delivering bool
+		want       float64 // negative: never
+	}{{paceOver, true, 800}, {paceOver, false, 800}, {paceOver / 2, false, 800}, {paceOver / 2, true, -1}, {-1, false, -1}} {
+		if b.OldestUnsent = now.Add(-tt.waits); tt.waits < 0 {
 			b.OldestUnsent = time.Time{}
 		}
-		if left := fullIn(b, got, now); (left == nil) != (want < 0) || left != nil && *left != want {
-			t.Errorf("full in %v when the oldest waits for %s, want %v", left, waits, want)
+		if left := fullIn(b, got, now, tt.delivering); (left == nil) != (tt.want < 0) || left != nil && *left != tt.want {
+			t.Errorf("%+v: full in %v", tt, left)
 		}
 	}
 	b.OldestUnsent = start
@@ -57,7 +61,7 @@ func TestPace(t *testing.T) {
 	if r := p.rates(start.Add(500 * time.Second)); r != nil {
 		t.Errorf("after a pause: %+v", r)
 	}
-	if left := fullIn(b, &Rates{Fill: -1}, now); left != nil {
+	if left := fullIn(b, &Rates{Fill: -1}, now, false); left != nil {
 		t.Errorf("a buffer that drains is full in %v", *left)
 	}
 }

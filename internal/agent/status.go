@@ -101,7 +101,6 @@ func (a *Agent) status() Status {
 		Buffer:    bufferStatus(stats),
 		Transport: TransportStatus{State: "off"},
 	}
-	s.Buffer.FullIn = fullIn(stats, rates, time.Now())
 	for key, value := range map[string]string{
 		logging.KeyCaseID: a.identity.CaseID, logging.KeyInvestigationID: a.identity.InvestigationID, logging.KeyUserID: a.identity.UserID,
 	} {
@@ -119,6 +118,7 @@ func (a *Agent) status() Status {
 	if a.sender != nil {
 		s.Transport = transportStatus(a.sender.State())
 	}
+	s.Buffer.FullIn = fullIn(stats, rates, time.Now(), s.Transport.State == string(transport.Connected))
 	return s
 }
 

@@ -101,6 +101,44 @@ func TestScreens(t *testing.T) {
 	}
 }
 
+// TestStatusWhileRedisIsAway is told when the buffer will be full, and what the log says
+// about it, which nobody is told over HTTP.
+func TestStatusWhileRedisIsAway(t *testing.T) {
+	requireHost(t)
+	w := startWorkload(t)
+	server := redistest.Start(t, redistest.Options{})
+	h := newHost(t, w, server.Addr(), "buffer: {cap: 16MiB}")
+	h.env = []string{"EDR_SENSOR_TRANSPORT__TIMEOUT=500ms"}
+	h.start()
+	h.delivered(30 * time.Second)
+	server.Stall()
+	n := 0
+	eventually(t, 60*time.Second, "it is known when the buffer is full", func() bool {
+		w.do(order{Op: "exec", From: 1 + n, N: 20, PerSec: 40})
+		n += 20
+		b := h.mustStatus().Buffer
+		return b.FullIn != nil && *b.FullIn > 0 && b.Unsent > uint64(n)
+	})
+	s := h.mustStatus()
+	if len(s.Warnings) == 0 || !strings.Contains(string(s.Warnings[0]), "not delivering") || !strings.Contains(string(s.Warnings[0]), "agent_id") {
+		t.Errorf("warnings: %s", s.Warnings)
+	}
+	if _, page := h.get("/status"); !strings.Contains(page, `"full_in_seconds"`) || strings.Contains(page, `"warnings"`) {
+		t.Errorf("over HTTP: %s", page)
+	}
+	screen := h.run("status")
+	for _, want := range []string{", full in ", " behind", "warn not delivering"} {
+		if !strings.Contains(screen, want) {
+			t.Errorf("the screen does not say %q:\n%s", want, screen)
+		}
+	}
+	server.Resume()
+	h.delivered(60 * time.Second)
+	if b := h.mustStatus().Buffer; b.FullIn != nil {
+		t.Errorf("full in %f s when all is delivered", *b.FullIn)
+	}
+}
+
 // terminal runs edr-sensor where an operator does.
 func (h *host) terminal(width, height int, args ...string) *ptytest.Terminal {
 	h.t.Helper()

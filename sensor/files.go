@@ -29,6 +29,8 @@ type FileOptions struct {
 	// ExcludeDirectories what they are not reported from, with all below. Both are
 	// looked up once, at the start, and known by their inodes from then on.
 	ExcludeExecutables, ExcludeDirectories []string
+	// Shed says by what the rate is lower than configured, if it is.
+	Shed string
 }
 
 // fileSlots is FILE_SLOTS in bpf/file.bpf.h.
@@ -136,7 +138,10 @@ func exclusions(o FileOptions) (keys []exclusionKey, missing []error) {
 // burst and the exclusions of o. What is not there cannot be excluded; missing says
 // so of each. With an error nothing has changed.
 func (s *Sensor) Filter(o FileOptions) (missing []error, err error) {
-	return s.kernel.filter(o)
+	if missing, err = s.kernel.filter(o); err == nil {
+		s.shed.Store(&o.Shed)
+	}
+	return missing, err
 }
 
 // kernelFunction is the function whose parameters a program gets, if any.

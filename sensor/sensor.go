@@ -135,7 +135,8 @@ type Sensor struct {
 	unwritten map[string]uint64        // events that could not become records since the last tick, by reason
 	missed    uint64                   // program runs left out by the kernel, reported so far
 	left      suppressed
-	limiter   *logging.Limiter // of lines that a record or a tick can repeat
+	shed      atomic.Pointer[string] // of the file options
+	limiter   *logging.Limiter       // of lines that a record or a tick can repeat
 	lastTick  time.Time
 }
 
@@ -591,6 +592,9 @@ func (s *Sensor) reportMissed(ctx context.Context, i event.SelfInfo) {
 
 // reportSuppressed reports what the kernel left out on purpose, once per window.
 func (s *Sensor) reportSuppressed(ctx context.Context, now time.Time, end bool) {
+	if shed := s.shed.Load(); shed != nil {
+		s.left.shed = *shed
+	}
 	for _, i := range s.left.report(now, end) {
 		s.decide(ctx, &i, nil)
 	}

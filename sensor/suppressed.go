@@ -24,6 +24,7 @@ type suppressed struct {
 	count [event.Kinds]uint64
 	sum   uint64
 
+	shed        string    // by what the limit is lower than configured
 	since, last time.Time // of the episode; since is zero when there is none
 	total       uint64
 }
@@ -68,6 +69,10 @@ func (s *suppressed) window(now time.Time) []event.SelfInfo {
 	i := event.SelfInfo{
 		Stream: event.DecisionsAgents, Activity: event.ActivitySuppressed, Severity: 1, Code: "SUPPRESSED", Count: sum, From: from, To: now, ByKind: map[string]uint64{},
 		Message: fmt.Sprintf("%d events were left out, as sensor.file says", sum),
+	}
+	if s.shed != "" {
+		i.Message += ", and " + s.shed
+		i.Attrs = map[string]any{"shed": s.shed}
 	}
 	for k, n := range count {
 		if n > 0 {

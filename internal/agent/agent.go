@@ -56,12 +56,16 @@ type Agent struct {
 	hangup  <-chan os.Signal
 
 	reloading sync.Mutex
+	files     int // what the guard divides the limit of file events by, 0: nothing; as reloading
+	heap      int64
 
 	identity event.Agent
 	registry *prometheus.Registry
 	metrics  *metrics
+	gauge    *gauge
 	queue    *buffer.Queue
 	sensor   *sensor.Sensor
+	enricher *enrich.Enricher
 	sender   *transport.Sender // nil without Redis
 	mode     *modeMachine
 	pace     pace
@@ -163,6 +167,9 @@ func (a *Agent) build(ctx context.Context, version string) error {
 	}
 	a.metrics = newMetrics(a.registry, version, host.KernelRelease)
 	a.metrics.configured(a.cfg.Hash())
+	a.gauge = newGauge("/proc", "/sys/fs/cgroup")
+	_, limit := a.gauge.memoryUse()
+	a.heap = limitHeap(limit, a.cfg.Sensor.PriorityRing+a.cfg.Sensor.BulkRing)
 	var current atomic.Pointer[sensor.Sensor] // set before the first commit of this run
 	a.queue, err = buffer.Open(ctx, buffer.Options{
 		Dir: a.bufferDir(), Cap: a.cfg.Buffer.Cap, CommitBytes: a.cfg.Buffer.CommitBytes, CommitInterval: a.cfg.Buffer.CommitInterval,
@@ -187,13 +194,13 @@ func (a *Agent) build(ctx context.Context, version string) error {
 	if !a.cfg.Sensor.Hash.Enabled {
 		rate = -1
 	}
-	enricher := enrich.New(enrich.Options{
+	a.enricher = enrich.New(enrich.Options{
 		Host: host, TableSize: a.cfg.Sensor.ProcessTable,
 		HashMaxBytes: a.cfg.Sensor.Hash.MaxSize, HashPerSecond: rate, HashWait: a.cfg.Sensor.Hash.Wait,
 		Scoped:     a.cfg.Sensor.Scope.Kind != config.ScopeAll,
 		Registerer: a.registry,
 	})
-	a.defers("enricher", func(context.Context) error { enricher.Close(); return nil })
+	a.defers("enricher", func(context.Context) error { a.enricher.Close(); return nil })
 
 	scope, err := scopeOf(a.cfg.Sensor.Scope)
 	if err != nil {
@@ -204,7 +211,7 @@ func (a *Agent) build(ctx context.Context, version string) error {
 		Keeper: keeper, Kept: kept,
 		Scope: scope, PriorityBytes: int(a.cfg.Sensor.PriorityRing), BulkBytes: int(a.cfg.Sensor.BulkRing), ForkEvents: a.cfg.Sensor.ForkEvents,
 		Files: filesOf(a.cfg.Sensor.File), Protected: a.protected(), ExerciseDir: a.exerciseDir(),
-		Host: host, Encoder: encoder, Enricher: enricher, Sink: newSink(a.queue, a.tap), Mark: a.queue.Mark(), Registerer: a.registry,
+		Host: host, Encoder: encoder, Enricher: a.enricher, Sink: newSink(a.queue, a.tap), Mark: a.queue.Mark(), Registerer: a.registry,
 		CaseRoots: func(all map[*event.Case][]event.ProcessKey) { a.cases.setRoots(all) },
 	})
 	if err != nil {
@@ -323,6 +330,8 @@ func (a *Agent) Run(ctx context.Context) error {
 	defer stopWatching()
 	monitored := make(chan struct{})
 	go func() { defer close(monitored); a.monitor(watch) }()
+	guarded := make(chan struct{})
+	go func() { defer close(guarded); a.guard(watch) }()
 	reloaded := make(chan struct{})
 	go func() { defer close(reloaded); a.reloads(watch) }()
 	watched := make(chan struct{})
@@ -345,6 +354,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	a.beginStop(ctx)
 	stopWatching()
 	<-monitored
+	<-guarded
 	<-reloaded
 	<-watched
 

@@ -17,6 +17,7 @@ import (
 // both.
 type metrics struct {
 	config *prometheus.GaugeVec
+	shed   prometheus.Gauge
 }
 
 func newMetrics(reg prometheus.Registerer, version, kernel string) *metrics {
@@ -28,6 +29,10 @@ func newMetrics(reg prometheus.Registerer, version, kernel string) *metrics {
 		ConstLabels: prometheus.Labels{"version": version, "goversion": runtime.Version(), "object": bpf.ObjectHash(), "kernel": kernel},
 	}).Set(1)
 	return &metrics{
+		shed: f.NewGauge(prometheus.GaugeOpts{
+			Name: "agent_shed_level",
+			Help: "How much the sensor gives up to spare the host: 0 nothing, 1 hashes, 2 lookups, 3 file events above a tenth of the limit, 4 above a hundredth. If it stays above 0, the sensor or the host is short of CPU or memory: LOAD_SHED on the decisions stream says of what.",
+		}),
 		config: f.NewGaugeVec(prometheus.GaugeOpts{
 			Name: "agent_config_info",
 			Help: "1, with the SHA-256 of the configuration in force, as in START on the decisions stream. If it differs within a group of hosts, one of them was missed, or changed by hand.",

@@ -111,7 +111,7 @@ func (a *Agent) reload(ctx context.Context, asked map[string]any) ReloadResult {
 	// An exclusion is looked up again even if it is spelled as before: what it names may
 	// be another file by now, as after an upgrade of a package.
 	if effective.Config.Sensor.File.Enabled {
-		missing, err := a.sensor.Filter(filesOf(after))
+		missing, err := a.sensor.Filter(a.shedFiles(after))
 		if err != nil {
 			return a.reject(ctx, old, asked, []string{err.Error() + ": restart the sensor to use this configuration"})
 		}
@@ -121,7 +121,7 @@ func (a *Agent) reload(ctx context.Context, asked map[string]any) ReloadResult {
 	}
 	// What "edr-sensor log" has set stays until it is reset or its time is over.
 	if err := logging.Of(ctx).Levels.Configure(effective.Config.Log.Level, logComponents(effective.Config.Log)); err != nil {
-		_, undo := a.sensor.Filter(filesOf(before))
+		_, undo := a.sensor.Filter(a.shedFiles(before))
 		return a.reject(ctx, old, asked, []string{errors.Join(err, undo).Error()})
 	}
 	a.running.Store(effective)

@@ -40,6 +40,7 @@ type Config struct {
 	HTTP      HTTP
 	Control   Control
 	Sensor    Sensor
+	Guard     Guard
 	Buffer    Buffer
 	Transport Transport
 }
@@ -102,6 +103,12 @@ type Hash struct {
 	MaxSize   int64         // bytes; larger files are not hashed
 	PerSecond int           // files
 	Wait      time.Duration // longest time a batch of events waits for its hashes
+}
+
+// Guard says when the sensor does less, rather than take too much of the host.
+type Guard struct {
+	Enabled    bool
+	CPUPercent int // own CPU time over ten seconds, of one CPU; 0: no bound
 }
 
 // Buffer bounds the queue on disk.
@@ -203,6 +210,7 @@ func Default() Config {
 			File:         File{Enabled: true, PerProcess: 1000},
 			Hash:         Hash{Enabled: true, MaxSize: 64 * MiB, PerSecond: 200, Wait: 50 * time.Millisecond},
 		},
+		Guard: Guard{Enabled: true, CPUPercent: 100},
 		Buffer: Buffer{
 			Dir: "/var/lib/edr-sensor/buffer", Cap: 512 * MiB,
 			CommitBytes: 256 * KiB, CommitInterval: 50 * time.Millisecond,

@@ -44,6 +44,9 @@ func table(c *Config) []setting {
 		integer("sensor.hash.per_second", &s.Hash.PerSecond, 1, 100000),
 		duration("sensor.hash.wait", &s.Hash.Wait, time.Millisecond, time.Second),
 
+		boolean("guard.enabled", &c.Guard.Enabled),
+		integer("guard.cpu_percent", &c.Guard.CPUPercent, 0, 100000),
+
 		text("buffer.dir", &b.Dir, required(absolute)),
 		size("buffer.cap", &b.Cap, 16*MiB, TiB, nil),
 		size("buffer.commit_bytes", &b.CommitBytes, 4*KiB, 8*MiB, nil),

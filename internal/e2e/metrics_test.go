@@ -155,7 +155,7 @@ func closedSets() map[string][]string {
 		"how":    {"adopted", "replaced"},
 		"mode":   {"starting", "online", "buffering", "degraded", "truncating", "stopping"},
 		"op":     {"commit", "reopen", "read"},
-		"result": {"ok", "dup", "gap", "overlap", "fenced", "error", "pending", "rate", "size", "gone", "changed"},
+		"result": {"ok", "dup", "gap", "overlap", "fenced", "error", "pending", "rate", "size", "gone", "changed", "shed"},
 		"ring":   {"priority", "bulk"},
 		"state":  {"running", "exited"},
 		"stream": {"events", "decisions_system", "decisions_agents", "decisions_approvals"},

@@ -11,6 +11,7 @@
 package enrich
 
 import (
+	"sync/atomic"
 	"time"
 	"unicode/utf8"
 
@@ -70,6 +71,10 @@ type Enricher struct {
 	hashes  *hasher
 	cases   cases
 
+	sparse            atomic.Bool   // processes are not looked up
+	unhashed, unfound atomic.Uint64 // because less was to be done
+	ofOwn             bool          // the event is about the sensor itself
+
 	wait   time.Duration // per batch
 	left   time.Duration // of wait, in this batch
 	timer  *time.Timer
@@ -81,7 +86,7 @@ type Enricher struct {
 type metrics struct {
 	processes         prometheus.Gauge
 	evicted, released prometheus.Counter
-	partial           prometheus.Counter
+	partial, shed     prometheus.Counter
 	hashes            map[string]prometheus.Counter // by note, "" is done
 }
 
@@ -90,12 +95,13 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 	m := &metrics{
 		processes: f.NewGauge(prometheus.GaugeOpts{Name: "enrich_processes", Help: "Processes in the process table, exited ones that are still kept included. If it stays at sensor.process_table, raise that."}),
 		partial:   f.NewCounter(prometheus.CounterOpts{Name: "enrich_partial_processes_total", Help: "Processes met in an event without having been seen to start. If it grows after the start, execs were missed: see sensor_lost_events_total."}),
+		shed:      f.NewCounter(prometheus.CounterOpts{Name: "enrich_lookups_shed_total", Help: "Processes that were not looked up in /proc because the sensor was to do less. If it grows, agent_shed_level says for how long it has done less, and LOAD_SHED on the decisions stream why."}),
 		hashes:    map[string]prometheus.Counter{},
 	}
 	evicted := f.NewCounterVec(prometheus.CounterOpts{Name: "enrich_evicted_total", Help: "Processes dropped from the full table, by state. If it grows for running, later events of theirs lack parents and hashes: raise sensor.process_table."}, []string{"state"})
 	m.evicted, m.released = evicted.WithLabelValues("running"), evicted.WithLabelValues("exited")
-	hashes := f.NewCounterVec(prometheus.CounterOpts{Name: "enrich_hashes_total", Help: "Executables of execs and running processes, by whether they could be hashed in time and why not. If it grows for pending or rate, raise sensor.hash.wait or sensor.hash.per_second; for size, sensor.hash.max_size."}, []string{"result"})
-	for _, note := range [...]string{"", notePending, noteRate, noteSize, noteGone, noteChanged, noteError} {
+	hashes := f.NewCounterVec(prometheus.CounterOpts{Name: "enrich_hashes_total", Help: "Executables of execs and running processes, by whether they could be hashed in time and why not. If it grows for pending or rate, raise sensor.hash.wait or sensor.hash.per_second; for size, sensor.hash.max_size; for shed, see agent_shed_level."}, []string{"result"})
+	for _, note := range [...]string{"", notePending, noteRate, noteSize, noteGone, noteChanged, noteError, noteShed} {
 		label := note
 		if note == "" {
 			label = "ok"
@@ -126,6 +132,20 @@ func newEnricher(o Options, proc procfs, etc string) *Enricher {
 	e.table.cases = &e.cases
 	return e
 }
+
+// Shed has the Enricher do less from now on, or again everything: read no executables,
+// but for a case, and look up no processes that were not seen to start. Safe for concurrent
+// use.
+func (e *Enricher) Shed(hashes, lookups bool) {
+	e.hashes.shed.Store(hashes)
+	e.sparse.Store(lookups)
+}
+
+// Shed is how much was not done, since less was to be done.
+type Shed struct{ Hashes, Lookups uint64 }
+
+// ShedSoFar counts since New. Safe for concurrent use.
+func (e *Enricher) ShedSoFar() Shed { return Shed{e.unhashed.Load(), e.unfound.Load()} }
 
 // Close ends the hashing goroutines.
 func (e *Enricher) Close() {
@@ -162,6 +182,7 @@ func (e *Enricher) Apply(ev *event.Event) {
 	}
 	ev.Time = e.clock.wall(ev.KTime)
 	e.table.expire(ev.KTime)
+	e.ofOwn = ev.OfSensor()
 	var subject, creator *entry // who acted, where that is another one
 	switch ev.Kind {
 	case event.Exec, event.Task:
@@ -227,6 +248,11 @@ func (e *Enricher) actor(key event.ProcessKey) *entry {
 
 // lookUp enters a process with what /proc knows of it, if it is still there.
 func (e *Enricher) lookUp(key event.ProcessKey) *entry {
+	if e.sparse.Load() && !e.ofOwn {
+		e.metrics.shed.Inc()
+		e.unfound.Add(1)
+		return nil
+	}
 	p := event.Process{Key: key}
 	if !e.proc.fill(&p, !e.scoped, func(pid uint32, ticks uint64) event.ProcessKey {
 		if parent := e.table.find(pid, ticks); parent != nil {
@@ -463,6 +489,9 @@ func (e *Enricher) hash(p *entry, wanted program) {
 	}
 	if p.SHA256 != "" || p.HashNote != "" {
 		e.metrics.hashes[p.HashNote].Inc()
+		if p.HashNote == noteShed {
+			e.unhashed.Add(1)
+		}
 	}
 }
 

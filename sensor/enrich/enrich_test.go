@@ -622,8 +622,8 @@ func TestMetrics(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if n != 11 {
-		t.Errorf("%d series from the start, want 11", n)
+	if n != 13 {
+		t.Errorf("%d series from the start, want 13", n)
 	}
 }
 

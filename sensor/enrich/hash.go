@@ -11,6 +11,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -37,6 +38,7 @@ const (
 	noteGone    = "gone"    // the file that ran can no longer be reached
 	noteChanged = "changed" // its content is not, or may not be, what ran
 	noteError   = "error"   // reading failed
+	noteShed    = "shed"    // the sensor was told to do less
 )
 
 const (
@@ -62,6 +64,7 @@ const (
 // of a file once. It is safe for concurrent use.
 type hasher struct {
 	max      int64
+	shed     atomic.Bool // nothing is read, but for a case
 	rate     rate
 	deepRate rate
 	proc     procfs
@@ -158,6 +161,9 @@ func (h *hasher) request(p program) (sum, note string, job *hashJob) {
 	}
 	if p.file.Size > uint64(limit) {
 		return "", noteSize, nil
+	}
+	if h.shed.Load() && !p.deep {
+		return "", noteShed, nil
 	}
 	if !budget.take(h.now()) {
 		return "", noteRate, nil

@@ -59,6 +59,16 @@ func DecisionTable() []Decision {
 			"Somebody did something to the sensor itself: a signal that ends or stops it (what systemd sends to stop or restart it is not among them), control of its process or use of its memory, or a change of its binary, unit, configuration or buffer. `actor` and `process` are who, `event` is which event of the stream of events shows it; what it was done to is in `after`.",
 			"Where it was no administrator's or package manager's work (those have severity 3), treat the host as compromised: it is what an intruder does before anything that should not be seen.",
 		},
+		{
+			"LOAD_SHED", "Load Shed", DecisionsSystem,
+			"The sensor does less, because it takes too much or the host has too little: `before` and `after` are what it gives up, in the order nothing, hashes, lookups, files, most files, each with those before it; the message says which signal was above which bound for how long, `readings` has all of them. Events of programs, losses, decisions and tampering are never given up. What is not done is counted: executables without a hash say `hash_note` `shed`, file events are in SUPPRESSED with `shed`.",
+			"Find what keeps the sensor busy (`edr-sensor status`), or give it more: `guard.cpu_percent`, MemoryMax= of its unit.",
+		},
+		{
+			"LOAD_RESTORED", "Load Restored", DecisionsSystem,
+			"The sensor does again what it had given up, a step at a time, after half a minute without pressure. At `after` nothing, `not_hashed` and `not_looked_up` say how much was not done since the first LOAD_SHED.",
+			nothing,
+		},
 		{"HOOK_BACK", "Hook Back", DecisionsSystem, "An event is seen again after HOOK_LOST.", "Find out what had happened in between."},
 		{
 			"SNAPSHOT", "Degraded", DecisionsSystem,

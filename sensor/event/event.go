@@ -119,6 +119,17 @@ type Event struct {
 	Deep  bool
 }
 
+// OfSensor tells whether the event is about the sensor itself.
+func (ev *Event) OfSensor() bool {
+	switch {
+	case ev.Kind == Signal, ev.Kind == Ptrace:
+		return true
+	case ev.Kind >= FileCreate && ev.Kind <= FileChattr:
+		return ev.File.Flags&FileOfSensor != 0
+	}
+	return false
+}
+
 // ExecInfo is what an exec (or the snapshot of a running process) carries.
 type ExecInfo struct {
 	Parent     ProcessKey
@@ -351,7 +362,7 @@ type Process struct {
 	File        File
 	Flags       ProcessFlags
 	SHA256      string // hex; empty when unknown, then HashNote says why
-	HashNote    string // "", "pending", "rate", "size", "gone", "changed", "error"
+	HashNote    string // "", "pending", "rate", "size", "gone", "changed", "error", "shed"
 	Cred        Cred
 	User, Group string // names of Cred.UID and Cred.GID, empty when unknown
 	Owner       string // name of File.UID

@@ -172,7 +172,7 @@ func meanings() map[string]map[string]string {
 			"xattributes.changed_time": "ms (ctime): when the file came into being as it is; cannot be set back by touch(1)", "xattributes.fs_magic": "type of the file system, as in statfs(2)",
 			"xattributes.hard_link_count": "names that the file has with this one", "xattributes.link_target": "where a link leads", "xattributes.link_target_base64": "its bytes, when they are not UTF-8",
 			"xattributes.path_base64": "bytes of `path`, when they are not UTF-8",
-			"xattributes.memfd":       "true: the file is in memory only", "xattributes.hash_note": "why there is no hash: `pending`, `rate`, `size`, `gone`, `changed`, `error`",
+			"xattributes.memfd":       "true: the file is in memory only", "xattributes.hash_note": "why there is no hash: `pending`, `rate`, `size`, `gone`, `changed`, `error`, `shed` (see [LOAD_SHED](decisions.md))",
 		},
 		"user": {
 			"uid": "user id (string)", "name": "its name on this host, also for a process in a container", "type_id": "2 Admin (0), 3 System (1 to 999, 65534), 1 User", "type": caption,

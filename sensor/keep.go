@@ -65,7 +65,7 @@ type manifest struct {
 	Layout int
 	BootID string
 	Setup  string            // by which a kernel of the same setup is known
-	Wire   string            // the layout of its records
+	Wire   map[uint32]string // the layout of its records, by the number of their kind
 	State  map[string]string // that of the maps which another kernel can go on with
 	Mended bool              // since it was attached: others may be better by now
 	Maps   []string
@@ -327,17 +327,62 @@ func setupOf(spec *ebpf.CollectionSpec, o kernelOptions) string {
 	return hex.EncodeToString(h.Sum(nil))
 }
 
-// wireOf sums up the layout of the records that the rings carry.
-func wireOf(types *btf.Spec) (string, error) {
-	h := sha256.New()
-	for _, name := range [...]string{"exec_event", "fork_event", "exit_event", "tcp_event", "file_event", "tamper_event", "heartbeat"} {
-		var s *btf.Struct
-		if err := types.TypeByName(name, &s); err != nil {
-			return "", fmt.Errorf("layout of %s: %w", name, err)
-		}
-		writeLayout(h, s)
+// wireOf sums up the layout of the records that the rings carry, by the number of their
+// kind: its name, and the struct that it comes in. The error is about what all of them have
+// in common.
+func wireOf(types *btf.Spec) (map[uint32]string, error) {
+	var numbers *btf.Enum
+	if err := types.TypeByName("event_kind", &numbers); err != nil {
+		return nil, fmt.Errorf("layout of records: %w", err)
 	}
-	return hex.EncodeToString(h.Sum(nil)), nil
+	header, err := layoutOf(types, "event_header")
+	if err != nil {
+		return nil, err
+	}
+	wire := map[uint32]string{}
+	for _, v := range numbers.Values {
+		name := strings.TrimPrefix(v.Name, "EVENT_KIND_")
+		layout := header
+		if s := structOf(name); s != "" {
+			if layout, err = layoutOf(types, s); err != nil {
+				return nil, err
+			}
+		}
+		wire[uint32(v.Value)] = name + " " + layout
+	}
+	wire[^uint32(0)] = header
+	return wire, nil
+}
+
+// structOf is the struct in which records of a kind come.
+func structOf(kind string) string {
+	switch {
+	case kind == "EXEC", kind == "TASK":
+		return "exec_event"
+	case kind == "FORK":
+		return "fork_event"
+	case kind == "EXIT":
+		return "exit_event"
+	case strings.HasPrefix(kind, "TCP_"):
+		return "tcp_event"
+	case strings.HasPrefix(kind, "FILE_"), strings.Contains(kind, "MOUNT"):
+		return "file_event"
+	case kind == "SIGNAL", kind == "PTRACE":
+		return "tamper_event"
+	case kind == "HEARTBEAT":
+		return "heartbeat"
+	}
+	return ""
+}
+
+func layoutOf(types *btf.Spec, name string) (string, error) {
+	var s *btf.Struct
+	if err := types.TypeByName(name, &s); err != nil {
+		return "", fmt.Errorf("layout of %s: %w", name, err)
+	}
+	h := sha256.New()
+	writeLayout(h, s)
+	return hex.EncodeToString(h.Sum(nil)[:8]), nil
 }
 
 // stateOf sums up the layouts of the maps by which programs know what began before.

@@ -5,6 +5,7 @@ package sensor
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
@@ -702,11 +703,24 @@ func coverageOf(k *kernel, kind event.Kind) string {
 // TestRootTakeOver has one sensor follow another, of the same setup and of another one,
 // while others ask it how it is: what happens before, between and after is read once.
 func TestRootTakeOver(t *testing.T) {
-	for how, change := range map[string]func(*Options){
-		howAdopted:  func(*Options) {},
-		howReplaced: func(o *Options) { o.BulkBytes = 2 * testRing },
+	for _, tt := range []struct {
+		name, how string
+		change    func(*testing.T, *Options)
+		between   int // execs
+		lost      int // decisions about those that cannot be read
+	}{
+		{"same", howAdopted, func(*testing.T, *Options) {}, 1, 0},
+		{"another ring", howReplaced, func(_ *testing.T, o *Options) { o.BulkBytes = 2 * testRing }, 1, 0},
+		{"another layout", howReplaced, func(t *testing.T, o *Options) {
+			o.BulkBytes = 2 * testRing
+			changeManifest(t, o.Kept, func(m *manifest) {
+				m.Wire[uint32(event.Exec)] = "EXEC another"
+				m.Wire[uint32(event.Exit)] = "HEARTBEAT another" // which was its number
+			})
+		}, 0, 1},
 	} {
-		t.Run(how, func(t *testing.T) {
+		t.Run(tt.name, func(t *testing.T) {
+			how, change := tt.how, tt.change
 			a := startActor(t)
 			s := newShop(t)
 			o := Options{Scope: Scope{Mode: ScopeTree, PID: uint32(a.pid)}, Keeper: s}
@@ -722,6 +736,9 @@ func TestRootTakeOver(t *testing.T) {
 				}
 				if bytes.Contains(rec, []byte(`"TAKEN_OVER"`)) && bytes.Contains(rec, []byte(how)) {
 					count["TAKEN_OVER"]++
+				}
+				if bytes.Contains(rec, []byte(`"UNDECODABLE"`)) {
+					count["UNDECODABLE"]++
 				}
 			}
 			counted := func(word string) func() bool {
@@ -744,7 +761,7 @@ func TestRootTakeOver(t *testing.T) {
 			})
 			run("edr-between")
 			o.Kept = s.hand()
-			change(&o)
+			change(t, &o)
 			first := s.names()
 			sensor, sink := openSensor(t, o, true)
 			sink.seen = seen
@@ -760,6 +777,7 @@ func TestRootTakeOver(t *testing.T) {
 				}
 			})
 			stop := runWorker(t, sensor)
+			await(t, "taken over", counted("TAKEN_OVER"))
 			run("edr-after")
 			await(t, "the last", counted("edr-after"))
 			await(t, "no more is kept than before", func() bool {
@@ -769,9 +787,48 @@ func TestRootTakeOver(t *testing.T) {
 			cancel()
 			watching.Wait()
 			stop()
-			if diff := cmp.Diff(map[string]int{"edr-before": 1, "edr-between": 1, "edr-after": 1, "TAKEN_OVER": 1}, count); diff != "" {
+			want := map[string]int{"edr-before": 1, "edr-between": tt.between, "edr-after": 1, "TAKEN_OVER": 1, "UNDECODABLE": tt.lost}
+			maps.DeleteFunc(want, func(_ string, n int) bool { return n == 0 })
+			if diff := cmp.Diff(want, count); diff != "" {
 				t.Errorf("records (-want +got):\n%s", diff)
 			}
 		})
+	}
+}
+
+// changeManifest has what was kept be of another version.
+func changeManifest(t *testing.T, kept []Kept, change func(*manifest)) {
+	t.Helper()
+	for i, k := range kept {
+		if !strings.Contains(k.Name, "/manifest/") {
+			continue
+		}
+		m, err := readManifest(k.File)
+		if err != nil {
+			t.Fatal(err)
+		}
+		change(m)
+		b, err := json.Marshal(m)
+		if err != nil {
+			t.Fatal(err)
+		}
+		kept[i].File = manifestFile(t, string(b))
+	}
+}
+
+func TestForeignKinds(t *testing.T) {
+	const begin = ^uint32(0)
+	ours := map[uint32]string{begin: "h", 1: "EXEC a", 2: "FORK b", 27: "SIGNAL c", 29: "HEARTBEAT d"}
+	if got, err := foreignKinds(ours, ours); err != nil || len(got) != 0 {
+		t.Errorf("the same: %v, %v", got, err)
+	}
+	got, err := foreignKinds(map[uint32]string{begin: "h", 1: "EXEC a", 2: "FORK x", 27: "HEARTBEAT d", 40: "NEW e"}, ours)
+	if diff := cmp.Diff(map[uint32]foreign{2: lostRecord, 27: noEvent, 40: lostRecord}, got); err != nil || diff != "" {
+		t.Errorf("%v, another version (-want +got):\n%s", err, diff)
+	}
+	for _, theirs := range []map[uint32]string{nil, {begin: "x", 1: "EXEC a"}} {
+		if _, err := foreignKinds(theirs, ours); err == nil {
+			t.Errorf("%v can be read", theirs)
+		}
 	}
 }

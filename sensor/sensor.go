@@ -433,6 +433,13 @@ func (s *Sensor) read(ctx context.Context, r *ring, limit uint64, n, most int) (
 		if !s.in.counts(rec) {
 			continue // read from the rings before these, or after
 		}
+		if f := s.in.foreign[kindNumber(rec)]; f != 0 {
+			if f == lostRecord {
+				s.metrics.decodeErrors.Inc()
+				s.discard("UNDECODABLE", 1)
+			}
+			continue
+		}
 		ev := &s.events[n]
 		if err := s.dec.decode(rec, ev); err != nil {
 			s.metrics.decodeErrors.Inc()

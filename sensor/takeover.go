@@ -28,6 +28,43 @@ type rings struct {
 	ids            [2]uint32 // of the maps
 	// Kernel times between which records count; until is 0 without an end.
 	from, until uint64
+	// Kinds whose records are of another version: what to do with them.
+	foreign map[uint32]foreign
+}
+
+// foreign is what becomes of records that this version does not understand.
+type foreign uint8
+
+const (
+	lostRecord foreign = iota + 1 // it is an event, and counts as lost
+	noEvent                       // a heartbeat of the process before
+)
+
+// foreignKinds compares the layouts of records. The error says that nothing at all can be
+// read of them.
+func foreignKinds(theirs, ours map[uint32]string) (map[uint32]foreign, error) {
+	if theirs[^uint32(0)] != ours[^uint32(0)] || theirs[^uint32(0)] == "" {
+		return nil, errors.New("its records begin in another way")
+	}
+	list := map[uint32]foreign{}
+	for kind, layout := range theirs {
+		switch {
+		case layout == ours[kind]:
+		case strings.HasPrefix(layout, "HEARTBEAT "):
+			list[kind] = noEvent
+		default:
+			list[kind] = lostRecord
+		}
+	}
+	return list, nil
+}
+
+// kindNumber is the number of a record's kind; 0 of one that is too short to have one.
+func kindNumber(rec []byte) uint32 {
+	if len(rec) < 8 {
+		return 0
+	}
+	return binary.NativeEndian.Uint32(rec[4:])
 }
 
 func (r *rings) close() error {
@@ -76,7 +113,7 @@ func (r *rings) resume(m *mark) error {
 func (r *rings) waiting() (n uint64, err error) {
 	for _, ring := range [...]*ring{r.priority, r.bulk} {
 		_, err := ring.scan(func(rec []byte) {
-			if _, beat := asHeartbeat(rec); !beat && r.counts(rec) {
+			if _, beat := asHeartbeat(rec); !beat && r.counts(rec) && r.foreign[kindNumber(rec)] != noEvent {
 				n++
 			}
 		})
@@ -179,11 +216,12 @@ func (t *takeover) refuses(s *keptSet, bootID string) error {
 }
 
 // openPredecessor opens what is to be read to its end.
-func openPredecessor(set *keptSet, m *mark, wire string) (p *predecessor, err error) {
-	if set.manifest.Wire != wire {
-		return nil, errors.New("its records have another layout")
+func openPredecessor(set *keptSet, m *mark, wire map[uint32]string) (p *predecessor, err error) {
+	foreign, err := foreignKinds(set.manifest.Wire, wire)
+	if err != nil {
+		return nil, err
 	}
-	p = &predecessor{set: set}
+	p = &predecessor{set: set, rings: rings{foreign: foreign}}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, p.rings.close())
@@ -473,7 +511,7 @@ func (s *Sensor) takeOver(ctx context.Context) (known bool) {
 func (s *Sensor) unlearn() error {
 	unlearn := func(in *rings) error {
 		_, err := in.priority.scan(func(rec []byte) {
-			if _, beat := asHeartbeat(rec); beat || !in.counts(rec) {
+			if _, beat := asHeartbeat(rec); beat || !in.counts(rec) || in.foreign[kindNumber(rec)] != 0 {
 				return
 			}
 			s.dec.reset()
@@ -557,6 +595,11 @@ func (s *Sensor) reportOldLoss(ctx context.Context, old *predecessor) {
 	if m := s.taken.mark; m != nil {
 		for kind := range s.reported {
 			s.reported[kind].Lost, s.reported[kind].Suppressed = m.lost[kind], m.suppressed[kind]
+		}
+	}
+	for kind, f := range old.rings.foreign {
+		if f == noEvent && int(kind) < len(counters) {
+			counters[kind] = s.reported[kind]
 		}
 	}
 	s.reportLoss(ctx, event.SelfInfo{Activity: event.ActivityLost, Severity: 4, Failed: true, From: s.lastTick, To: time.Now()}, counters)
@@ -644,7 +687,7 @@ func bootTime() uint64 {
 func witnesses(in *rings, from uint64) (list []witness, err error) {
 	for _, r := range [...]*ring{in.priority, in.bulk} {
 		_, errScan := r.scan(func(rec []byte) {
-			if _, beat := asHeartbeat(rec); beat || len(rec) < 32 || ktimeOf(rec) < from {
+			if _, beat := asHeartbeat(rec); beat || len(rec) < 32 || ktimeOf(rec) < from || in.foreign[kindNumber(rec)] != 0 {
 				return
 			}
 			u32 := func(at int) uint32 { return binary.NativeEndian.Uint32(rec[at:]) }

@@ -128,7 +128,7 @@ func DecisionTable() []Decision {
 			"The kernel left out runs of programs that were interrupted on their CPU by themselves. Each may be an event that was not seen.",
 			"Few of them under load are usual; many are worth a report with the kernel's version.",
 		},
-		{"UNDECODABLE", "Lost Events", DecisionsSystem, "Records of the kernel programs that the sensor does not understand.", "Report it: program and binary do not belong together."},
+		{"UNDECODABLE", "Lost Events", DecisionsSystem, "Records of the kernel programs that the sensor does not understand: right after an upgrade, those that waited in the rings of a version which wrote them in another way.", "Where no TAKEN_OVER is before it, report it: program and binary do not belong together."},
 		{"TOO_LARGE", "Lost Events", DecisionsSystem, "Events that are larger than the buffer accepts.", "Report it with the log line before it, which names the kind."},
 		{"NOTICES", "Lost Events", DecisionsSystem, "So many decisions came at once that some have a log line and no record.", "Read the log of that time."},
 		{

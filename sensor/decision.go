@@ -3,6 +3,7 @@
 package sensor
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"maps"
@@ -16,6 +17,7 @@ import (
 
 	"github.com/aurorasoc/edr-sensor/internal/logging"
 	"github.com/aurorasoc/edr-sensor/sensor/event"
+	"github.com/aurorasoc/edr-sensor/sensor/ocsf"
 )
 
 // Notify makes a decision known: at once as a log line, which has what ctx binds,
@@ -174,9 +176,9 @@ func (r *repeats) due(now time.Time, all bool) (out []event.SelfInfo) {
 // maxTold is how many of the newest decisions can be written again.
 const maxTold = 256
 
-// told remembers the newest decisions of this run by their seq. When the buffer has
-// to drop its oldest records, those go first that tell how it came to that, and an
-// auditor has nothing but the decisions; so what is lost of them is written again.
+// told remembers the newest decisions by their seq. When the buffer has to drop its
+// oldest records, those go first that tell how it came to that, and an auditor has
+// nothing but the decisions; so what is lost of them is written again.
 type told []telling
 
 type telling struct {
@@ -204,11 +206,39 @@ func (t *told) lost(losses []event.Loss) (out []telling) {
 	return out
 }
 
-// tellAgain writes the decisions again that s.losses covers, in their order, with the
-// time at which they were made and the seq that they had first. Their lines are in
-// the log already.
+// Recall has the worker remember a decision of an earlier run that is in the buffer
+// still, by its record. Safe for concurrent use; rec may change afterwards.
+func (s *Sensor) Recall(seq uint64, rec []byte) error {
+	i, at, err := ocsf.Recall(rec)
+	if err != nil || len(i.Losses) > 0 {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.recalled.add(telling{seq, at, i})
+	return nil
+}
+
+// takeRecalled puts what was recalled before what this run has decided.
+func (s *Sensor) takeRecalled() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.recalled) == 0 {
+		return
+	}
+	s.told = append(s.told, s.recalled...)
+	s.recalled = nil
+	slices.SortFunc(s.told, func(a, b telling) int { return cmp.Compare(a.seq, b.seq) })
+	s.told = slices.Delete(s.told, 0, max(0, len(s.told)-maxTold))
+}
+
+// tellAgain writes the decisions again that are lost, in their order, with the time at
+// which they were made and the seq that they had first. Their lines are in the log
+// already. One that was dropped in doubt does not wait for the doubt to end, for which
+// this run may not live long enough; the server may have it twice then.
 func (s *Sensor) tellAgain(ctx context.Context) {
-	for _, d := range s.told.lost(s.losses) {
+	s.takeRecalled()
+	for _, d := range s.told.lost(append(s.losses, s.o.Sink.Dropped())) {
 		if d.info.Attrs["restated_seq"] == nil {
 			attrs := maps.Clone(d.info.Attrs)
 			if attrs == nil {

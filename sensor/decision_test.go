@@ -122,7 +122,10 @@ type numberedSink struct {
 	n    uint64
 	recs []string
 	lost []event.Loss
+	gone event.Loss
 }
+
+func (s *numberedSink) Dropped() event.Loss { return s.gone }
 
 func (s *numberedSink) Next() uint64 { return s.n + 1 }
 
@@ -153,8 +156,8 @@ func TestLostDecisionsAreWrittenAgain(t *testing.T) {
 		sink.lost = losses
 		if s.losses = s.o.Sink.Unnamed(s.losses[:0]); len(s.losses) > 0 {
 			s.decide(ctx, &event.SelfInfo{Activity: event.ActivityLost, Code: "RECORDS_LOST", Losses: s.losses}, s.losses)
-			s.tellAgain(ctx)
 		}
+		s.tellAgain(ctx)
 		for n, rec := range sink.recs {
 			var r struct {
 				Time int64
@@ -191,6 +194,26 @@ func TestLostDecisionsAreWrittenAgain(t *testing.T) {
 	// Of an earlier epoch, of an unknown number.
 	if d := cmp.Diff([]string{"RECORDS_LOST  0"}, tell(event.Loss{Cause: "corrupt"})); d != "" {
 		t.Errorf("of another run (-want +got):\n%s", d)
+	}
+	// The next run has only the records.
+	next := newWorker(prometheus.NewPedanticRegistry(), sink)
+	for n, rec := range sink.recs {
+		if err := next.Recall(uint64(n)+1, []byte(rec)); err != nil {
+			t.Error(err)
+		}
+	}
+	next.decide(ctx, &event.SelfInfo{Code: "START"}, nil)
+	s = next
+	if d := cmp.Diff([]string{"RECORDS_LOST  0", "MODE mode 3 3", "MODE mode 4 4", "START  12"}, tell(event.Loss{First: 7, Last: 9, Count: 3}, event.Loss{First: 12, Last: 12, Count: 1})); d != "" {
+		t.Errorf("after a restart (-want +got):\n%s", d)
+	}
+	// No loss yet, as it may have been received.
+	sink.gone = event.Loss{First: 10, Last: 14}
+	if d := cmp.Diff([]string{"MODE mode 2 2", "MODE mode 3 3"}, tell()); d != "" {
+		t.Errorf("dropped in doubt (-want +got):\n%s", d)
+	}
+	if got := tell(); got != nil {
+		t.Errorf("dropped in doubt and known: %v", got)
 	}
 	if n := logs.FilterField(zap.String(logging.KeyCode, "MODE")).Len(); n != 4 {
 		t.Errorf("%d lines of 4 decisions", n)

@@ -37,6 +37,7 @@ func (s *shelf) Begin() []byte                         { return nil }
 func (s *shelf) BeginDecision(event.Decisions) []byte  { return nil }
 func (s *shelf) Size() int                             { return s.size }
 func (s *shelf) Unnamed(dst []event.Loss) []event.Loss { return dst }
+func (s *shelf) Dropped() event.Loss                   { return event.Loss{} }
 func (s *shelf) End(rec []byte, _ bool, _ []event.Loss) error {
 	s.seq, s.size = s.seq+1, s.size+len(rec)
 	if s.seen != nil {

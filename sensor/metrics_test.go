@@ -26,6 +26,7 @@ func (s *fullSink) End([]byte, bool, []event.Loss) error  { return s.err }
 func (s *fullSink) Size() int                             { return 0 }
 func (s *fullSink) Flush(context.Context, []byte) error   { return nil }
 func (s *fullSink) Unnamed(dst []event.Loss) []event.Loss { return dst }
+func (s *fullSink) Dropped() event.Loss                   { return event.Loss{} }
 
 // newWorker is a Sensor without a kernel.
 func newWorker(reg prometheus.Registerer, sink Sink) *Sensor {

@@ -51,6 +51,9 @@ type Sink interface {
 	Flush(ctx context.Context, mark []byte) error
 	// Unnamed appends the losses that no record has reported yet.
 	Unnamed(dst []event.Loss) []event.Loss
+	// Dropped is what the buffer no longer has and nobody is known to have received:
+	// in part it may have been under way when it went, and is no loss until that is known.
+	Dropped() event.Loss
 }
 
 // Options are what a Sensor needs. Encoder and Enricher belong to the worker
@@ -128,6 +131,7 @@ type Sensor struct {
 	notices  []event.SelfInfo
 	overflow uint64
 	repeats  repeats
+	recalled told
 
 	told told // the worker's
 
@@ -559,8 +563,8 @@ func (s *Sensor) tick(ctx context.Context, now time.Time) {
 		}
 		i.Message = fmt.Sprintf("%d records will not be delivered", i.Count)
 		s.decide(ctx, &i, s.losses)
-		s.tellAgain(ctx)
 	}
+	s.tellAgain(ctx)
 	for reason, n := range s.unwritten {
 		i := lost
 		i.Code, i.Count, i.Message = reason, n, fmt.Sprintf("%d events could not become records", n)

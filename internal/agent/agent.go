@@ -334,6 +334,8 @@ func (a *Agent) Run(ctx context.Context) error {
 	go func() { defer close(guarded); a.guard(watch) }()
 	reloaded := make(chan struct{})
 	go func() { defer close(reloaded); a.reloads(watch) }()
+	recalled := make(chan struct{})
+	go func() { defer close(recalled); a.recall(watch, stats.Bounds) }()
 	watched := make(chan struct{})
 	go func() {
 		defer close(watched)
@@ -356,6 +358,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	<-monitored
 	<-guarded
 	<-reloaded
+	<-recalled
 	<-watched
 
 	end, cancel := context.WithTimeout(context.WithoutCancel(ctx), deliverWithin)

@@ -70,6 +70,25 @@ func (a *Agent) serveDecisions(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
+// recall has the sensor remember the decisions of earlier runs that Redis has not
+// confirmed: up to where the buffer was at the start, which b says.
+func (a *Agent) recall(ctx context.Context, b buffer.Bounds) {
+	if b.Acked == b.Last {
+		return
+	}
+	err := a.queue.Scan(ctx, time.Unix(0, 0), func(rec buffer.Record) bool {
+		if rec.Stream != buffer.Events && rec.Seq > b.Acked && rec.Seq <= b.Last {
+			if err := a.sensor.Recall(rec.Seq, rec.Data); err != nil {
+				logging.From(ctx).Warn("a decision of an earlier run cannot be written again if it is lost", zap.Uint64(logging.KeySeq, rec.Seq), zap.Error(err))
+			}
+		}
+		return rec.Seq < b.Last
+	})
+	if err != nil && ctx.Err() == nil {
+		logging.From(ctx).Warn("read the decisions of earlier runs", zap.Error(err))
+	}
+}
+
 // seqOf reads the sequence number out of a record, 0 when there is none.
 func seqOf(rec []byte) uint64 {
 	var e struct {

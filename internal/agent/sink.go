@@ -85,3 +85,11 @@ func (s *sink) Unnamed(dst []event.Loss) []event.Loss {
 	}
 	return dst
 }
+
+func (s *sink) Dropped() event.Loss {
+	b := s.queue.Bounds()
+	if b.First <= b.Acked+1 {
+		return event.Loss{}
+	}
+	return event.Loss{First: b.Acked + 1, Last: b.First - 1}
+}

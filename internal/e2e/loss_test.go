@@ -83,6 +83,7 @@ func TestTruncation(t *testing.T) {
 			for _, r := range recs {
 				top = max(top, r.seq)
 			}
+			checkTold(t, recs, h.log.all(), "START", "MODE", "TRUNCATION_STARTED", "TRUNCATION_ENDED")
 			if got := uint64(len(recs)); got+s.Buffer.Truncated != top {
 				t.Errorf("received %d + truncated %d = %d, produced %d", got, s.Buffer.Truncated, got+s.Buffer.Truncated, top)
 			}

@@ -52,7 +52,7 @@ func TestReport(t *testing.T) {
 	}
 	files := h.report()
 	check(files, map[string]string{
-		"status.json": `"mode": "online"`, "metrics.txt": "\nagent_build_info{", "config.json": `"transport.password_file"`, "config-running.json": `"config_sha256"`,
+		"status.json": `"agent_id"`, "metrics.txt": "\nagent_build_info{", "config.json": `"transport.password_file"`, "config-running.json": `"config_sha256"`,
 		"log.ndjson": `"msg":"started"`, "decisions.ndjson": `"START"`, "doctor.json": `"redis.auth"`, "host.json": `"btf"`,
 		"process.txt": "VmRSS:", "bpf.txt": "prog_tag:", "manifest.json": "--events was not given",
 	})

@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -193,7 +194,7 @@ func (h *host) topScreen() string {
 }
 
 // skeleton is what a screen has however much there is to show: its labels and the heads
-// of its tables.
+// of its tables; not what there may be or not.
 func skeleton(screen string) string {
 	var out []string
 	number := regexp.MustCompile(`[0-9]`)
@@ -201,7 +202,7 @@ func skeleton(screen string) string {
 		words := strings.Fields(line)
 		switch {
 		case len(words) == 0:
-		case line[0] != ' ' && line[0] != '\t' && words[0] != "cases" && !number.MatchString(words[0]), strings.HasPrefix(line, "A SECOND"):
+		case line[0] != ' ' && line[0] != '\t' && !slices.Contains([]string{"cases", "log", "error"}, words[0]) && !number.MatchString(words[0]), strings.HasPrefix(line, "A SECOND"):
 			if words[0] == "events" || strings.ToUpper(line) == line || strings.HasPrefix(line, "[p]") {
 				out = append(out, strings.Join(words, " "))
 			} else {

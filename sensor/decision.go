@@ -194,10 +194,11 @@ func (t *told) add(d telling) {
 	*t = append(*t, d)
 }
 
-// lost takes out what one of the losses covers, and returns it.
+// lost takes out what one of the losses covers, and returns it. A loss of unknown seqs,
+// which starts at 0, covers nothing.
 func (t *told) lost(losses []event.Loss) (out []telling) {
 	*t = slices.DeleteFunc(*t, func(d telling) bool {
-		gone := slices.ContainsFunc(losses, func(l event.Loss) bool { return l.First <= d.seq && d.seq <= l.Last })
+		gone := slices.ContainsFunc(losses, func(l event.Loss) bool { return l.First > 0 && l.First <= d.seq && d.seq <= l.Last })
 		if gone {
 			out = append(out, d)
 		}

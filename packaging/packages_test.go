@@ -452,22 +452,26 @@ func TestLint(t *testing.T) {
 	}
 }
 
-// TestManual has the manual page typeset, and the completions read by their shells.
+// TestManual has the manual pages typeset, and the completions read by their shells.
 func TestManual(t *testing.T) {
 	b := packages(t)
 	requireTools(t, "man", "bash", "zsh", "fish")
 	share := filepath.Join(unpacked(t, find(t, b.current, "*_amd64.deb")), "usr/share")
-	page := filepath.Join(share, "man/man1/edr-sensor.1.gz")
-	cmd := exec.Command("man", "--warnings=w", "-E", "UTF-8", "-l", page)
-	cmd.Env = append(os.Environ(), "LC_ALL=C.UTF-8", "MANROFFSEQ=", "MANWIDTH=80")
-	var stdout, stderr bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &stdout, &stderr
-	if err := cmd.Run(); err != nil || stderr.Len() > 0 {
-		t.Errorf("man: %v\n%s", err, stderr.Bytes())
-	}
-	for _, want := range []string{"edr-sensor " + newVersion, "case open --case-id ID", "--config", "/etc/edr-sensor/edr-sensor.yaml"} {
-		if !strings.Contains(stdout.String(), want) {
-			t.Errorf("the page does not have %q", want)
+	for page, want := range map[string][]string{
+		"man1/edr-sensor.1.gz":      {"edr-sensor " + newVersion, "case open --case-id ID", "--config", "/etc/edr-sensor/edr-sensor.yaml"},
+		"man5/edr-sensor.yaml.5.gz": {"edr-sensor " + newVersion, "  #priority_ring: 16MiB", "# [reload] debug, info, warn or error"},
+	} {
+		cmd := exec.Command("man", "--warnings=w", "-E", "UTF-8", "-l", filepath.Join(share, "man", page))
+		cmd.Env = append(os.Environ(), "LC_ALL=C.UTF-8", "MANWIDTH=120")
+		var stdout, stderr bytes.Buffer
+		cmd.Stdout, cmd.Stderr = &stdout, &stderr
+		if err := cmd.Run(); err != nil || stderr.Len() > 0 {
+			t.Errorf("man %s: %v\n%s", page, err, stderr.Bytes())
+		}
+		for _, w := range want {
+			if !strings.Contains(stdout.String(), w) {
+				t.Errorf("%s does not have %q:\n%s", page, w, stdout.Bytes())
+			}
 		}
 	}
 	output(t, "bash", "-n", filepath.Join(share, "bash-completion/completions/edr-sensor"))

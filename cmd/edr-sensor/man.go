@@ -42,6 +42,7 @@ Sets a key over the configuration files, as in EDR_SENSOR_BUFFER__CAP=1GiB.
 .B NO_COLOR
 When it is set, nothing is painted.
 .SH SEE ALSO
+.BR edr\-sensor.yaml (5),
 .BR systemctl (1),
 .BR journalctl (1),
 .UR https://github.com/aurorasoc/edr\-sensor

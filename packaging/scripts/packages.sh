@@ -8,6 +8,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 umask 022
 export LC_ALL=C TZ=UTC CGO_ENABLED=0
+unset GOOS GOARCH GOAMD64 GOARM64 GOEXPERIMENT # would make another binary
 
 VERSION=${VERSION:-$(packaging/scripts/version.sh)}
 export SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-$(git log -1 --format=%ct 2>/dev/null || stat -c %Y go.mod)}
@@ -24,15 +25,30 @@ rm -f "$DIST"/edr-sensor[_-]*.{deb,rpm,json}
 
 # The version names the commit; what git says beyond that depends on the checkout.
 build() {
-	GOOS=linux "$GO" build -trimpath -buildvcs=false -ldflags "-s -w -X main.version=$VERSION" -o "$1" ./cmd/edr-sensor
+	[ -e "$stage/$1" ] || GOOS=linux GOARCH=$1 "$GO" build -trimpath -buildvcs=false \
+		-ldflags "-s -w -X main.version=$VERSION" -o "$stage/$1/edr-sensor" ./cmd/edr-sensor
 }
 
 # What is the same on both architectures: written by the binary of this machine.
-build "$stage/self"
+host=$("$GO" env GOHOSTARCH)
+build "$host"
 for shell in bash zsh fish; do
-	"$stage/self" completion $shell >"$stage/completion.$shell"
+	"$stage/$host/edr-sensor" completion $shell >"$stage/completion.$shell"
 done
-"$stage/self" man | gzip -9n >"$stage/edr-sensor.1.gz"
+"$stage/$host/edr-sensor" man | gzip -9n >"$stage/edr-sensor.1.gz"
+{
+	cat <<-ROFF
+		.TH EDR\-SENSOR.YAML 5 "" "edr\-sensor ${VERSION//-/\\-}" ""
+		.SH NAME
+		edr\-sensor.yaml \- configuration of edr\-sensor
+		.SH DESCRIPTION
+		The file as it is installed in /etc/edr\-sensor, with every key, its default and its meaning.
+		.PP
+		.nf
+	ROFF
+	sed 's/\\/\\e/g; s/-/\\-/g; s/^[.'"'"']/\\\&&/' packaging/config/edr-sensor.yaml
+	printf '%s\n' .fi '.SH SEE ALSO' '.BR edr\-sensor (1)'
+} | gzip -9n >"$stage/edr-sensor.yaml.5.gz"
 cat >"$stage/changelog.yaml" <<YAML
 - semver: "$VERSION-1"
   date: "$(date -u -d "@$SOURCE_DATE_EPOCH" +%Y-%m-%dT%H:%M:%SZ)"
@@ -43,8 +59,7 @@ cat >"$stage/changelog.yaml" <<YAML
 YAML
 
 for arch in "${arches[@]}"; do
-	mkdir "$stage/$arch"
-	GOARCH=$arch build "$stage/$arch/edr-sensor"
+	build "$arch"
 	"$GO" run ./packaging/sbom -version "$VERSION" -bom "$DIST/edr-sensor_${VERSION}_$arch.cdx.json" \
 		-licenses "$stage/$arch/third-party-licenses.txt" "$stage/$arch/edr-sensor"
 	for format in deb rpm; do

@@ -122,7 +122,7 @@ func forms(k *kernel) map[event.Kind]string {
 // which was lost and puts the same form in its place.
 func TestRootLostLinkIsMended(t *testing.T) {
 	a := startActor(t)
-	k := watchFiles(t, a, FileOptions{}, "")
+	k := watchFiles(t, a, FileOptions{}, "", event.FileModify, event.FileRename)
 	dir := t.TempDir()
 	before := forms(k)
 	if changes, err := k.mend(dir); err != nil || len(changes) > 0 {

@@ -199,7 +199,7 @@ func TestRootPreemptedForms(t *testing.T) {
 	dir := t.TempDir()
 	for _, form := range []string{"lsm", "kprobe", "fentry"} {
 		t.Run(form, func(t *testing.T) {
-			k := watchFiles(t, a, FileOptions{}, form)
+			k := watchFiles(t, a, FileOptions{}, form, event.FileCreate, event.FileModify, event.FileChmod, event.FileDelete)
 			left := func() (n uint64) {
 				for i := range k.attached {
 					if !strings.HasPrefix(k.attached[i].section, form) {

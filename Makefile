@@ -36,7 +36,7 @@ run: build
 .PHONY: test
 test: deps lint
 	CGO_ENABLED=1 $(GO) test -race -timeout 25m $$($(GO) list ./... | grep -v /internal/vmtest)
-	$(GO) test -count=1 -timeout 25m ./internal/vmtest # alone: emulated kernels want the whole machine
+	$(GO) test -count=1 -timeout 25m -parallel $$(($$(nproc)+1)) ./internal/vmtest # alone: emulated kernels want the whole machine
 
 ## test-vm: the kernel programs' tests on every supported kernel, in virtual machines; KERNEL=6.1 (or 6.12-arm64) for one only
 .PHONY: test-vm
@@ -97,6 +97,11 @@ generate-coverage: deps
 .PHONY: screens
 screens: deps
 	$(GO) test -count=1 ./internal/e2e -run TestScreens -args -update
+
+## generate-costs: measure what the programs take on each kernel, and write docs/costs.md; KERNEL=6.1 for that one's part
+.PHONY: generate-costs
+generate-costs: deps
+	KERNEL=$(KERNEL) $(GO) test -count=1 -timeout 25m -run TestVMCosts ./internal/vmtest -args -update
 
 ## check-generated: fail when the committed BPF objects differ from their sources
 .PHONY: check-generated

@@ -234,8 +234,9 @@ func makeMap(spec *ebpf.MapSpec) (*ebpf.Map, error) {
 // attach puts the programs in place, the best that the kernel accepts for each
 // hook. The error names the required events that no program sees; all others are in
 // coverage. It then finds the processes and the sockets that are in scope already.
-func (k *kernel) attach() error {
-	load := k.loader()
+func (k *kernel) attach() error { return k.attachBy(k.loader()) }
+
+func (k *kernel) attachBy(load loader) error {
 	k.lsm = sync.OnceValue(func() error { return k.probeLSM(load) })
 	var refused []string
 	for i, a := range k.attached {

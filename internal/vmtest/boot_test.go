@@ -27,10 +27,19 @@ type machine struct {
 	cpus     int
 	emulator string
 	args     []string // with a place to report to on standard output
+	accel    []string // how to emulate
 	console  string   // for the kernel's messages
 	report   string   // for the init script
 	elf      elf.Machine
 	exit     []byte // code of exit(0)
+}
+
+// fast is how to emulate for tests, steady for figures: each instruction takes 2 ns of the
+// machine's time, whatever else the emulating one does.
+func fast() []string { return []string{"-accel", "tcg,thread=multi"} }
+
+func steady() []string {
+	return []string{"-accel", "tcg,thread=single", "-icount", "shift=1,sleep=off"}
 }
 
 // machines are emulated even on a processor that could do more, so that they are the
@@ -65,8 +74,8 @@ func boot(ctx context.Context, dir string, m machine, kernel image, initramfs, l
 	ctx, cancel := context.WithTimeoutCause(ctx, bootTimeout, fmt.Errorf("no end after %s", bootTimeout))
 	defer cancel()
 	serial := filepath.Join(dir, "console")
-	cmd := exec.CommandContext(ctx, m.emulator, slices.Concat([]string{
-		"-accel", "tcg,thread=multi", "-smp", strconv.Itoa(m.cpus), "-m", "1024",
+	cmd := exec.CommandContext(ctx, m.emulator, slices.Concat(m.accel, []string{
+		"-smp", strconv.Itoa(m.cpus), "-m", "1024",
 		"-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
 		"-kernel", kernel.vmlinuz(), "-initrd", initramfs,
 		// no_timer_check is for 7.x, which panics when the emulator is slow.

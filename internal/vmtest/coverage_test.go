@@ -19,7 +19,7 @@ import (
 	"github.com/aurorasoc/edr-sensor/sensor/event"
 )
 
-var update = flag.Bool("update", false, "write docs/coverage.md and docs/costs.md")
+var update = flag.Bool("update", false, "write docs/coverage.md or docs/costs.md")
 
 // seen is what a kernel's tests say of an event under one form of the programs.
 type seen struct {

@@ -86,7 +86,7 @@ const storyEnv = "EDR_STORY" // name of a story to tell
 // TestTell tells each story in a process of its own, for most of them fail.
 func TestTell(t *testing.T) {
 	if story, ok := stories()[os.Getenv(storyEnv)]; ok {
-		tell(t, []byte(story.out), []byte(story.console), nil)
+		replay(t, []byte(story.out), []byte(story.console), nil, func(*result) {})
 		return
 	}
 	self, err := os.Executable()

@@ -68,6 +68,7 @@ func variants() []variant {
 
 // TestVMVariants runs the sensor on hosts that refuse it something.
 func TestVMVariants(t *testing.T) {
+	t.Parallel()
 	seeSources(t)
 	b := builder{dir: t.TempDir()}
 	selected := selected(t)

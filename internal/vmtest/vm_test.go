@@ -37,7 +37,7 @@ func requireVM(t *testing.T, r release) (machine, image) {
 	t.Helper()
 	all := machines()
 	m := all[slices.IndexFunc(all, func(m machine) bool { return m.arch == r.arch })]
-	m.cpus = r.cpus
+	m.cpus, m.accel = r.cpus, fast()
 	var missing []string
 	for _, tool := range []string{m.emulator, "apt-get", "dpkg-deb", "xz"} {
 		if _, err := exec.LookPath(tool); err != nil {
@@ -90,29 +90,29 @@ func selected(t *testing.T) []release {
 	return list
 }
 
-// TestVM runs the tests of the kernel programs on every supported kernel, as many at a time
-// as there are CPUs.
+// TestVM runs the tests of the kernel programs on every supported kernel, beside those of
+// TestVMVariants as many at a time as go test -parallel allows. A kernel waits for itself for
+// a fifth of the time, so that one more than there are CPUs uses them best.
 func TestVM(t *testing.T) {
+	t.Parallel()
 	seeSources(t)
 	b := builder{dir: t.TempDir()}
 	var mu sync.Mutex
-	covered, costs := map[string][]seen{}, map[string][]cost{}
+	covered := map[string][]seen{}
 	t.Cleanup(func() { // after the subtests, which run in parallel
 		if !t.Failed() {
 			compareCoverage(t, covered)
-			writeCosts(t, costs)
 		}
 	})
 	for _, r := range slices.Backward(selected(t)) { // the slowest first
 		t.Run(r.name(), func(t *testing.T) {
 			t.Parallel()
-			list, took := b.boot(t, r, securityModules, suites())
+			list := b.boot(t, r, securityModules, suites())
 			mu.Lock()
 			defer mu.Unlock()
 			if len(list) > 0 {
 				covered[r.name()] = list
 			}
-			costs[r.name()] = took
 		})
 	}
 }
@@ -143,19 +143,35 @@ func (b *builder) build(t *testing.T, m machine, suites []suite) (dir string) {
 	return dir
 }
 
-// boot runs suites on a kernel and returns what they say is seen, and what it takes.
-func (b *builder) boot(t *testing.T, r release, lsm string, suites []suite) ([]seen, []cost) {
+// boot runs suites on a kernel and returns what they say is seen.
+func (b *builder) boot(t *testing.T, r release, lsm string, suites []suite) (covered []seen) {
 	t.Helper()
 	m, kernel := requireVM(t, r)
 	if !strings.HasPrefix(kernel.version(), r.series+".") {
 		t.Logf("Debian %s has Linux %s by now, no longer %s", r.suite, kernel.version(), r.series)
 	}
+	b.boots(t, m, kernel, lsm, suites, func(tests *result) {
+		list, err := told[seen](tests, "coverage")
+		if err != nil {
+			t.Error(err)
+		}
+		covered = append(covered, list...)
+	})
+	return covered
+}
+
+// boots runs suites on a machine, replays what their tests said, and visits each one's.
+func (b *builder) boots(t *testing.T, m machine, kernel image, lsm string, suites []suite, visit func(*result)) {
+	t.Helper()
 	dir := b.build(t, m, suites)
 	initrd := filepath.Join(t.TempDir(), "initramfs")
 	if err := initramfs(initrd, m, kernel, dir, suites); err != nil {
 		t.Fatal(err)
 	}
-	return boots(t, m, kernel, initrd, lsm)
+	start := time.Now()
+	out, console, spent, err := bootAgain(t, m, kernel, initrd, lsm)
+	replay(t, out, console, err, visit)
+	t.Logf("over after %s, with %s of CPU", time.Since(start).Round(100*time.Millisecond), spent.Round(100*time.Millisecond))
 }
 
 // The machine must end, and say why, when its kernel does.
@@ -177,15 +193,6 @@ func TestVMPanic(t *testing.T) {
 	if err != nil || len(out) > 0 || !bytes.Contains(console, []byte("Attempted to kill init! exitcode=0x00000700")) {
 		t.Errorf("error %v, output %q, console:\n%s", err, out, console)
 	}
-}
-
-// boots boots a kernel, replays what its tests said, and returns what they say is seen, and what it takes.
-func boots(t *testing.T, m machine, kernel image, initrd, lsm string) ([]seen, []cost) {
-	start := time.Now()
-	out, console, spent, err := bootAgain(t, m, kernel, initrd, lsm)
-	covered, costs := tell(t, out, console, err)
-	t.Logf("over after %s, with %s of CPU", time.Since(start).Round(100*time.Millisecond), spent.Round(100*time.Millisecond))
-	return covered, costs
 }
 
 // bootAgain boots, and again while the emulator is to blame, twice at most.
@@ -212,8 +219,8 @@ func again(out, console []byte, err error) bool {
 	return hung && !bytes.Contains(out, []byte("@vm begin"))
 }
 
-// tell has the tests of a machine end here as they ended there.
-func tell(t *testing.T, out, console []byte, err error) (covered []seen, costs []cost) {
+// replay has the tests of a machine end here as they ended there.
+func replay(t *testing.T, out, console []byte, err error, visit func(*result)) {
 	r, errParse := parse(out)
 	if err := errors.Join(err, errParse); err != nil {
 		t.Error(err)
@@ -229,12 +236,7 @@ func tell(t *testing.T, out, console []byte, err error) (covered []seen, costs [
 				t.Fatal(err)
 			}
 			tests.count(sums)
-			list, err := told[seen](tests, "coverage")
-			took, errCost := told[cost](tests, "cost")
-			if err := errors.Join(err, errCost); err != nil {
-				t.Error(err)
-			}
-			covered, costs = append(covered, list...), append(costs, took...)
+			visit(tests)
 			for _, test := range tests.subs {
 				t.Run(test.name, test.replay)
 			}
@@ -250,7 +252,6 @@ func tell(t *testing.T, out, console []byte, err error) (covered []seen, costs [
 		})
 	}
 	t.Logf("Linux %s (%s): %d passed, %d failed, %d skipped", r.kernel, r.security, sums["pass"], sums["fail"]+sums[""], sums["skip"])
-	return covered, costs
 }
 
 // slowest lists what takes the time.

@@ -83,7 +83,9 @@ func TestTruncation(t *testing.T) {
 			for _, r := range recs {
 				top = max(top, r.seq)
 			}
-			checkTold(t, recs, h.log.all(), "START", "MODE", "TRUNCATION_STARTED", "TRUNCATION_ENDED")
+			if !killed { // who is killed as a decision is dropped cannot write it again
+				checkTold(t, recs, h.log.all(), "START", "MODE", "TRUNCATION_STARTED", "TRUNCATION_ENDED")
+			}
 			if got := uint64(len(recs)); got+s.Buffer.Truncated != top {
 				t.Errorf("received %d + truncated %d = %d, produced %d", got, s.Buffer.Truncated, got+s.Buffer.Truncated, top)
 			}

@@ -172,6 +172,10 @@ func introduce(m *ebpf.Map, pid int) error {
 	return nil
 }
 
+// Protect changes which files are those of the sensor itself, and looks up where they are
+// now. Safe for concurrent use before Close.
+func (s *Sensor) Protect(list []Protected) error { return s.kernel.protect(list) }
+
 // protect has the programs look for what is on the list, where it is now.
 func (k *kernel) protect(list []Protected) error {
 	p := protectionsOf(list)

@@ -4,7 +4,10 @@ package agent
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
+	"io"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -102,6 +105,111 @@ func wipeSecrets() error {
 		block = block[min(n+1, len(block)):]
 	}
 	return nil
+}
+
+// sums are the SHA-256 of those of the sensor's own files that say how it runs, by path;
+// none of what holds secrets or changes all the time.
+func (a *Agent) sums() map[string]string {
+	out := map[string]string{}
+	add := func(path string) {
+		if sum, err := fileSum(path); err == nil {
+			out[path] = sum
+		}
+	}
+	for _, p := range a.protected() {
+		if p.Part == event.FileOfState || a.secretFile(p.Path) {
+			continue
+		}
+		add(p.Path)
+		if !p.All {
+			continue
+		}
+		entries, err := os.ReadDir(p.Path)
+		if err != nil {
+			continue // it is not there
+		}
+		for _, e := range entries {
+			add(filepath.Join(p.Path, e.Name()))
+		}
+	}
+	return out
+}
+
+func (a *Agent) secretFile(path string) bool {
+	return path == a.cfg.Transport.PasswordFile || path == a.cfg.Transport.TLS.KeyFile
+}
+
+// fileSum is the SHA-256 of a regular file.
+func fileSum(path string) (string, error) {
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	if info, err := f.Stat(); err != nil || !info.Mode().IsRegular() {
+		return "", errors.Join(errors.New(path+" is no file"), err)
+	}
+	h := sha256.New()
+	if _, err := io.Copy(h, f); err != nil {
+		return "", err
+	}
+	return hex.EncodeToString(h.Sum(nil)), nil
+}
+
+// installed watches the file that this process was started from.
+type installed struct {
+	path string
+	last os.FileInfo // nil: it is not there
+	said bool        // that it is another one
+}
+
+// watchInstalled begins with the binary that runs, wherever its path leads by now.
+func watchInstalled() *installed {
+	w := &installed{}
+	path, err := os.Executable()
+	if err != nil {
+		return w
+	}
+	w.path = strings.TrimSuffix(path, " (deleted)")
+	w.last, _ = os.Stat("/proc/self/exe") // nil: whatever is there is another one
+	return w
+}
+
+// step tells once of each change of the binary on disk: what runs is another one from then on.
+func (w *installed) step() (out []event.SelfInfo) {
+	if w.path == "" {
+		return nil
+	}
+	now, err := os.Stat(w.path)
+	if err != nil {
+		now = nil
+	}
+	if w.last == nil && now == nil || w.last != nil && now != nil && os.SameFile(w.last, now) && w.last.ModTime().Equal(now.ModTime()) && w.last.Size() == now.Size() {
+		return nil
+	}
+	w.last = now
+	running, err := binarySum()
+	if err != nil {
+		running = "unknown: " + err.Error()
+	}
+	i := event.SelfInfo{
+		Name: "Binary Replaced", Severity: 3, Code: "BINARY_REPLACED", Before: running, After: "none",
+		Message: w.path + " was removed; the sensor goes on until it is restarted", Attrs: map[string]any{"path": w.path},
+	}
+	if now != nil {
+		if i.After, err = fileSum(w.path); err != nil {
+			i.After = "unknown: " + err.Error()
+		}
+		if i.After == running { // put in place again, or the file system shows one file as two
+			i.Severity = 1
+			if !w.said {
+				return nil
+			}
+		}
+		i.Message = w.path + " is another file than the one that was started; a restart will run it"
+	}
+	w.said = true
+	return []event.SelfInfo{i}
 }
 
 // defaultUnit is the unit that the packages install.

@@ -9,6 +9,7 @@ import (
 	"maps"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"syscall"
@@ -116,5 +117,74 @@ func TestProtected(t *testing.T) {
 	}
 	if !slices.Contains(slices.Collect(maps.Values(have)), event.FileOfBinary.Part()) {
 		t.Errorf("the binary is not among %v", have)
+	}
+}
+
+// The binary on disk is compared with what runs: replaced, put back, removed. One that is the
+// same says nothing.
+func TestInstalled(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "sensor")
+	write := func(text string) {
+		t.Helper()
+		if err := errors.Join(os.WriteFile(path+"~", []byte(text), 0o755), os.Rename(path+"~", path)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write("one")
+	w := &installed{path: path}
+	var err error
+	if w.last, err = os.Stat(path); err != nil {
+		t.Fatal(err)
+	}
+	running, err := binarySum()
+	if err != nil {
+		t.Fatal(err)
+	}
+	step := func(want ...string) {
+		t.Helper()
+		var got []string
+		for _, i := range w.step() {
+			if i.Before != running {
+				t.Errorf("before %s", i.Before)
+			}
+			got = append(got, i.After[:4])
+		}
+		if !slices.Equal(got, want) {
+			t.Errorf("%q, want %q", got, want)
+		}
+	}
+	step()
+	write("two")
+	step("3fc4") // sha256 of two
+	step()
+	if err := os.Remove(path); err != nil {
+		t.Fatal(err)
+	}
+	step("none")
+	step()
+	write("one")
+	step("7692")
+}
+
+func TestSums(t *testing.T) {
+	dir := t.TempDir()
+	a := &Agent{cfg: config.Default(), file: filepath.Join(dir, "sensor.yaml")}
+	a.cfg.Agent.StateDir, a.cfg.Buffer.Dir = filepath.Join(dir, "state"), filepath.Join(dir, "state")
+	a.cfg.Transport.PasswordFile = filepath.Join(dir, "password")
+	for _, name := range []string{"sensor.yaml", "password", "conf.d/10.yaml", "state/agent_id"} {
+		path := filepath.Join(dir, name)
+		if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, []byte("one"), 0o600)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var got []string
+	for path, sum := range a.sums() {
+		if name, ok := strings.CutPrefix(path, dir+"/"); ok {
+			got = append(got, name+" "+sum[:4])
+		}
+	}
+	slices.Sort(got)
+	if want := []string{"conf.d/10.yaml 7692", "sensor.yaml 7692"}; !slices.Equal(got, want) {
+		t.Errorf("%q, want %q", got, want)
 	}
 }

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/coreos/go-systemd/v22/daemon"
+	"go.uber.org/zap"
 	"golang.org/x/sys/unix"
 
 	"github.com/aurorasoc/edr-sensor/internal/config"
@@ -123,6 +124,10 @@ func (a *Agent) reload(ctx context.Context, asked map[string]any) ReloadResult {
 	if err := logging.Of(ctx).Levels.Configure(effective.Config.Log.Level, logComponents(effective.Config.Log)); err != nil {
 		_, undo := a.sensor.Filter(a.shedFiles(before))
 		return a.reject(ctx, old, asked, []string{errors.Join(err, undo).Error()})
+	}
+	// Drop-ins may be there by now that were not.
+	if err := a.sensor.Protect(a.protected()); err != nil {
+		logging.From(ctx).Warn("watch own files", zap.Error(err))
 	}
 	a.running.Store(effective)
 	r.Hash = effective.Config.Hash()

@@ -40,7 +40,7 @@ func DecisionTable() []Decision {
 	return []Decision{
 		{
 			"START", "Start", DecisionsSystem,
-			"The sensor was started. The record says what each event is seen by on this host (`coverage`), what is not seen (`missing`), the scope, the hashes of the configuration and of the binary, the buffer's epoch and its size.",
+			"The sensor was started. The record says what each event is seen by on this host (`coverage`), what is not seen (`missing`), the scope, the hashes of the configuration, of the binary and of the files that say how it runs (`files_sha256`), the buffer's epoch and its size.",
 			"A `missing` event is a blind spot: `edr-sensor doctor` says why. A binary hash that is not that of your package needs an explanation.",
 		},
 		{"STOP", "Stop", DecisionsSystem, "The sensor was asked to stop, by a signal or by systemd. What it had read until then is kept.", "Find out who asked, where no deployment did: stopping the sensor is what an intruder tries first."},
@@ -58,6 +58,11 @@ func DecisionTable() []Decision {
 			"TAMPERING", "Tampering", DecisionsSystem,
 			"Somebody did something to the sensor itself: a signal that ends or stops it (what systemd sends to stop or restart it is not among them), control of its process or use of its memory, or a change of its binary, unit, configuration or buffer. `actor` and `process` are who, `event` is which event of the stream of events shows it; what it was done to is in `after`.",
 			"Where it was no administrator's or package manager's work (those have severity 3), treat the host as compromised: it is what an intruder does before anything that should not be seen.",
+		},
+		{
+			"BINARY_REPLACED", "Binary Replaced", DecisionsSystem,
+			"The file that the sensor was started from is another one than what runs, or is gone: `before` is the SHA-256 of what runs, `after` that of what is there now. Who put it there is in the TAMPERING of that moment, at an upgrade the package manager.",
+			"Expect it, and a START soon after, where the package was upgraded. Otherwise compare `after` with the package's file, and see who did it.",
 		},
 		{
 			"LOAD_SHED", "Load Shed", DecisionsSystem,

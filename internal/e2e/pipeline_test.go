@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -211,7 +212,13 @@ func port(t *testing.T, addr string) int {
 func makeContainer(t *testing.T) (dir, id string) {
 	t.Helper()
 	id = strings.Repeat("0123456789abcdef", 4)
-	for _, root := range []string{"/sys/fs/cgroup/pids", "/sys/fs/cgroup"} {
+	roots := []string{"/sys/fs/cgroup/pids", "/sys/fs/cgroup"}
+	if own, err := os.ReadFile("/proc/self/cgroup"); err != nil {
+		t.Fatal(err)
+	} else if !strings.HasSuffix(string(own), "0::/\n") { // in use beside the others
+		roots = slices.Insert(roots, 0, "/sys/fs/cgroup/unified")
+	}
+	for _, root := range roots {
 		if _, err := os.Stat(filepath.Join(root, "cgroup.procs")); err != nil {
 			continue
 		}

@@ -141,7 +141,7 @@ func BenchmarkRead(b *testing.B) {
 			bounds := q.Bounds()
 			after := bounds.First - 1
 			if mode == "cold" {
-				if err := dropCache(q.file); err != nil {
+				if err := dropCache(q.file.Load()); err != nil {
 					b.Fatal(err)
 				}
 			}
@@ -151,7 +151,7 @@ func BenchmarkRead(b *testing.B) {
 					after = bounds.First - 1
 					if mode == "cold" {
 						b.StopTimer()
-						if err := dropCache(q.file); err != nil {
+						if err := dropCache(q.file.Load()); err != nil {
 							b.Fatal(err)
 						}
 						b.StartTimer()

@@ -72,9 +72,17 @@
 // handle: after a failed fsync the old one means nothing, and neither does the page
 // cache, which is dropped before the file is read back. Every transaction has a
 // number, so that reading back tells whether it is there. A damaged chunk is
-// counted, named, deleted and skipped. A damaged tree is found by a preflight with
-// plain reads, because bbolt panics over it in a goroutine of its own; the file is
-// set aside, and a new one begins with a new epoch.
+// counted, named, deleted and skipped, and a copy of it kept.
+//
+// A damaged tree is found by a preflight with plain reads, because bbolt panics over it
+// in a goroutine of its own. Then, or when the file under an open queue was cut, removed
+// or replaced, a new file takes over every intact chunk, found by magic and checksum and
+// not by the tree, and the old one is set aside. What the new file counts as live,
+// delivered or lost comes from the newest state: that in memory, that of the tree where
+// a meta page still leads to it, or that of the sidecar (sidecar.go). Where that state
+// surely knows every record handed out, epoch and seqs go on and each missing record is
+// named. Otherwise a server may know seqs that would be given twice, and fence us; so a
+// new epoch begins with the records numbered anew and a loss of unknown size.
 //
 // # Where this differs from the design notes
 //

@@ -12,7 +12,6 @@ import (
 	"os"
 	"path/filepath"
 	"runtime/debug"
-	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -24,12 +23,10 @@ import (
 )
 
 const (
-	fileName    = "q.db"
-	newSuffix   = ".new"
-	badSuffix   = ".bad-"
-	maxBadFiles = 2
-	pageSize    = 4096
-	epochLen    = 20
+	fileName  = "q.db"
+	newSuffix = ".new"
+	pageSize  = 4096
+	epochLen  = 20
 
 	lockWait  = time.Second
 	lockRetry = 20 * time.Millisecond
@@ -48,8 +45,8 @@ var (
 	// ErrLocked is returned by [Open] when another process has the buffer.
 	ErrLocked = errors.New("in use by another process")
 
-	// ErrDamaged is returned when the file turned out to be damaged while it
-	// was in use. Open the buffer again: that sets the file aside.
+	// ErrDamaged is returned when the file turned out to be damaged while it was in
+	// use, again and again. Open the buffer again: that salvages what is intact.
 	ErrDamaged = errors.New("buffer file is damaged")
 )
 
@@ -103,43 +100,13 @@ func lockOwner(d *os.File) string {
 	return ""
 }
 
-// create makes a new, preallocated file with the given state. The name appears
-// only when the file is complete and durable.
-func create(path string, size int64, s *state) (err error) {
-	tmp := path + newSuffix
-	if err := os.Remove(tmp); err != nil && !errors.Is(err, os.ErrNotExist) {
+// create makes a new, empty file with the given state. The name appears only when
+// the file is complete and durable.
+func create(ctx context.Context, path string, o Options, s *state) error {
+	if err := rebuild(ctx, path+newSuffix, o, s, nil, nil, true); err != nil {
 		return err
 	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, ignoreNotExist(os.Remove(tmp)))
-		}
-	}()
-	db, err := openBolt(tmp, size)
-	if err != nil {
-		return err
-	}
-	err = db.Update(func(tx *bolt.Tx) error {
-		m, err := tx.CreateBucket(metaBucket)
-		if err != nil {
-			return err
-		}
-		if _, err := tx.CreateBucket(chunkBucket); err != nil {
-			return err
-		}
-		return m.Put(stateKey, s.encode(nil))
-	})
-	if err = errors.Join(err, db.Close()); err != nil {
-		return fmt.Errorf("initialize: %w", err)
-	}
-	f, err := os.OpenFile(tmp, os.O_RDWR, 0)
-	if err != nil {
-		return err
-	}
-	if err := errors.Join(preallocate(f, size), f.Close()); err != nil {
-		return err
-	}
-	if err := os.Rename(tmp, path); err != nil {
+	if err := os.Rename(path+newSuffix, path); err != nil {
 		return err
 	}
 	return syncDir(filepath.Dir(path))
@@ -180,29 +147,10 @@ func ignoreNotExist(err error) error {
 	return err
 }
 
-// quarantine sets the file aside and keeps at most maxBadFiles of them.
-func quarantine(path string, now time.Time) (string, error) {
-	bad := path + badSuffix + now.UTC().Format("20060102T150405.000000000Z")
-	if err := os.Rename(path, bad); err != nil {
-		return "", err
-	}
-	all, err := filepath.Glob(path + badSuffix + "*")
-	if err != nil {
-		return "", err
-	}
-	slices.Sort(all) // the names sort by time
-	for len(all) > maxBadFiles {
-		if err := os.Remove(all[0]); err != nil {
-			return "", err
-		}
-		all = all[1:]
-	}
-	return bad, syncDir(filepath.Dir(path))
-}
-
 // openBolt opens the database. A panic of bbolt over a damaged file becomes an
 // error; what preflight has passed should not make it panic.
 func openBolt(path string, size int64) (db *bolt.DB, err error) {
+	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	defer recoverDamage(&err)
 	db, err = bolt.Open(path, 0o600, &bolt.Options{
 		Timeout:         lockWait,
@@ -214,8 +162,11 @@ func openBolt(path string, size int64) (db *bolt.DB, err error) {
 		PageSize:        pageSize,
 		NoStatistics:    true,
 	})
-	if errors.Is(err, berrors.ErrTimeout) {
+	switch {
+	case errors.Is(err, berrors.ErrTimeout):
 		return nil, fmt.Errorf("%w: another program has the file open", ErrLocked)
+	case errors.Is(err, berrors.ErrInvalid), errors.Is(err, berrors.ErrVersionMismatch), errors.Is(err, berrors.ErrChecksum):
+		return nil, fmt.Errorf("%w: %w", ErrDamaged, err)
 	}
 	if err != nil {
 		return nil, err

@@ -61,7 +61,7 @@ func FuzzFrames(f *testing.F) {
 }
 
 func FuzzState(f *testing.F) {
-	s := &state{epoch: "0123456789abcdef0123", last: 9, doubt: []span{{1, 2}}, mark: []byte("m")}
+	s := &state{epoch: "0123456789abcdef0123", last: 9, doubt: []doubt{{span{1, 2}, true}}, mark: []byte("m")}
 	s.losses.add(tr(3, 4))
 	f.Add(s.encode(nil))
 	f.Fuzz(func(t *testing.T, b []byte) {
@@ -70,7 +70,7 @@ func FuzzState(f *testing.F) {
 		if err != nil {
 			return
 		}
-		if again := s.encode(nil); !bytes.Equal(again, b) {
+		if again := s.encode(nil); b[0] == stateVersion && !bytes.Equal(again, b) {
 			t.Errorf("decoded and encoded again: %x, was %x", again, b)
 		}
 	})

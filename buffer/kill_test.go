@@ -51,8 +51,8 @@ func killChild(dir string) {
 	if err != nil {
 		die(err)
 	}
-	if aside := q.Stats().Quarantined; aside != "" {
-		die(fmt.Errorf("set aside %s", aside))
+	if r := q.Stats().Recovery; r != nil {
+		die(fmt.Errorf("set aside: %w", r.Cause))
 	}
 	if err := invariant(q.Stats()); err != nil {
 		die(err)

@@ -174,7 +174,7 @@ func TestDoubt(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if d := cmp.Diff(s, again, cmp.AllowUnexported(state{}, span{}, loss{}), cmpopts.EquateEmpty()); d != "" {
+			if d := cmp.Diff(s, again, cmp.AllowUnexported(state{}, doubt{}, span{}, loss{}), cmpopts.EquateEmpty()); d != "" {
 				t.Errorf("encoding (-want +got):\n%s", d)
 			}
 		})

@@ -14,6 +14,9 @@ func TestMain(m *testing.M) {
 	if dir := os.Getenv(killEnv); dir != "" {
 		killChild(dir) // does not return
 	}
+	if list := os.Getenv(corpusEnv); list != "" {
+		corpusChild(list) // does not return
+	}
 	flag.Parse()
 	goleak.VerifyTestMain(m)
 }

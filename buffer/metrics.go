@@ -14,10 +14,12 @@ const (
 	opCommit = "commit"
 	opReopen = "reopen"
 	opRead   = "read"
+	opNote   = "note" // of the sidecar
 )
 
 type metrics struct {
 	truncations, corrupt, commits prometheus.Counter
+	corruptChunks, salvaged       prometheus.Counter
 	commitSeconds, appendSeconds  prometheus.Histogram
 	errors                        *prometheus.CounterVec
 }
@@ -58,13 +60,17 @@ func newMetrics(reg prometheus.Registerer, stats func() Stats) *metrics {
 	})
 	gauge(prometheus.GaugeOpts{
 		Name: "buffer_quarantined_files",
-		Help: "Files that this start found damaged beyond use and set aside. If it is not 0, an unknown number of records of the run before is lost: keep the file that /status names, and check the disk.",
+		Help: "Whether this run found the file damaged, salvaged what was intact, and set it aside. If it is not 0, see BUFFER_SET_ASIDE on the decisions stream for what was lost, keep the file that /status names, and check the disk.",
 	}, func(s Stats) float64 {
-		if s.Quarantined == "" {
+		if s.Recovery == nil {
 			return 0
 		}
 		return 1
 	})
+	gauge(prometheus.GaugeOpts{
+		Name: "buffer_quarantined_bytes",
+		Help: "Disk space of damaged files and chunks that were set aside, beside the buffer. If it is not 0, look at them, then remove them: at most two files are kept, and no more than buffer.cap in all.",
+	}, func(s Stats) float64 { return float64(s.Quarantined) })
 	m := &metrics{
 		truncations: f.NewCounter(prometheus.CounterOpts{
 			Name: "buffer_truncations_total",
@@ -73,6 +79,14 @@ func newMetrics(reg prometheus.Registerer, stats func() Stats) *metrics {
 		corrupt: f.NewCounter(prometheus.CounterOpts{
 			Name: "buffer_corrupt_records_total",
 			Help: "Records lost to damage on disk, over the life of the buffer file. If it grows, check the disk and its file system: something other than the sensor changed the file.",
+		}),
+		corruptChunks: f.NewCounter(prometheus.CounterOpts{
+			Name: "buffer_corrupt_chunks_total",
+			Help: "Chunks of records found damaged while they were read, each counted, copied aside and skipped. If it grows, check the disk and its file system.",
+		}),
+		salvaged: f.NewCounter(prometheus.CounterOpts{
+			Name: "buffer_salvaged_records_total",
+			Help: "Records taken over intact from damaged files, over the life of the buffer. If it grows, the file was damaged: see BUFFER_SET_ASIDE on the decisions stream for what was not intact.",
 		}),
 		commits: f.NewCounter(prometheus.CounterOpts{
 			Name: "buffer_commits_total",
@@ -93,7 +107,7 @@ func newMetrics(reg prometheus.Registerer, stats func() Stats) *metrics {
 			Help: "Errors of the file system or the database, by operation. If it grows, free space or repair the disk under agent.state_dir: what is not stored waits in the rings and is lost when they are full.",
 		}, []string{"op"}),
 	}
-	for _, op := range []string{opCommit, opReopen, opRead} {
+	for _, op := range []string{opCommit, opReopen, opRead, opNote} {
 		m.errors.WithLabelValues(op)
 	}
 	return m

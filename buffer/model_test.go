@@ -151,8 +151,8 @@ func (m *modelRun) open() {
 	m.gate.install(&o)
 	q, err := Open(m.t.Context(), o)
 	m.must(err)
-	if aside := q.Stats().Quarantined; aside != "" {
-		m.t.Fatalf("a good file was set aside: %s", aside)
+	if r := q.Stats().Recovery; r != nil {
+		m.t.Fatalf("a good file was set aside: %v", r.Cause)
 	}
 	m.q = q
 	if mark := q.Mark(); mark != nil {

@@ -14,10 +14,11 @@ import (
 	bolt "go.etcd.io/bbolt"
 )
 
-// Open opens the queue in o.Dir, or makes a new one. A file that is damaged
-// beyond use is set aside (see Stats.Quarantined) and replaced by a new one with
-// a new epoch; a loss of unknown size is then to be reported, as
-// [Queue.Unnamed] says. Waits at most a second for the lock: [ErrLocked].
+// Open opens the queue in o.Dir, or makes a new one. A file with a damaged tree is
+// set aside and replaced by a new one, with every record that is intact and a loss for
+// every one that is not (see Stats.Recovery). The epoch goes on where it is certain
+// what has been handed out; otherwise a new one begins, and with it a loss of unknown
+// size, as [Queue.Unnamed] says. Waits at most a second for the lock: [ErrLocked].
 func Open(ctx context.Context, o Options) (q *Queue, err error) {
 	path := filepath.Join(o.Dir, fileName)
 	defer func() {
@@ -41,74 +42,130 @@ func Open(ctx context.Context, o Options) (q *Queue, err error) {
 		stop: make(chan struct{}), done: make(chan struct{}),
 		pending: new(pending), spare: new(pending),
 	}
-	db, err := q.openFile()
+	boot := bootID()
+	db, err := q.openFile(ctx, readSidecar(o.Dir, boot))
 	if err != nil {
 		return nil, errors.Join(err, dir.Close())
 	}
-	if q.file, err = os.Open(path); err != nil {
+	side, err := openSidecar(o.Dir, boot)
+	if err == nil {
+		if err = errors.Join(side.write(q.state, time.Now()), syncDir(o.Dir)); err != nil {
+			err = fmt.Errorf("%s: %w", side.f.Name(), errors.Join(err, side.f.Close()))
+		}
+	}
+	if err == nil {
+		var file *os.File
+		if file, err = os.Open(path); err != nil {
+			err = errors.Join(err, side.close())
+		}
+		q.file.Store(file)
+	}
+	if err != nil {
 		return nil, errors.Join(err, db.Close(), dir.Close())
 	}
 	q.next = q.state.last + 1
 	q.ack = q.state.acked
 	q.index.ack(q.ack, time.Now())
 	q.dateOldest()
+	q.quarantined = quarantined(path)
 	q.metrics = newMetrics(o.Registerer, q.Stats)
 	q.metrics.truncations.Add(float64(q.state.truncated))
 	q.metrics.corrupt.Add(float64(q.state.corrupt))
-	w := &writer{q: q, db: db}
+	q.metrics.salvaged.Add(float64(q.state.salvaged))
+	w := &writer{q: q, db: db, side: side}
 	go w.run()
 	return q, nil
 }
 
 // openFile opens the existing file, or a new one when there is none or when it
-// has to be set aside.
-func (q *Queue) openFile() (*bolt.DB, error) {
-	s := &state{epoch: mintEpoch(time.Now())}
-	_, err := os.Stat(q.path)
+// has to be set aside. w is what the sidecar says.
+func (q *Queue) openFile(ctx context.Context, w witness) (*bolt.DB, error) {
+	db, m, err := q.reload()
 	if err == nil {
-		var db *bolt.DB
-		if db, q.state, q.index, err = q.load(); err == nil {
+		if err = contradiction(q.state, m, w); err == nil {
 			return db, nil
 		}
-		if !errors.Is(err, ErrDamaged) {
-			return nil, fmt.Errorf("%s: %w", q.path, err)
+		err = errors.Join(err, db.Close())
+	}
+	missing := errors.Is(err, os.ErrNotExist)
+	switch {
+	case missing && w.state == nil:
+		err = create(ctx, q.path, q.o, &state{epoch: mintEpoch(time.Now()), head: 1})
+		if err != nil {
+			err = fmt.Errorf("create %s: %w", q.path, err)
 		}
-		cause := err
-		if q.aside, err = quarantine(q.path, time.Now()); err != nil {
-			return nil, fmt.Errorf("set aside %s (%w): %w", q.path, cause, err)
-		}
-		s.losses.add(Loss{Cause: CauseCorrupt})
-	} else if !errors.Is(err, os.ErrNotExist) {
+	case missing:
+		err = q.restore(ctx, nil, w.state, w.exact, errors.New("the file is missing"))
+	case !errors.Is(err, ErrDamaged):
+		return nil, fmt.Errorf("%s: %w", q.path, err)
+	default:
+		err = q.salvage(ctx, w, err)
+	}
+	if err != nil {
 		return nil, err
 	}
-	if err := create(q.path, q.o.Cap, s); err != nil {
-		return nil, fmt.Errorf("create %s: %w", q.path, err)
-	}
-	var db *bolt.DB
-	if db, q.state, q.index, err = q.load(); err != nil {
+	if db, _, err = q.reload(); err != nil {
 		return nil, fmt.Errorf("%s: %w", q.path, err)
 	}
 	return db, nil
 }
 
+// salvage restores the file by what it and the sidecar say.
+func (q *Queue) salvage(ctx context.Context, w witness, cause error) error {
+	f, err := os.Open(q.path)
+	if err != nil {
+		return fmt.Errorf("salvage: %w", err)
+	}
+	defer f.Close()
+	st, err := f.Stat()
+	if err != nil {
+		return fmt.Errorf("salvage: %w", err)
+	}
+	s, exact := newest(f, st.Size(), w)
+	return q.restore(ctx, f, s, exact, cause)
+}
+
+// reload loads the file and takes over what it holds.
+func (q *Queue) reload() (*bolt.DB, meta, error) {
+	db, s, x, m, err := q.load()
+	if err != nil {
+		return nil, meta{}, err
+	}
+	q.state, q.index = s, x
+	return db, m, nil
+}
+
+// contradiction says why a sound file is not the one that was left here.
+func contradiction(s *state, m meta, w witness) error {
+	switch {
+	case w.state != nil && w.epoch > s.epoch:
+		return fmt.Errorf("%w: it is of epoch %s, the last one here was %s: an older file was put in its place", ErrDamaged, s.epoch, w.epoch)
+	case w.state != nil && w.epoch == s.epoch && w.gen > s.gen:
+		return fmt.Errorf("%w: it ends with transaction %d, the last one here was %d", ErrDamaged, s.gen, w.gen)
+	case m.alone && (w.state == nil || w.epoch != s.epoch || w.gen != s.gen):
+		return fmt.Errorf("%w: one meta page is damaged, and with it the last transaction may be gone", ErrDamaged)
+	}
+	return nil
+}
+
 // load checks and opens the file, and reads what it holds. What is wrong with
 // the content matches ErrDamaged, what is wrong around it does not.
-func (q *Queue) load() (db *bolt.DB, s *state, x index, err error) {
+func (q *Queue) load() (db *bolt.DB, s *state, x index, m meta, err error) {
 	f, err := os.OpenFile(q.path, os.O_RDWR, 0)
 	if err != nil {
-		return nil, nil, x, err
+		return nil, nil, x, m, err
 	}
 	defer func() { err = errors.Join(err, f.Close()) }()
 	st, err := f.Stat()
 	if err != nil {
-		return nil, nil, x, err
+		return nil, nil, x, m, err
 	}
-	m, err := preflight(f, st.Size())
+	m, err = preflight(f, st.Size())
 	if err != nil {
-		return nil, nil, x, err
+		return nil, nil, x, m, err
 	}
 	if db, err = openBolt(q.path, q.o.Cap); err != nil {
-		return nil, nil, x, err
+		return nil, nil, x, m, err
 	}
 	err = guarded(func() error {
 		return db.View(func(tx *bolt.Tx) (err error) {
@@ -127,9 +184,9 @@ func (q *Queue) load() (db *bolt.DB, s *state, x index, err error) {
 		err = preallocate(f, q.o.Cap)
 	}
 	if err != nil {
-		return nil, nil, x, errors.Join(err, db.Close())
+		return nil, nil, x, m, errors.Join(err, db.Close())
 	}
-	return db, s, x, nil
+	return db, s, x, m, nil
 }
 
 // loadTx reads the state and the chunks, checking one against the other.
@@ -150,7 +207,7 @@ func loadTx(tx *bolt.Tx) (s *state, x index, err error) {
 		if err != nil {
 			return err
 		}
-		if e.first < at || e.count == 0 || e.last() > s.last {
+		if e.first < at || e.first < s.head || e.count == 0 || e.last() > s.last {
 			return fmt.Errorf("chunk of %d records at seq %d, expected at least %d and at most %d", e.count, e.first, at, s.last)
 		}
 		at = e.last() + 1

@@ -35,7 +35,10 @@ const (
 )
 
 // meta is bbolt's meta page.
-type meta struct{ root, freelist, pages, txid uint64 }
+type meta struct {
+	root, freelist, pages, txid uint64
+	alone                       bool // the other meta is damaged: a transaction may be missing
+}
 
 var errPageSize = errors.New("unexpected page size")
 
@@ -92,6 +95,7 @@ func preflight(f io.ReaderAt, size int64) (meta, error) {
 	if errs[0] != nil && errs[1] != nil {
 		return fail("meta page 0: %w; meta page 1: %w", errs[0], errs[1])
 	}
+	m.alone = errs[0] != nil || errs[1] != nil
 	if m.pages < 4 || m.pages > uint64(size)/pageSize {
 		return fail("%d pages in a file of %d bytes", m.pages, size)
 	}

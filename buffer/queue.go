@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -42,11 +43,9 @@ var ErrClosed = errors.New("buffer is closed")
 type Queue struct {
 	o       Options
 	path    string
-	dir     *os.File // holds the lock
-	file    *os.File // for the reader's pread
+	dir     *os.File                // holds the lock
+	file    atomic.Pointer[os.File] // for the reader's pread
 	metrics *metrics
-
-	aside string // where Open has put a damaged file
 
 	kick     chan struct{} // wakes the writer
 	room     chan struct{} // wakes the appender
@@ -56,15 +55,17 @@ type Queue struct {
 
 	reader reader // used by Read only
 
-	mu       sync.Mutex
-	state    *state // as on disk; replaced, never changed
-	index    index
-	next     uint64 // seq of the next record appended
-	pending  *pending
-	inflight *pending // being committed
-	spare    *pending
-	batches  []*Batch // free list
-	chunks   [][]byte // free list
+	mu          sync.Mutex
+	quarantined int64     // bytes that were set aside
+	recovery    *Recovery // the last one, nil when there was none
+	state       *state    // as on disk; replaced, never changed
+	index       index
+	next        uint64 // seq of the next record appended
+	pending     *pending
+	inflight    *pending // being committed
+	spare       *pending
+	batches     []*Batch // free list
+	chunks      [][]byte // free list
 
 	// What the next transaction has to take in, besides pending.
 	ack      uint64

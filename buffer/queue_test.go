@@ -611,8 +611,9 @@ func TestMetrics(t *testing.T) {
 		t.Errorf("%v, %v", problems, err)
 	}
 	want := []string{
-		"buffer_append_latency_seconds", "buffer_bytes", "buffer_capacity_bytes", "buffer_commit_seconds", "buffer_commits_total", "buffer_corrupt_records_total",
-		"buffer_errors_total", "buffer_oldest_unsent_age_seconds", "buffer_quarantined_files", "buffer_records",
+		"buffer_append_latency_seconds", "buffer_bytes", "buffer_capacity_bytes", "buffer_commit_seconds", "buffer_commits_total", "buffer_corrupt_chunks_total", "buffer_corrupt_records_total",
+		"buffer_errors_total", "buffer_oldest_unsent_age_seconds", "buffer_quarantined_bytes", "buffer_quarantined_files", "buffer_records",
+		"buffer_salvaged_records_total",
 		"buffer_truncations_total", "buffer_unsent_bytes", "buffer_unsent_records",
 	}
 	families, err := reg.Gather()

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"slices"
+	"time"
 )
 
 // maxReadFaults is how often the disk may refuse a chunk before the chunk
@@ -199,7 +200,7 @@ func (q *Queue) readChunk(e *entry, side int) ([]byte, error) {
 	n, end := len(*a), len(*a)+int(e.pages)*pageSize
 	*a = slices.Grow(*a, end-n)[:end] // what was handed out from an old array stays valid
 	p := (*a)[n:end]
-	if _, err := q.file.ReadAt(p, int64(e.root)*pageSize); err != nil {
+	if _, err := q.file.Load().ReadAt(p, int64(e.root)*pageSize); err != nil {
 		return nil, fmt.Errorf("chunk at seq %d: %w", e.first, err)
 	}
 	v, err := leafValue(p, e.root, e.pages)
@@ -218,7 +219,7 @@ func (q *Queue) damage(e *entry, after uint64, err error) error {
 	if q.err != nil {
 		return q.err
 	}
-	if _, live := q.index.find(e.first); !live {
+	if i, live := q.index.find(e.first); !live || q.index.live()[i].root != e.root {
 		return nil
 	}
 	if !errors.Is(err, errChunk) && !errors.Is(err, io.EOF) {
@@ -231,6 +232,18 @@ func (q *Queue) damage(e *entry, after uint64, err error) error {
 	}
 	if !slices.ContainsFunc(q.damaged, func(d damage) bool { return d.first == e.first }) {
 		q.damaged = append(q.damaged, damage{e.first, after})
+		q.metrics.corruptChunks.Inc()
+		q.keep(e)
 	}
 	return nil
+}
+
+// keep sets a copy of the damaged chunk e aside. That it may not succeed on a disk
+// that does such things changes nothing.
+func (q *Queue) keep(e *entry) {
+	p := make([]byte, min(int(e.pages), 64)*pageSize)
+	n, _ := q.file.Load().ReadAt(p, int64(e.root)*pageSize)
+	if quarantineChunk(q.path, time.Now(), e.first, p[:n]) == nil {
+		q.quarantined = quarantined(q.path)
+	}
 }

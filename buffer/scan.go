@@ -30,7 +30,7 @@ func (q *Queue) Scan(ctx context.Context, since time.Time, visit func(Record) bo
 			continue
 		}
 		p = slices.Grow(p[:0], int(e.pages)*pageSize)[:int(e.pages)*pageSize]
-		if _, err := q.file.ReadAt(p, int64(e.root)*pageSize); err != nil {
+		if _, err := q.file.Load().ReadAt(p, int64(e.root)*pageSize); err != nil {
 			continue
 		}
 		v, err := leafValue(p, e.root, e.pages)

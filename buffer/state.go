@@ -27,6 +27,7 @@ type state struct {
 	gen   uint64 // transactions; tells after a failed commit which state is on disk
 
 	last  uint64 // newest durable record
+	head  uint64 // no record below is live; 0 in files of version 1
 	acked uint64 // everything up to here was delivered or is a loss
 	// The reader may hand out records up to lease only. What is above was
 	// certainly never sent, whenever the process died.
@@ -35,14 +36,28 @@ type state struct {
 	truncated uint64 // records dropped undelivered
 	reclaimed uint64 // records dropped after they were acknowledged
 	corrupt   uint64 // records lost to damage
+	salvaged  uint64 // records taken over from a file that was set aside
 
 	// Records that were dropped while they may have been under way: they are
 	// decided by the acknowledgement that covers them (delivered) or by the
 	// next Read that asks for what is behind a lower seq (lost).
-	doubt []span
+	doubt []doubt
 
 	losses losses
 	mark   []byte // nil when none was set
+}
+
+// doubt is a range that may have been delivered, and what becomes of it if not.
+type doubt struct {
+	span
+	corrupt bool
+}
+
+func (d doubt) cause() string {
+	if d.corrupt {
+		return CauseCorrupt
+	}
+	return CauseTruncated
 }
 
 func (s *state) clone() *state {
@@ -64,14 +79,14 @@ func (s *state) gone() uint64 { return s.truncated + s.reclaimed + s.corrupt + s
 
 // resolve decides the doubt about everything above after: it was not delivered.
 func (s *state) resolve(after uint64) {
-	doubt := s.doubt
+	all := s.doubt
 	s.doubt = nil
-	for _, r := range doubt {
-		keep, lost := r.split(after)
+	for _, d := range all {
+		keep, lost := d.split(after)
 		if !keep.empty() {
-			s.doubt = append(s.doubt, keep)
+			s.doubt = append(s.doubt, doubt{keep, d.corrupt})
 		}
-		s.lose(lost, CauseTruncated)
+		s.lose(lost, d.cause())
 	}
 }
 
@@ -79,13 +94,13 @@ func (s *state) resolve(after uint64) {
 func (s *state) ack(seq uint64) {
 	s.acked = max(s.acked, min(seq, s.last))
 	s.lease = max(s.lease, s.acked)
-	doubt := s.doubt
+	all := s.doubt
 	s.doubt = nil
-	for _, r := range doubt {
-		done, keep := r.split(s.acked)
+	for _, d := range all {
+		done, keep := d.split(s.acked)
 		s.reclaimed += done.count()
 		if !keep.empty() {
-			s.doubt = append(s.doubt, keep)
+			s.doubt = append(s.doubt, doubt{keep, d.corrupt})
 		}
 	}
 	s.losses.delivered(s.acked)
@@ -96,7 +111,7 @@ func (s *state) drop(r span) {
 	acked, rest := r.split(s.acked)
 	s.reclaimed += acked.count()
 	leased, unsent := rest.split(s.lease)
-	s.hold(leased)
+	s.hold(leased, false)
 	s.lose(unsent, CauseTruncated)
 }
 
@@ -106,17 +121,17 @@ func (s *state) damage(r span, after uint64) {
 	sent, lost := r.split(after)
 	acked, leased := sent.split(s.acked)
 	s.reclaimed += acked.count()
-	s.hold(leased)
+	s.hold(leased, true)
 	s.lose(lost, CauseCorrupt)
 }
 
-func (s *state) hold(r span) {
+func (s *state) hold(r span, corrupt bool) {
 	switch n := len(s.doubt); {
 	case r.empty():
-	case n > 0 && s.doubt[n-1].last+1 == r.first:
+	case n > 0 && s.doubt[n-1].last+1 == r.first && s.doubt[n-1].corrupt == corrupt:
 		s.doubt[n-1].last = r.last
 	default:
-		s.doubt = append(s.doubt, r)
+		s.doubt = append(s.doubt, doubt{r, corrupt})
 	}
 }
 
@@ -133,8 +148,9 @@ func (s *state) lose(r span, cause string) {
 	s.losses.add(r.loss(cause))
 }
 
-// The encoding of state: fixed fields, lists, mark, CRC32C.
-const stateVersion = 1
+// The encoding of state: fixed fields, lists, mark, CRC32C. Version 1 had no head,
+// no number of salvaged records and no causes of doubt; it is read, and written as 2.
+const stateVersion = 2
 
 var errState = errors.New("damaged state")
 
@@ -143,13 +159,18 @@ func (s *state) encode(b []byte) []byte {
 	start := len(b)
 	b = append(b, stateVersion)
 	b = append(b, s.epoch...)
-	for _, v := range []uint64{s.gen, s.last, s.acked, s.lease, s.truncated, s.reclaimed, s.corrupt} {
+	for _, v := range []uint64{s.gen, s.last, s.acked, s.lease, s.truncated, s.reclaimed, s.corrupt, s.head, s.salvaged} {
 		b = le.AppendUint64(b, v)
 	}
 	b = le.AppendUint32(b, uint32(len(s.doubt)))
-	for _, r := range s.doubt {
-		b = le.AppendUint64(b, r.first)
-		b = le.AppendUint64(b, r.last)
+	for _, d := range s.doubt {
+		b = le.AppendUint64(b, d.first)
+		b = le.AppendUint64(b, d.last)
+		if d.corrupt {
+			b = append(b, 1)
+		} else {
+			b = append(b, 0)
+		}
 	}
 	b = le.AppendUint32(b, uint32(len(s.losses)))
 	for _, l := range s.losses {
@@ -178,15 +199,24 @@ func decodeState(b []byte) (*state, error) {
 		return nil, fmt.Errorf("%w: checksum %08x, want %08x", errState, got, sum)
 	}
 	d := cursor{b: body}
-	if v := d.byte(); v != stateVersion {
-		return nil, fmt.Errorf("%w: version %d, this program knows %d", errState, v, stateVersion)
+	v := d.byte()
+	if v == 0 || v > stateVersion {
+		return nil, fmt.Errorf("%w: version %d, this program knows up to %d", errState, v, stateVersion)
 	}
 	s := &state{epoch: string(d.bytes(epochLen))}
 	for _, p := range []*uint64{&s.gen, &s.last, &s.acked, &s.lease, &s.truncated, &s.reclaimed, &s.corrupt} {
 		*p = d.uint64()
 	}
+	if v > 1 {
+		s.head, s.salvaged = d.uint64(), d.uint64()
+	}
 	for n := d.uint32(); n > 0 && !d.bad; n-- {
-		s.doubt = append(s.doubt, span{d.uint64(), d.uint64()})
+		r := doubt{span: span{d.uint64(), d.uint64()}}
+		if v > 1 {
+			c := d.byte()
+			r.corrupt, d.bad = c == 1, d.bad || c > 1
+		}
+		s.doubt = append(s.doubt, r)
 	}
 	for n := d.uint32(); n > 0 && !d.bad; n-- {
 		l := loss{Loss: Loss{Cause: string(d.bytes(int(d.byte())))}}

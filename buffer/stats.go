@@ -14,6 +14,16 @@ type Bounds struct {
 	Last  uint64 // newest durable record
 }
 
+// Recovery says how a damaged file was replaced.
+type Recovery struct {
+	At       time.Time
+	Cause    error  // what was found
+	Aside    string // where the damaged file is; "" when there was none, or no space for it
+	Exact    bool   // the epoch goes on, and every record lost is counted and named
+	Salvaged uint64 // records that the new file has of it
+	Lost     uint64 // records lost, where that is exact; those in doubt are counted when that is decided
+}
+
 // Stats is a snapshot of the queue.
 type Stats struct {
 	Bounds
@@ -35,7 +45,9 @@ type Stats struct {
 	Err      error     // why commits fail at the moment
 	ErrSince time.Time // since when
 
-	Quarantined string // where Open has put a damaged file, "" when there was none
+	Recovery    *Recovery // the last time that a damaged file was replaced, nil when none was since Open
+	Salvaged    uint64    // records taken over from damaged files, over the life of the file
+	Quarantined int64     // bytes of what was set aside
 }
 
 // Epoch returns the identity of this sequence of records: 12 hex digits of a
@@ -103,7 +115,7 @@ func (q *Queue) Stats() Stats {
 		Records: q.index.records, Bytes: int64(q.index.pages) * pageSize, UnsentBytes: int64(q.index.pages-q.index.ackedPages) * pageSize, Cap: q.o.Cap,
 		Truncated: q.state.truncated, Reclaimed: q.state.reclaimed, Corrupt: q.state.corrupt,
 		InDoubt: q.state.inDoubt(), Losses: len(q.state.losses),
-		Err: q.commitAt.err, ErrSince: q.commitAt.since, Quarantined: q.aside,
+		Err: q.commitAt.err, ErrSince: q.commitAt.since, Recovery: q.recovery, Quarantined: q.quarantined, Salvaged: q.state.salvaged,
 	}
 	for _, p := range []*pending{q.inflight, q.pending} {
 		if p != nil {

@@ -3,9 +3,11 @@
 package buffer
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"os"
 	"slices"
 	"time"
 
@@ -27,14 +29,20 @@ const (
 
 	// How often a transaction is tried once the queue is being closed.
 	maxCloseTries = 6
+
+	// How often a damaged file is replaced while the queue is open.
+	maxRestores = 3
 )
 
 // writer is the one goroutine that changes the file.
 type writer struct {
-	q       *Queue
-	db      *bolt.DB // nil after a failed reopen
-	buf     []byte   // encoded state
-	touched int      // chunks deleted since the mapping was last forgotten
+	q        *Queue
+	db       *bolt.DB // nil after a failed reopen
+	buf      []byte   // encoded state
+	side     *sidecar
+	restores int
+	old      []*os.File // of files that were replaced; a read may still use them
+	touched  int        // chunks deleted since the mapping was last forgotten
 }
 
 // run commits what is due until the queue is closed.
@@ -92,7 +100,11 @@ func (w *writer) end(err error) {
 	defer q.mu.Unlock()
 	q.err = err
 	// The descriptors go last: closing dir releases the lock.
-	_ = errors.Join(q.file.Close(), q.dir.Close())
+	errs := []error{w.side.close(), q.file.Load().Close()}
+	for _, f := range w.old {
+		errs = append(errs, f.Close())
+	}
+	_ = errors.Join(append(errs, q.dir.Close())...)
 }
 
 // due says when the next commit is to start.
@@ -117,6 +129,8 @@ type commit struct {
 	drop    int      // leading chunks to delete
 	damaged []uint64 // first seqs of damaged chunks to delete
 	added   []entry
+	resolve *uint64 // see Queue.resolve
+	forfeit []Loss
 	need    uint64 // pages
 	now     time.Time
 	durable time.Time // set by locate
@@ -129,14 +143,23 @@ func (q *Queue) take(now time.Time, closing bool) *commit {
 	q.pending, q.spare, q.inflight = q.spare, nil, p
 	q.force, q.dirtyAt = false, time.Time{}
 
-	s := q.state.clone()
+	c := &commit{p: p, now: now, clean: closing, resolve: q.resolve, forfeit: q.forfeits}
+	q.forfeits = nil
+	q.derive(c)
+	return c
+}
+
+// derive computes what c does to the state as it is. It is called again when the
+// state has changed in between, which only a restored file does.
+func (q *Queue) derive(c *commit) {
+	p, s := c.p, q.state.clone()
 	s.gen++
-	c := &commit{p: p, next: s, now: now, clean: closing}
+	c.next, c.drop, c.damaged, c.need = s, 0, nil, 0
 
 	// The order matters: what a reader has declared not to be under way is
 	// decided before an acknowledgement of later records could cover it.
-	if q.resolve != nil {
-		s.resolve(*q.resolve)
+	if c.resolve != nil {
+		s.resolve(*c.resolve)
 	}
 	for _, d := range q.damaged {
 		if i, ok := q.index.find(d.first); ok {
@@ -145,10 +168,9 @@ func (q *Queue) take(now time.Time, closing bool) *commit {
 		}
 	}
 	s.ack(q.ack)
-	for _, l := range q.forfeits {
+	for _, l := range c.forfeit {
 		s.losses.add(l)
 	}
-	q.forfeits = nil
 
 	for i := range p.chunks {
 		c.need += uint64(p.chunks[i].pages())
@@ -164,7 +186,15 @@ func (q *Queue) take(now time.Time, closing bool) *commit {
 		s.mark = p.mark
 	}
 	q.planLease(c)
-	return c
+	q.planHead(c)
+}
+
+// planHead notes the oldest record that is live once c is durable.
+func (q *Queue) planHead(c *commit) {
+	c.next.head = c.next.last + 1 - uint64(c.p.records)
+	if l := q.index.live(); c.drop < len(l) {
+		c.next.head = l[c.drop].first
+	}
 }
 
 // planDrops chooses the chunks that leave: acknowledged ones that retention no
@@ -260,7 +290,13 @@ func (w *writer) commit(c *commit) error {
 			closeTries++
 		}
 		q.mu.Unlock()
-		if errors.Is(err, ErrDamaged) || closeTries == maxCloseTries {
+		if errors.Is(err, ErrDamaged) {
+			if err := w.restore(c, err); err != nil {
+				return err
+			}
+			continue
+		}
+		if closeTries == maxCloseTries {
 			return err
 		}
 		select {
@@ -285,6 +321,9 @@ func (w *writer) try(c *commit) error {
 		if err := q.o.BeforeCommit(); err != nil {
 			return err
 		}
+	}
+	if err := q.present(); err != nil {
+		return err
 	}
 	err := w.update(c)
 	for extra := 1; errors.Is(err, berrors.ErrMaxSizeReached); extra *= 2 {
@@ -313,6 +352,85 @@ func (w *writer) try(c *commit) error {
 	return errors.Join(err, rerr)
 }
 
+// present says whether the file is still there as it has to be, before the mapping
+// is touched: to read in it behind the end of a file that was cut kills a process.
+func (q *Queue) present() error {
+	st, err := q.file.Load().Stat()
+	if err != nil {
+		return err
+	}
+	if st.Size() < q.o.Cap {
+		return fmt.Errorf("%w: somebody cut %s to %d bytes", ErrDamaged, q.path, st.Size())
+	}
+	named, err := os.Stat(q.path)
+	switch {
+	case errors.Is(err, os.ErrNotExist):
+		return fmt.Errorf("%w: somebody removed %s", ErrDamaged, q.path)
+	case err != nil:
+		return err
+	case !os.SameFile(st, named):
+		return fmt.Errorf("%w: somebody replaced %s", ErrDamaged, q.path)
+	}
+	return nil
+}
+
+// restore replaces a file that was damaged in use, and plans c anew for the state
+// that the new one is in. What is in memory says exactly what there was.
+func (w *writer) restore(c *commit, cause error) error {
+	q := w.q
+	if w.restores++; w.restores > maxRestores {
+		return cause
+	}
+	if w.db != nil {
+		// Its descriptor is not the one that is read here, so an error is no matter.
+		_ = guarded(w.db.Close)
+		w.db = nil
+	}
+	q.mu.Lock()
+	s := q.state
+	q.mu.Unlock()
+	src := q.file.Load()
+	if err := q.restore(context.Background(), src, s, true, cause); err != nil {
+		return errors.Join(cause, err)
+	}
+	db, s, x, _, err := q.load()
+	if err != nil {
+		return errors.Join(cause, err)
+	}
+	if s.epoch != c.next.epoch {
+		// Whoever uses the queue knows one epoch only; the next start goes on.
+		return errors.Join(cause, errors.New("the state contradicts the chunks"), db.Close())
+	}
+	f, err := os.Open(q.path)
+	if err != nil {
+		return errors.Join(cause, err, db.Close())
+	}
+	w.old = append(w.old, src)
+	w.db = db
+	w.note(s)
+	q.mu.Lock()
+	q.metrics.truncations.Add(float64(s.truncated - q.state.truncated))
+	q.metrics.corrupt.Add(float64(s.corrupt - q.state.corrupt))
+	q.metrics.salvaged.Add(float64(s.salvaged - q.state.salvaged))
+	q.state, q.index, q.damaged = s, x, nil
+	q.quarantined = quarantined(q.path)
+	q.index.ack(q.ack, time.Now())
+	q.file.Store(f)
+	q.derive(c)
+	q.mu.Unlock()
+	q.dateOldest()
+	return nil
+}
+
+// note copies the state to the sidecar. Where that fails the sidecar is made void: it
+// must not be taken for newer than it is.
+func (w *writer) note(s *state) {
+	if err := w.side.write(s, time.Now()); err != nil {
+		w.q.metrics.errors.WithLabelValues(opNote).Inc()
+		_ = w.side.f.Truncate(0)
+	}
+}
+
 // reopen finds out what is on disk after an error: done when c is. The old
 // handle is not used again, as a failed fsync leaves it without meaning.
 func (w *writer) reopen(c *commit) (done bool, err error) {
@@ -330,10 +448,13 @@ func (w *writer) reopen(c *commit) (done bool, err error) {
 			return false, err
 		}
 	}
-	if err := dropCache(q.file); err != nil {
+	if err := dropCache(q.file.Load()); err != nil {
 		return false, err
 	}
-	db, s, _, err := q.load()
+	db, s, _, _, err := q.load()
+	if errors.Is(err, os.ErrNotExist) {
+		err = fmt.Errorf("%w: %w", ErrDamaged, err)
+	}
 	if err != nil {
 		return false, err
 	}
@@ -390,10 +511,6 @@ func (w *writer) apply(tx *bolt.Tx, c *commit) error {
 			return err
 		}
 	}
-	head := c.next.last + 1 - uint64(c.p.records)
-	if c.drop < len(live) {
-		head = live[c.drop].first
-	}
 	for i := range c.p.chunks {
 		ch := &c.p.chunks[i]
 		binary.BigEndian.PutUint64(key[:], ch.first)
@@ -404,7 +521,7 @@ func (w *writer) apply(tx *bolt.Tx, c *commit) error {
 		if err := nb.SetSequence(uint64(ch.count) | uint64(ch.pages())<<32); err != nil {
 			return err
 		}
-		if err := nb.Put(chunkKey, ch.seal(head, c.now)); err != nil {
+		if err := nb.Put(chunkKey, ch.seal(c.next.head, c.now)); err != nil {
 			return err
 		}
 	}
@@ -466,8 +583,10 @@ func (w *writer) makeRoom(c *commit, extra int) error {
 	s.mark = q.state.mark
 	s.lease = min(s.lease, s.last)
 	s.losses = unnameAbove(s.losses, s.last)
-	q.mu.Unlock()
 	room := &commit{p: new(pending), next: s, drop: c.drop, damaged: c.damaged, now: c.now}
+	q.planHead(room)
+	c.next.head = s.head
+	q.mu.Unlock()
 	if err := w.update(room); err != nil {
 		return err
 	}
@@ -485,6 +604,7 @@ func unnameAbove(l losses, seq uint64) losses {
 // publish makes the committed state the one that everybody sees.
 func (w *writer) publish(c *commit) {
 	q := w.q
+	w.note(c.next)
 	q.mu.Lock()
 	old := q.state
 	q.state = c.next
@@ -536,7 +656,7 @@ func (q *Queue) dateOldest() {
 	first, root := e.first, e.root
 	q.mu.Unlock()
 	var p [leafHeader + chunkHeader]byte
-	if _, err := q.file.ReadAt(p[:], int64(root)*pageSize); err != nil {
+	if _, err := q.file.Load().ReadAt(p[:], int64(root)*pageSize); err != nil {
 		return // the reader will meet the error, and report it
 	}
 	at := int64(binary.LittleEndian.Uint64(p[leafHeader+32:]))

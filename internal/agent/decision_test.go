@@ -84,7 +84,7 @@ func TestWatchTellsEpisodes(t *testing.T) {
 		}
 		return got
 	}
-	fresh := buffer.Stats{Bounds: buffer.Bounds{First: 1}, Epoch: "e", Quarantined: "/x/q.db.bad"}
+	fresh := buffer.Stats{Bounds: buffer.Bounds{First: 1}, Epoch: "e", Recovery: &buffer.Recovery{Cause: buffer.ErrDamaged, Aside: "/x/q.db.bad"}}
 	check(w.begin(at(0, fresh)), "BUFFER_SET_ASIDE 0 > true", "BUFFER_NEW 0 >e false")
 	w = watch{}
 	check(w.begin(at(0, stats(5, 10, 100, 7))))

@@ -59,14 +59,18 @@ type BufferStatus struct {
 	Corrupt     uint64     `json:"corrupt"`
 	Losses      int        `json:"losses"` // loss ranges that no delivered record names yet
 	Oldest      *time.Time `json:"oldest_unsent,omitempty"`
-	Error       string     `json:"error,omitempty"` // why commits fail at the moment
-	Quarantined string     `json:"quarantined,omitempty"`
+	Error       string     `json:"error,omitempty"`       // why commits fail at the moment
+	Quarantined string     `json:"quarantined,omitempty"` // where a damaged file is that this run has replaced
+	Salvaged    uint64     `json:"salvaged"`              // as buffer_salvaged_records_total
 }
 
 func bufferStatus(s buffer.Stats) BufferStatus {
 	b := BufferStatus{
 		Epoch: s.Epoch, First: s.First, Acked: s.Acked, Last: s.Last, Records: s.Records, Unsent: s.Unsent, Bytes: s.Bytes, UnsentBytes: s.UnsentBytes, Cap: s.Cap,
-		Truncated: s.Truncated, Corrupt: s.Corrupt, Losses: s.Losses, Quarantined: s.Quarantined,
+		Truncated: s.Truncated, Corrupt: s.Corrupt, Losses: s.Losses, Salvaged: s.Salvaged,
+	}
+	if s.Recovery != nil {
+		b.Quarantined = s.Recovery.Aside
 	}
 	if !s.OldestUnsent.IsZero() {
 		b.Oldest = &s.OldestUnsent

@@ -50,14 +50,10 @@ type episode struct {
 func (w *watch) begin(m moment) (out []event.SelfInfo) {
 	w.last = m
 	s := m.stats
-	if s.Quarantined != "" {
-		out = append(out, event.SelfInfo{
-			Name: "Buffer Set Aside", Severity: 5, Failed: true, Code: "BUFFER_SET_ASIDE",
-			Message: "the buffer's file is damaged beyond use and was set aside; what it held and was not delivered is lost",
-			Attrs:   map[string]any{"path": s.Quarantined},
-		})
+	if s.Recovery != nil {
+		out = append(out, setAside(s))
 	}
-	if s.Last == 0 {
+	if s.Last == 0 || s.Recovery != nil && !s.Recovery.Exact {
 		out = append(out, event.SelfInfo{
 			Name: "Buffer New", Severity: 1, Code: "BUFFER_NEW", After: s.Epoch, Message: "the buffer begins with a new epoch",
 			Attrs: map[string]any{"cap_bytes": s.Cap},
@@ -66,11 +62,29 @@ func (w *watch) begin(m moment) (out []event.SelfInfo) {
 	return out
 }
 
+// setAside tells of a damaged file that was replaced.
+func setAside(s buffer.Stats) event.SelfInfo {
+	r := s.Recovery
+	i := event.SelfInfo{
+		Name: "Buffer Set Aside", Severity: 5, Failed: true, Code: "BUFFER_SET_ASIDE", Count: r.Lost,
+		Attrs: map[string]any{"path": r.Aside, "error": r.Cause.Error(), "salvaged": r.Salvaged, "exact": r.Exact, "epoch": s.Epoch},
+	}
+	if r.Exact {
+		i.Message = fmt.Sprintf("the buffer's file is damaged: %d records were salvaged, %d are lost, each of them named", r.Salvaged, r.Lost)
+	} else {
+		i.Message = fmt.Sprintf("the buffer's file is damaged: %d records were salvaged; how many are lost is unknown", r.Salvaged)
+	}
+	return i
+}
+
 // step compares m with the moment before.
 func (w *watch) step(m moment) (out []event.SelfInfo) {
 	before := w.last
 	w.last = m
 	out = append(out, w.truncation(before.stats, m)...)
+	if r := m.stats.Recovery; r != nil && r != before.stats.Recovery {
+		out = append(out, setAside(m.stats))
+	}
 	if n := m.stats.Corrupt - before.stats.Corrupt; m.stats.Corrupt > before.stats.Corrupt {
 		out = append(out, event.SelfInfo{
 			Name: "Buffer Damaged", Severity: 4, Failed: true, Code: "BUFFER_DAMAGED", Count: n,

@@ -154,7 +154,7 @@ func closedSets() map[string][]string {
 		"hook":   {"tp_btf", "raw_tp", "lsm", "fentry", "fexit", "kprobe", "iter", "none"},
 		"how":    {"adopted", "replaced"},
 		"mode":   {"starting", "online", "buffering", "degraded", "truncating", "stopping"},
-		"op":     {"commit", "reopen", "read"},
+		"op":     {"commit", "reopen", "read", "note"},
 		"result": {"ok", "dup", "gap", "overlap", "fenced", "error", "pending", "rate", "size", "gone", "changed", "shed"},
 		"ring":   {"priority", "bulk"},
 		"state":  {"running", "exited"},

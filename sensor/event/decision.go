@@ -158,10 +158,10 @@ func DecisionTable() []Decision {
 
 		{
 			"BUFFER_SET_ASIDE", "Buffer Set Aside", DecisionsSystem,
-			"The buffer's file was damaged beyond use. It was kept under another name (`path`), and a new one was begun with a new epoch. What it held and had not been delivered is lost, in unknown number.",
+			"The buffer's file was damaged, cut, removed, or another than the sensor left there (`error`). It was kept under another name (`path`, empty where there was none or no space for it), and every intact record was taken over into a new one (`salvaged`). Where `exact` is true, `count` records are lost and RECORDS_LOST names each of them; otherwise how far the file had been delivered is not known, a BUFFER_NEW follows, and the number lost is unknown.",
 			"Check the disk and its kernel messages. Keep the file if you need an expert to look for evidence in it.",
 		},
-		{"BUFFER_NEW", "Buffer New", DecisionsSystem, "The buffer begins with a new epoch (`after`), from sequence number 1: at a first start, after the directory was emptied, or after BUFFER_SET_ASIDE.", "Where it is not the first start, find out who removed the buffer: it held evidence."},
+		{"BUFFER_NEW", "Buffer New", DecisionsSystem, "The buffer begins with a new epoch (`after`), from sequence number 1: at a first start, after the directory was emptied, or after a BUFFER_SET_ASIDE that is not exact.", "Where it is not the first start, find out who removed the buffer: it held evidence."},
 		{
 			"BUFFER_DAMAGED", "Buffer Damaged", DecisionsSystem,
 			"A part of the buffer's file did not have its checksum. Its records are lost and named in a RECORDS_LOST; all others are not affected.",

@@ -85,11 +85,16 @@ func TestRootCopies(t *testing.T) {
 			forked[int(r.fork.ChildPid)]++
 		}
 	}
+	unseen := 0
 	for _, pid := range append(pids, marker) {
-		one(t, records, event.Exec, pid)
-		one(t, records, event.Exit, pid)
-		if forked[pid] != 1 {
-			t.Errorf("%d forks of process %d", forked[pid], pid)
+		for kind, n := range map[event.Kind]int{event.Exec: count(records, event.Exec, pid), event.Exit: count(records, event.Exit, pid), event.Fork: forked[pid]} {
+			switch n {
+			case 1:
+			case 0:
+				unseen++
+			default:
+				t.Errorf("%d records of %s for process %d", n, kind, pid)
+			}
 		}
 	}
 	seen := map[event.Kind]int{}
@@ -98,19 +103,31 @@ func TestRootCopies(t *testing.T) {
 	}
 	talks := len(pids) * 5
 	for kind, want := range map[event.Kind]int{event.TCPListen: talks, event.TCPConnect: talks, event.TCPAccept: talks, event.TCPClose: 2 * talks} {
-		if seen[kind] != want {
+		if seen[kind] > want {
 			t.Errorf("%d records of %s, want %d", seen[kind], kind, want)
 		}
+		unseen += want - seen[kind]
 	}
 	missed, err := k.missed()
 	n := leftOut(t, k)
-	t.Logf("%d processes, %d connections: left out %d runs of each copy, %d of all", len(pids), talks, n, missed)
-	if err != nil || missed != 0 {
-		t.Errorf("%d events may have been left out, %v", missed, err)
+	t.Logf("%d processes, %d connections: left out %d runs of each copy, %d of all, %d events unseen", len(pids), talks, n, missed, unseen)
+	// On a machine that is busy enough all copies may be left out for one event, which is told.
+	if err != nil || unseen > int(missed) {
+		t.Errorf("%d events are unseen, %d are told to be; %v", unseen, missed, err)
 	}
 	if preempts && n[0] == 0 {
 		t.Error("nothing was left out: this shows nothing")
 	}
+}
+
+// count is how many records of a kind there are about a process.
+func count(records []record, kind event.Kind, pid int) (n int) {
+	for _, r := range records {
+		if kindOf(r.SensorEventHeader) == kind && int(r.Pid) == pid {
+			n++
+		}
+	}
+	return n
 }
 
 // The same for system calls, of which nothing tells one from the next.

@@ -73,7 +73,7 @@ func Open(ctx context.Context, o Options) (q *Queue, err error) {
 	q.metrics.corrupt.Add(float64(q.state.corrupt))
 	q.metrics.salvaged.Add(float64(q.state.salvaged))
 	w := &writer{q: q, db: db, side: side}
-	go w.run()
+	go w.run(context.WithoutCancel(ctx)) // outlives Open
 	return q, nil
 }
 

@@ -46,7 +46,7 @@ type writer struct {
 }
 
 // run commits what is due until the queue is closed.
-func (w *writer) run() {
+func (w *writer) run(ctx context.Context) {
 	q := w.q
 	defer close(q.done)
 	timer := time.NewTimer(0)
@@ -73,7 +73,7 @@ func (w *writer) run() {
 		c := q.take(now, closing)
 		q.mu.Unlock()
 		signal(q.room)
-		if err := w.commit(c); err != nil {
+		if err := w.commit(ctx, c); err != nil {
 			w.end(err)
 			return
 		}
@@ -263,7 +263,7 @@ func (q *Queue) planLease(c *commit) {
 
 // commit makes c durable, however often that has to be tried. The error is
 // terminal: the file is damaged, or the queue is closing and the disk refuses.
-func (w *writer) commit(c *commit) error {
+func (w *writer) commit(ctx context.Context, c *commit) error {
 	q := w.q
 	backoff, closeTries := backoffMin, 0
 	for {
@@ -291,7 +291,7 @@ func (w *writer) commit(c *commit) error {
 		}
 		q.mu.Unlock()
 		if errors.Is(err, ErrDamaged) {
-			if err := w.restore(c, err); err != nil {
+			if err := w.restore(ctx, c, err); err != nil {
 				return err
 			}
 			continue
@@ -376,7 +376,7 @@ func (q *Queue) present() error {
 
 // restore replaces a file that was damaged in use, and plans c anew for the state
 // that the new one is in. What is in memory says exactly what there was.
-func (w *writer) restore(c *commit, cause error) error {
+func (w *writer) restore(ctx context.Context, c *commit, cause error) error {
 	q := w.q
 	if w.restores++; w.restores > maxRestores {
 		return cause
@@ -390,7 +390,7 @@ func (w *writer) restore(c *commit, cause error) error {
 	s := q.state
 	q.mu.Unlock()
 	src := q.file.Load()
-	if err := q.restore(context.Background(), src, s, true, cause); err != nil {
+	if err := q.restore(ctx, src, s, true, cause); err != nil {
 		return errors.Join(cause, err)
 	}
 	db, s, x, _, err := q.load()

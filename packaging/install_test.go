@@ -68,7 +68,11 @@ func newChroot(t *testing.T) chroot {
 	})
 	ready := make([]byte, len("ready\n"))
 	_, err = io.ReadFull(stdout, ready)
-	require(t, err == nil, "this host lets root mount no overlay in a namespace of its own: "+stderr.String())
+	if err != nil {
+		_ = stdin.Close()
+		_ = holder.Wait() // has written all that it says
+		require(t, false, "this host lets root mount no overlay in a namespace of its own: "+stderr.String())
+	}
 	return chroot{pid: fmt.Sprint(holder.Process.Pid), root: dir + "/root", upper: dir + "/upper"}
 }
 

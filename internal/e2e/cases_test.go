@@ -114,9 +114,14 @@ func TestCases(t *testing.T) {
 	tell("in", "exit")
 	work := func(marker string) {
 		t.Helper()
-		if err := os.WriteFile(fifo, []byte("go\n"), 0o600); err != nil {
-			t.Fatal(err)
-		}
+		eventually(t, 30*time.Second, "the orphan reads", func() bool {
+			f, err := os.OpenFile(fifo, os.O_WRONLY|syscall.O_NONBLOCK, 0) // ENXIO while nobody does
+			if err != nil {
+				return false
+			}
+			_, err = f.WriteString("go\n")
+			return errors.Join(err, f.Close()) == nil
+		})
 		eventually(t, 30*time.Second, "the orphan does "+marker, func() bool {
 			return slices.ContainsFunc(readStreams(t, server.Client()), func(r record) bool {
 				return r.event.Metadata.EventCode == "process.exec" && strings.HasSuffix(r.event.Process.CmdLine, " "+marker)

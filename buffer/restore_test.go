@@ -67,7 +67,7 @@ func TestFileThatIsNotTheOneLeftHere(t *testing.T) {
 		}, true},
 		"empty": {func(t *testing.T, path string, _ []byte) { plant(t, filepath.Dir(path), nil) }, true},
 		"of an older epoch": {func(t *testing.T, path string, _ []byte) {
-			data := tamper(t, read(t, path), func(s *state) { s.epoch = "0" + s.epoch[1:len(s.epoch)-1] + "0" })
+			data := tamper(t, read(t, path), func(s *state) { s.epoch = "00" + s.epoch[2:] })
 			plant(t, filepath.Dir(path), data)
 		}, false},
 	} {

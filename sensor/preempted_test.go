@@ -68,7 +68,7 @@ func leftOut(t *testing.T, k *kernel) (n [3]uint64) {
 const mostRounds = 15
 
 // What the kernel leaves one copy of a program out for, another copy reports, and none
-// reports what another one has.
+// reports what another one has. What all were left out for is counted.
 func TestRootCopies(t *testing.T) {
 	a := startActor(t)
 	k := openKernel(t, kernelOptions{Scope: Scope{Mode: ScopeTree, PID: uint32(a.pid)}, Copies: 3})

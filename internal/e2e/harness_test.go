@@ -140,7 +140,15 @@ func (h *host) start() {
 	}
 	h.proc.Env = append(h.proc.Env, h.env...)
 	h.proc.Stderr = h.log
-	if err := h.proc.Start(); err != nil {
+	start := h.proc.Start
+	if h.manager != nil {
+		start = func() error { // which keeps what is passed on
+			h.manager.mu.Lock()
+			defer h.manager.mu.Unlock()
+			return h.proc.Start()
+		}
+	}
+	if err := start(); err != nil {
 		h.t.Fatal(err)
 	}
 	eventually(h.t, 60*time.Second, "the sensor is attached", func() bool {

@@ -32,12 +32,18 @@ const (
 )
 
 // dialAs connects as another user. Credentials belong to a thread, and this one
-// ends with its goroutine, because it is never unlocked.
+// ends with its goroutine, because it is never unlocked. The runtime never ends the main
+// thread, whose credentials the process is known by: while that is held, another one does it.
 func dialAs(path string, uid, gid int, groups ...int) (c net.Conn, err error) {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
 		runtime.LockOSThread()
+		if unix.Gettid() == unix.Getpid() {
+			c, err = dialAs(path, uid, gid, groups...)
+			runtime.UnlockOSThread()
+			return
+		}
 		if err = become(uid, gid, groups); err == nil {
 			c, err = net.Dial("unix", path)
 		}

@@ -8,6 +8,7 @@ import (
 	"debug/elf"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -15,10 +16,13 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/aurorasoc/edr-sensor/internal/debian"
 )
 
-// bootTimeout ends a virtual machine that hangs.
-const bootTimeout = 12 * time.Minute
+// bootTimeout ends a virtual machine that hangs. None takes half as long on a machine that
+// does nothing else.
+const bootTimeout = 20 * time.Minute
 
 // machine is a computer to emulate.
 type machine struct {
@@ -70,21 +74,26 @@ const securityModules = "lockdown,capability,landlock,yama,apparmor,bpf"
 // what the kernel said; both are there after an error, too. dir is for files. spent is the
 // emulator's CPU time, which says more about the tests than the time on the clock of a
 // machine that others use, too.
-func boot(ctx context.Context, dir string, m machine, kernel image, initramfs, lsm string) (out, console []byte, spent time.Duration, err error) {
+func boot(ctx context.Context, dir string, m machine, kernel debian.Kernel, initramfs, lsm string) (out, console []byte, spent time.Duration, err error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, bootTimeout, fmt.Errorf("no end after %s", bootTimeout))
 	defer cancel()
 	serial := filepath.Join(dir, "console")
 	cmd := exec.CommandContext(ctx, m.emulator, slices.Concat(m.accel, []string{
 		"-smp", strconv.Itoa(m.cpus), "-m", "1024",
 		"-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
-		"-kernel", kernel.vmlinuz(), "-initrd", initramfs,
+		"-kernel", kernel.Image(), "-initrd", initramfs,
 		// no_timer_check is for 7.x, which panics when the emulator is slow.
 		"-append", "console=" + m.console + " REPORT=" + m.report + " quiet no_timer_check panic=-1 softlockup_panic=1 " +
 			"lsm=" + lsm,
 		"-serial", "file:" + serial,
 	}, m.args)...)
+	report, err := os.Create(filepath.Join(dir, "report")) // to look at while it runs
+	if err != nil {
+		return nil, nil, 0, err
+	}
+	defer report.Close()
 	var says, errs bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &says, &errs
+	cmd.Stdout, cmd.Stderr = io.MultiWriter(&says, report), &errs
 	err = cmd.Run()
 	if ctx.Err() != nil {
 		err = context.Cause(ctx)

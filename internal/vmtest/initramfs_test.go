@@ -18,6 +18,8 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+
+	"github.com/aurorasoc/edr-sensor/internal/debian"
 )
 
 // suite is a package whose tests run in the virtual machine.
@@ -88,7 +90,7 @@ func testBinary(dir string, s suite) string {
 // initramfs writes the file system that a virtual machine starts with: a shell, the
 // kernel's modules, what was built in built with its testdata, and the init script, which
 // runs it.
-func initramfs(name string, m machine, kernel image, built string, suites []suite) error {
+func initramfs(name string, m machine, kernel debian.Kernel, built string, suites []suite) error {
 	f, err := os.Create(name)
 	if err != nil {
 		return err
@@ -96,11 +98,11 @@ func initramfs(name string, m machine, kernel image, built string, suites []suit
 	defer f.Close()
 	a := newArchive(f)
 	a.file("init", "testdata/init.sh", 0o755)
-	a.file("bin/busybox", kernel.busybox(), 0o755)
+	a.file("bin/busybox", kernel.Busybox(), 0o755)
 	a.link("bin/sh", "busybox")
 	a.bytes("bin/true", nothing(m), 0o755)
-	for _, name := range neededModules() {
-		a.file(path.Join("modules", name+".ko"), kernel.module(name), 0o644)
+	for _, name := range []string{"overlay", "loop"} {
+		a.file("modules/"+name+".ko", kernel.Module(name), 0o644)
 	}
 	var plan strings.Builder
 	for _, s := range suites {

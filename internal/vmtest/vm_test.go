@@ -15,10 +15,43 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/aurorasoc/edr-sensor/internal/debian"
 )
 
 // module is where go.mod is.
 const module = "../.."
+
+// release is a kernel as a Debian suite has it.
+type release struct {
+	series string
+	suite  string
+	arch   string
+	cpus   int
+}
+
+// name is what KERNEL calls it.
+func (r release) name() string {
+	if r.arch == "amd64" {
+		return r.series
+	}
+	return r.series + "-" + r.arch
+}
+
+// releases lists the supported kernels, oldest first. The programs are the same for
+// every processor, so one kernel is enough for another one. The tests hardly use more than
+// one CPU, and with one the emulator does not meet breakpoints of code that another CPU is
+// patching. But since 7.0 tasks are preempted inside of programs, and all copies of one
+// may be, which emulated programs are slow enough for where there is no other CPU.
+func releases() []release {
+	return []release{
+		{"5.10", "bullseye", "amd64", 1},
+		{"6.1", "bookworm", "amd64", 1},
+		{"6.12", "trixie", "amd64", 1},
+		{"7.2", "sid", "amd64", 2},
+		{"6.12", "trixie", "arm64", 1},
+	}
+}
 
 // require skips the test without what it needs; with EDR_REQUIRE_ALL=1 it fails.
 func require(t *testing.T, err error) {
@@ -33,7 +66,7 @@ func require(t *testing.T, err error) {
 }
 
 // requireVM returns the machine for a kernel, and the kernel.
-func requireVM(t *testing.T, r release) (machine, image) {
+func requireVM(t *testing.T, r release) (machine, debian.Kernel) {
 	t.Helper()
 	all := machines()
 	m := all[slices.IndexFunc(all, func(m machine) bool { return m.arch == r.arch })]
@@ -44,25 +77,19 @@ func requireVM(t *testing.T, r release) (machine, image) {
 			missing = append(missing, tool)
 		}
 	}
-	if _, err := os.Stat(keyring); err != nil {
-		missing = append(missing, keyring)
+	if _, err := os.Stat(debian.Keyring); err != nil {
+		missing = append(missing, debian.Keyring)
 	}
 	if missing != nil {
 		require(t, fmt.Errorf("missing %s (make deps installs it on Debian; other systems cannot have Debian's kernels checked)", strings.Join(missing, ", ")))
 	}
-	kernel, err := fetch(t.Context(), cacheDir(t), r, t.Logf)
-	require(t, err)
-	return m, kernel
-}
-
-// cacheDir is where kernels are kept: 15 to 30 MB for each.
-func cacheDir(t *testing.T) string {
-	t.Helper()
-	user, err := os.UserCacheDir()
+	cache, err := debian.UserCache(t.Logf)
 	if err != nil {
 		t.Fatal(err)
 	}
-	return filepath.Join(user, "edr-sensor", "vmtest")
+	kernel, err := cache.Kernel(t.Context(), r.name(), r.suite, r.arch)
+	require(t, err)
+	return m, kernel
 }
 
 // selected returns the kernels that KERNEL names, with commas between, all of them without it.
@@ -147,8 +174,8 @@ func (b *builder) build(t *testing.T, m machine, suites []suite) (dir string) {
 func (b *builder) boot(t *testing.T, r release, lsm string, suites []suite) (covered []seen) {
 	t.Helper()
 	m, kernel := requireVM(t, r)
-	if !strings.HasPrefix(kernel.version(), r.series+".") {
-		t.Logf("Debian %s has Linux %s by now, no longer %s", r.suite, kernel.version(), r.series)
+	if !strings.HasPrefix(kernel.Version(), r.series+".") {
+		t.Logf("Debian %s has Linux %s by now, no longer %s", r.suite, kernel.Version(), r.series)
 	}
 	b.boots(t, m, kernel, lsm, suites, func(tests *result) {
 		list, err := told[seen](tests, "coverage")
@@ -161,7 +188,7 @@ func (b *builder) boot(t *testing.T, r release, lsm string, suites []suite) (cov
 }
 
 // boots runs suites on a machine, replays what their tests said, and visits each one's.
-func (b *builder) boots(t *testing.T, m machine, kernel image, lsm string, suites []suite, visit func(*result)) {
+func (b *builder) boots(t *testing.T, m machine, kernel debian.Kernel, lsm string, suites []suite, visit func(*result)) {
 	t.Helper()
 	dir := b.build(t, m, suites)
 	initrd := filepath.Join(t.TempDir(), "initramfs")
@@ -183,7 +210,7 @@ func TestVMPanic(t *testing.T) {
 		t.Fatal(err)
 	}
 	a := newArchive(f)
-	a.file("bin/busybox", kernel.busybox(), 0o755)
+	a.file("bin/busybox", kernel.Busybox(), 0o755)
 	a.link("bin/sh", "busybox")
 	a.bytes("init", []byte("#!/bin/sh\nexit 7\n"), 0o755)
 	if err := errors.Join(a.close(), f.Close()); err != nil {
@@ -196,7 +223,7 @@ func TestVMPanic(t *testing.T) {
 }
 
 // bootAgain boots, and again while the emulator is to blame, twice at most.
-func bootAgain(t *testing.T, m machine, kernel image, initrd, lsm string) (out, console []byte, spent time.Duration, err error) {
+func bootAgain(t *testing.T, m machine, kernel debian.Kernel, initrd, lsm string) (out, console []byte, spent time.Duration, err error) {
 	for range 3 {
 		out, console, spent, err = boot(t.Context(), t.TempDir(), m, kernel, initrd, lsm)
 		if !again(out, console, err) {

@@ -730,6 +730,7 @@ static __always_inline int handle_file_open(const __u64 *args)
 	struct written written = {};
 	__u64 key = (__u64)file;
 
+	forget_replaced(file);
 	if (!is_written(file))
 		return 0;
 	task = current_task();

@@ -66,6 +66,8 @@ enum {
 #define FMODE_WRITE 0x2
 #define FMODE_CREATED 0x100000
 #define O_APPEND 02000
+#define __O_TMPFILE 020000000
+#define OVERLAYFS_SUPER_MAGIC 0x794c7630
 
 #define ATTR_MODE (1 << 0)
 #define ATTR_UID (1 << 1)
@@ -167,6 +169,7 @@ struct inode {
 	unsigned int i_flags;
 	unsigned long i_ino; /* u64 since 7.2: as wide on a 64-bit kernel */
 	unsigned int i_nlink;
+	__u32 i_generation;
 	__s64 i_size;
 	struct timespec64 i_mtime; /* until 6.6 */
 	struct timespec64 i_ctime; /* until 6.5 */

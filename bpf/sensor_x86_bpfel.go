@@ -254,9 +254,11 @@ const (
 )
 
 type SensorProtection struct {
-	_     structs.HostLayout
-	Of    uint32
-	Reach SensorReach
+	_               structs.HostLayout
+	Of              uint32
+	Reach           SensorReach
+	Generation      uint32
+	GenerationKnown uint32
 }
 
 type SensorReach uint32

@@ -295,10 +295,8 @@ static __always_inline int handle_control(struct task_struct *task, struct sysca
 	return 0;
 }
 
-static __always_inline __u32 protected_fd(struct task_struct *task, __u32 fd, __u32 kind)
+static __always_inline __u32 protected_file(struct file *file, __u32 kind)
 {
-	struct file *file = file_of(task, fd);
-
 	if (!file ||
 	    (kind == EVENT_KIND_FILE_OPEN_WRITE && !(BPF_CORE_READ(file, f_mode) & FMODE_WRITE)))
 		return 0;
@@ -310,18 +308,23 @@ static __always_inline __u32 protected_call(struct task_struct *task, struct sys
 					    __u64 regs, long result)
 {
 	struct file_filter *filter = file_filter_now();
+	struct file *file;
 	__u32 of = 0;
 
 	if (!filter || !filter->protected_files)
 		return 0;
-	if (call->fd == SYSCALL_RESULT)
-		return protected_fd(task, result, call->kind);
+	if (call->fd == SYSCALL_RESULT) {
+		file = file_of(task, result);
+		if (file)
+			forget_replaced(file);
+		return protected_file(file, call->kind);
+	}
 	if (call->path)
 		of = protected_text(syscall_argument(regs, call->path));
 	if (call->path2)
 		of |= protected_text(syscall_argument(regs, call->path2));
 	if (call->fd && !of)
-		of = protected_fd(task, syscall_argument(regs, call->fd), call->kind);
+		of = protected_file(file_of(task, syscall_argument(regs, call->fd)), call->kind);
 	return of;
 }
 

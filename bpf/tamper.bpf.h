@@ -148,6 +148,8 @@ enum reach {
 struct protection {
 	__u32 of; /* FILE_OF_* */
 	enum reach reach;
+	__u32 generation; /* of the inode, */
+	__u32 generation_known;
 };
 
 struct file_key {
@@ -195,6 +197,13 @@ static __always_inline __u32 protected_name(struct file_key *directory, struct d
 	return of ? *of : 0;
 }
 
+/* is_protected tells whether an inode is the one that was found by its number, or one that got
+ * the number after it: a file system gives it away again at once. */
+static __always_inline bool is_protected(struct protection *found, struct inode *inode)
+{
+	return !found->generation_known || found->generation == BPF_CORE_READ(inode, i_generation);
+}
+
 /* protected_at says what of the sensor a change of kind at a dentry is about, 0 mostly. */
 static __noinline __u32 protected_at(struct dentry *dentry, __u32 kind)
 {
@@ -211,20 +220,55 @@ static __noinline __u32 protected_at(struct dentry *dentry, __u32 kind)
 	if (inode) {
 		key.ino = BPF_CORE_READ(inode, i_ino);
 		found = bpf_map_lookup_elem(&protected_files, &key);
-		if (found && (found->reach & REACH_ITSELF ||
-			      (found->reach & REACH_ABOVE && moves_or_covers(kind))))
+		if (found &&
+		    (found->reach & REACH_ITSELF ||
+		     (found->reach & REACH_ABOVE && moves_or_covers(kind))) &&
+		    is_protected(found, inode))
 			return found->of;
 	}
-	key.ino = BPF_CORE_READ(dentry, d_parent, d_inode, i_ino);
+	inode = BPF_CORE_READ(dentry, d_parent, d_inode);
+	key.ino = BPF_CORE_READ(inode, i_ino);
 	found = bpf_map_lookup_elem(&protected_files, &key);
 	if (!found)
 		return 0;
-	if (found->reach & REACH_CHILDREN)
+	if (found->reach & REACH_CHILDREN && is_protected(found, inode))
 		return found->of;
 	of = 0;
+	/* Whatever the generation is, which root can change: a name is seldom there by chance. */
 	if (found->reach & REACH_NAMES)
 		of = protected_name(&key, dentry);
 	return of;
+}
+
+/*
+ * forget_replaced is to be called for a file that is being opened. Inodes of an overlay have
+ * no generation, but their numbers are those of the inodes below it. Who makes a file that has
+ * the number of a protected one is proof that the latter is no more; not on btrfs, whose
+ * subvolumes have the same numbers. With layers on several file systems numbers can meet by
+ * chance: what is forgotten then is still protected by its name.
+ */
+static __always_inline void forget_replaced(struct file *file)
+{
+	struct file_filter *filter = file_filter_now();
+	struct protection *found;
+	struct super_block *sb;
+	struct inode *inode;
+	struct file_key key;
+
+	if (!(BPF_CORE_READ(file, f_mode) & FMODE_CREATED) &&
+	    !(BPF_CORE_READ(file, f_flags) & __O_TMPFILE))
+		return;
+	if (!filter || !filter->protected_files)
+		return;
+	inode = BPF_CORE_READ(file, f_inode);
+	sb = BPF_CORE_READ(inode, i_sb);
+	if (BPF_CORE_READ(sb, s_magic) != OVERLAYFS_SUPER_MAGIC)
+		return;
+	key.ino = BPF_CORE_READ(inode, i_ino);
+	key.dev = BPF_CORE_READ(sb, s_dev);
+	found = bpf_map_lookup_elem(&protected_files, &key);
+	if (found && found->reach == REACH_ITSELF) /* no directory */
+		bpf_map_delete_elem(&protected_files, &key);
 }
 
 /* protected_text is the same for a path that a process wrote. */

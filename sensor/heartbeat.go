@@ -4,11 +4,9 @@ package sensor
 
 import (
 	"fmt"
-	"os"
 	"runtime"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 	"unsafe"
 
@@ -49,15 +47,11 @@ const (
 
 // announce tells the programs of the calling thread, which must be locked.
 func (k *kernel) announce(what uint32, serial uint64) error {
-	info, err := os.Stat("/proc/self/ns/pid")
+	ns, err := namespaceOf("self", "pid")
 	if err != nil {
 		return fmt.Errorf("announce thread: %w", err)
 	}
-	st, ok := info.Sys().(*syscall.Stat_t)
-	if !ok {
-		return fmt.Errorf("announce thread: %s has no inode number", info.Name())
-	}
-	a := announcement{Serial: serial, PidNs: uint32(st.Ino), Tid: uint32(unix.Gettid())}
+	a := announcement{Serial: serial, PidNs: ns, Tid: uint32(unix.Gettid())}
 	if err := k.maps["announced_threads"].Put(what, a); err != nil {
 		return fmt.Errorf("announce thread: %w", err)
 	}

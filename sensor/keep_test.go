@@ -5,6 +5,7 @@ package sensor
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -580,6 +581,62 @@ func TestRingScanLeavesTheReadingAlone(t *testing.T) {
 	end, err := r.scan(func([]byte) { n++ })
 	if err != nil || n != 4 || end != m.produced() || r.position() != pos {
 		t.Errorf("%d records to %d, %v, position %d; want 4 to %d, position %d", n, end, err, r.position(), m.produced(), pos)
+	}
+}
+
+// TestEndBeforeCut reads old rings: first not beyond what comes after the cut, though something
+// from before it lies behind.
+func TestEndBeforeCut(t *testing.T) {
+	record := func(ktime uint64) []byte {
+		rec := payload(32, 0)
+		binary.NativeEndian.PutUint64(rec[8:], ktime)
+		return rec
+	}
+	fill := func(times ...uint64) *ring {
+		m := newMemoryRing(4096)
+		r := m.open(t)
+		for _, at := range times {
+			m.put(record(at), 0)
+		}
+		return r
+	}
+	read := func(r *ring, limit uint64) (times []uint64) {
+		for r.position() < limit {
+			rec, ok, err := r.next()
+			if err != nil || !ok {
+				break
+			}
+			times = append(times, ktimeOf(rec))
+		}
+		return times
+	}
+	in := rings{priority: fill(10, 20, 31, 25, 40), bulk: fill(11, 12), until: 30}
+	all := [...]uint64{in.priority.producer(), in.bulk.producer()}
+	if err := in.endBeforeCut(); err != nil {
+		t.Fatal(err)
+	}
+	if in.reached(in.ends) || in.reached(all) {
+		t.Error("reached before it was read")
+	}
+	p, b := in.limits()
+	if got := read(in.priority, p); !slices.Equal(got, []uint64{10, 20}) {
+		t.Errorf("before the cut the priority ring has %d, want 10 and 20", got)
+	}
+	if got := read(in.bulk, b); !slices.Equal(got, []uint64{11, 12}) {
+		t.Errorf("before the cut the bulk ring has %d, want 11 and 12", got)
+	}
+	if !in.reached(in.ends) || in.reached(all) {
+		t.Error("what is behind the cut is not told from what is before it")
+	}
+	in.ended = false
+	p, _ = in.limits()
+	if got := read(in.priority, p); !slices.Equal(got, []uint64{31, 25, 40}) || !in.reached(all) {
+		t.Errorf("then it has %d, want the rest", got)
+	}
+	// A stop: there is no cut.
+	in = rings{priority: fill(10, 31), bulk: fill()}
+	if err := in.endBeforeCut(); err != nil || in.ends[0] != in.priority.producer() {
+		t.Errorf("without a cut it ends at %d: %v", in.ends[0], err)
 	}
 }
 

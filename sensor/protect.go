@@ -3,6 +3,7 @@
 package sensor
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"maps"
@@ -39,8 +40,16 @@ type (
 		Directory fileKey
 		Name      [len(bpf.SensorNameKey{}.Name)]byte
 	}
-	protection struct{ Of, Reach uint32 }
+	protection struct{ Of, Reach, Generation, GenerationKnown uint32 }
 )
+
+// found is what there is at a path.
+type found struct {
+	key             fileKey
+	directory       bool
+	generation      uint32 // by which it differs from what gets its number after it
+	generationKnown bool
+}
 
 // protections are what the programs look for, by inode and by name.
 type protections struct {
@@ -51,55 +60,65 @@ type protections struct {
 // protectionsOf looks up where the protected files are now.
 func protectionsOf(list []Protected) protections {
 	p := protections{map[fileKey]protection{}, map[nameKey]uint32{}}
-	devices := mountDevices()
+	mounts := mountTable()
 	for _, x := range list {
 		path, of := filepath.Clean(x.Path), uint32(x.Part)
 		p.name(fileKey{}, path, of)
 		if real, err := filepath.EvalSymlinks(path); err == nil && real != path {
-			p.add(real, of, x.All, devices) // the link itself is protected, too
+			p.add(real, of, x.All, mounts) // the link itself is protected, too
 			p.name(fileKey{}, real, of)
 		}
-		p.add(path, of, x.All, devices)
+		p.add(path, of, x.All, mounts)
 	}
 	return p
 }
 
 // add protects what is at path, or the first of its parts that is not there, and what
 // lies above.
-func (p protections) add(path string, of uint32, all bool, devices map[uint64]uint64) {
-	if key, directory, err := keyAt(path, devices); err == nil {
+func (p protections) add(path string, of uint32, all bool, mounts map[uint64]mountPoint) {
+	if at, err := look(path, mounts); err == nil {
 		reach := reachItself
-		if directory && all {
+		if at.directory && all {
 			reach |= reachChildren
 		}
-		p.file(key, of, reach)
+		p.file(at, of, reach)
 	}
 	named := false
 	for path != "/" && path != "." {
 		folder, base := filepath.Split(path)
 		path = filepath.Clean(folder)
-		key, directory, err := keyAt(path, devices)
-		if err != nil || !directory {
+		at, err := look(path, mounts)
+		if err != nil || !at.directory {
 			continue
 		}
 		reach := reachAbove
 		if !named {
 			named = true
 			reach |= reachNames
-			p.name(key, base, of)
+			p.name(at.key, base, of)
 		}
-		p.file(key, of, reach)
+		p.file(at, of, reach)
 	}
 }
 
-func (p protections) file(key fileKey, of, reach uint32) {
-	was := p.files[key]
-	if was.Reach&reachItself != 0 && reach&reachItself == 0 {
-		of = 0 // what it is itself counts for more
-	} else if was.Reach&reachItself == 0 && reach&reachItself != 0 {
-		was.Of = 0
+func (p protections) file(at found, of, reach uint32) {
+	now := protection{Of: of, Reach: reach, Generation: at.generation}
+	if at.generationKnown {
+		now.GenerationKnown = 1
 	}
-	p.files[key] = protection{was.Of | of, was.Reach | reach}
+	if was, ok := p.files[at.key]; ok {
+		now.Reach |= was.Reach
+		switch { // what it is itself counts for more
+		case was.Reach&reachItself == reach&reachItself:
+			now.Of |= was.Of
+		case was.Reach&reachItself != 0:
+			now.Of = was.Of
+		}
+		if was.Generation != now.Generation || was.GenerationKnown != now.GenerationKnown {
+			now.Generation, now.GenerationKnown = 0, 0 // replaced meanwhile: protect either
+		}
+	}
+	p.files[at.key] = now
 }
 
 // name protects a name in a directory. One that is too long for the programs is left to
@@ -112,38 +131,85 @@ func (p protections) name(directory fileKey, name string, of uint32) {
 	}
 }
 
-// keyAt looks up an inode, and its device as the kernel has it: stat(2) gives subvolumes
+// look looks up an inode, and its device as the kernel has it: stat(2) gives subvolumes
 // another one.
-func keyAt(path string, devices map[uint64]uint64) (key fileKey, directory bool, err error) {
+func look(path string, mounts map[uint64]mountPoint) (at found, err error) {
 	var st unix.Statx_t
 	if err := unix.Statx(unix.AT_FDCWD, path, unix.AT_SYMLINK_NOFOLLOW|unix.AT_NO_AUTOMOUNT, unix.STATX_INO|unix.STATX_TYPE|unix.STATX_MNT_ID, &st); err != nil {
-		return key, false, err
+		return at, err
 	}
-	dev, ok := devices[st.Mnt_id]
+	on, ok := mounts[st.Mnt_id]
 	if !ok || st.Mask&unix.STATX_MNT_ID == 0 {
-		dev = uint64(st.Dev_major)<<20 | uint64(st.Dev_minor)
+		on = mountPoint{device: uint64(st.Dev_major)<<20 | uint64(st.Dev_minor)}
 	}
-	return fileKey{st.Ino, dev}, st.Mode&unix.S_IFMT == unix.S_IFDIR, nil
+	at.key = fileKey{st.Ino, on.device}
+	at.directory = st.Mode&unix.S_IFMT == unix.S_IFDIR
+	if on.generations() {
+		at.generation, at.generationKnown = generationOf(path, &st)
+	}
+	return at, nil
 }
 
-// mountDevices are the devices of the mounts, by their ids.
-func mountDevices() map[uint64]uint64 {
-	list := map[uint64]uint64{}
+// Types of file handles.
+const (
+	handleIno32 = 0x01 // FILEID_INO32_GEN
+	handleIno64 = 0x81 // the same with XFS_FILEID_TYPE_64FLAG
+)
+
+// generationOf takes the generation of an inode out of its file handle. That opens nothing,
+// and needs no permission to.
+func generationOf(path string, st *unix.Statx_t) (generation uint32, known bool) {
+	handle, id, err := unix.NameToHandleAt(unix.AT_FDCWD, path, 0)
+	if err != nil || uint64(id) != st.Mnt_id {
+		return 0, false
+	}
+	var ino uint64
+	b := handle.Bytes()
+	switch {
+	case handle.Type() == handleIno32 && len(b) >= 8:
+		ino, b = uint64(binary.NativeEndian.Uint32(b)), b[4:]
+	case handle.Type() == handleIno64 && len(b) >= 12:
+		ino, b = binary.NativeEndian.Uint64(b), b[8:]
+	}
+	if ino != st.Ino {
+		return 0, false // of a kind that is not known, or replaced meanwhile
+	}
+	return binary.NativeEndian.Uint32(b), true
+}
+
+// mountPoint is where a file system is mounted.
+type mountPoint struct {
+	device uint64 // major << 20 | minor
+	fs     string
+}
+
+// generations tells whether file handles have the generation that the programs see. Another
+// one would leave the file unprotected: an overlay's own inodes have none, the files below it
+// do. And of other file systems most never give a number away again.
+func (m mountPoint) generations() bool {
+	return m.fs == "ext4" || m.fs == "ext3" || m.fs == "ext2" || m.fs == "xfs"
+}
+
+// mountTable lists the mounts by their ids.
+func mountTable() map[uint64]mountPoint {
+	list := map[uint64]mountPoint{}
 	data, err := os.ReadFile("/proc/self/mountinfo")
 	if err != nil {
 		return list // stat(2) is right on most file systems
 	}
 	for line := range strings.Lines(string(data)) {
+		line, after, _ := strings.Cut(line, " - ")
 		f := strings.Fields(line)
 		if len(f) < 3 {
 			continue
 		}
+		fs, _, _ := strings.Cut(after, " ")
 		major, minor, _ := strings.Cut(f[2], ":")
 		id, err1 := strconv.ParseUint(f[0], 10, 64)
 		a, err2 := strconv.ParseUint(major, 10, 32)
 		b, err3 := strconv.ParseUint(minor, 10, 32)
 		if errors.Join(err1, err2, err3) == nil {
-			list[id] = a<<20 | b
+			list[id] = mountPoint{a<<20 | b, fs}
 		}
 	}
 	return list
@@ -157,16 +223,11 @@ func introduce(m *ebpf.Map, pid int) error {
 	if pid == 0 {
 		pid = os.Getpid()
 	}
-	link, err := os.Readlink(fmt.Sprintf("/proc/%d/ns/pid", pid))
+	ns, err := namespaceOf(strconv.Itoa(pid), "pid")
 	if err != nil {
 		return fmt.Errorf("own pid namespace: %w", err)
 	}
-	_, inode, _ := strings.Cut(strings.TrimSuffix(link, "]"), "[")
-	ns, err := strconv.ParseUint(inode, 10, 32)
-	if err != nil {
-		return fmt.Errorf("own pid namespace %s: %w", link, err)
-	}
-	if err := m.Put(uint32(0), bpf.SensorSensorProcess{PidNs: uint32(ns), Tgid: uint32(pid)}); err != nil {
+	if err := m.Put(uint32(0), bpf.SensorSensorProcess{PidNs: ns, Tgid: uint32(pid)}); err != nil {
 		return fmt.Errorf("name own process: %w", err)
 	}
 	return nil

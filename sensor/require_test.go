@@ -29,6 +29,12 @@ func require(t testing.TB, what string) {
 	default:
 		t.Fatalf("require: nothing is known of %q", what)
 	}
+	need(t, what, err)
+}
+
+// need is require where the test has tried it itself.
+func need(t testing.TB, what string, err error) {
+	t.Helper()
 	if err == nil {
 		return
 	}

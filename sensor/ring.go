@@ -149,6 +149,22 @@ func (r *ring) scan(visit func(rec []byte)) (end uint64, err error) {
 	}
 }
 
+// find returns the position before the first record that matches, of those that next would
+// return now; without one, behind the last of them. The reading stays where it is.
+func (r *ring) find(match func(rec []byte) bool) (at uint64, err error) {
+	c := ring{consumer: r.consumer, produced: r.produced, data: r.data, mask: r.mask, pos: r.pos, limit: r.pos, fd: -1}
+	for {
+		at = c.pos
+		rec, ok, err := c.next()
+		if err != nil || !ok {
+			return c.pos, err
+		}
+		if match(rec) {
+			return at, nil
+		}
+	}
+}
+
 // position is the position up to which next has returned everything.
 func (r *ring) position() uint64 { return r.pos }
 

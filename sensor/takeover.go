@@ -4,7 +4,6 @@ package sensor
 
 import (
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
@@ -16,113 +15,10 @@ import (
 	"github.com/cilium/ebpf"
 	"github.com/cilium/ebpf/btf"
 	"go.uber.org/zap"
-	"golang.org/x/sys/unix"
 
 	"github.com/aurorasoc/edr-sensor/internal/logging"
 	"github.com/aurorasoc/edr-sensor/sensor/event"
 )
-
-// rings are the two of one kernel. The worker reads those of one at a time.
-type rings struct {
-	priority, bulk *ring
-	ids            [2]uint32 // of the maps
-	// Kernel times between which records count; until is 0 without an end.
-	from, until uint64
-	// Kinds whose records are of another version: what to do with them.
-	foreign map[uint32]foreign
-}
-
-// foreign is what becomes of records that this version does not understand.
-type foreign uint8
-
-const (
-	lostRecord foreign = iota + 1 // it is an event, and counts as lost
-	noEvent                       // a heartbeat of the process before
-)
-
-// foreignKinds compares the layouts of records. The error says that nothing at all can be
-// read of them.
-func foreignKinds(theirs, ours map[uint32]string) (map[uint32]foreign, error) {
-	if theirs[^uint32(0)] != ours[^uint32(0)] || theirs[^uint32(0)] == "" {
-		return nil, errors.New("its records begin in another way")
-	}
-	list := map[uint32]foreign{}
-	for kind, layout := range theirs {
-		switch {
-		case layout == ours[kind]:
-		case strings.HasPrefix(layout, "HEARTBEAT "):
-			list[kind] = noEvent
-		default:
-			list[kind] = lostRecord
-		}
-	}
-	return list, nil
-}
-
-// kindNumber is the number of a record's kind; 0 of one that is too short to have one.
-func kindNumber(rec []byte) uint32 {
-	if len(rec) < 8 {
-		return 0
-	}
-	return binary.NativeEndian.Uint32(rec[4:])
-}
-
-func (r *rings) close() error {
-	var errs []error
-	for _, ring := range [...]*ring{r.priority, r.bulk} {
-		if ring != nil {
-			errs = append(errs, ring.close())
-		}
-	}
-	return errors.Join(errs...)
-}
-
-// counts tells whether a record is to be read from these rings.
-func (r *rings) counts(rec []byte) bool {
-	t := ktimeOf(rec)
-	return t >= r.from && (r.until == 0 || t < r.until)
-}
-
-// ktimeOf is the kernel time of a record; 0 of one that is too short to have one.
-func ktimeOf(rec []byte) uint64 {
-	if len(rec) < 16 {
-		return 0
-	}
-	return binary.NativeEndian.Uint64(rec[8:])
-}
-
-// resume goes on where a mark says that everything is durable. What was released since
-// is durable, too, or made no record.
-func (r *rings) resume(m *mark) error {
-	for i, at := range [...]struct {
-		ring *ring
-		pos  uint64
-	}{{r.priority, m.priority.pos}, {r.bulk, m.bulk.pos}} {
-		if int64(at.pos-at.ring.position()) <= 0 {
-			continue
-		}
-		if err := at.ring.seek(at.pos); err != nil {
-			return fmt.Errorf("%s ring: %w", ringNames[i], err)
-		}
-	}
-	r.from = m.since
-	return nil
-}
-
-// waiting counts the records that were not read yet.
-func (r *rings) waiting() (n uint64, err error) {
-	for _, ring := range [...]*ring{r.priority, r.bulk} {
-		_, err := ring.scan(func(rec []byte) {
-			if _, beat := asHeartbeat(rec); !beat && r.counts(rec) && r.foreign[kindNumber(rec)] != noEvent {
-				n++
-			}
-		})
-		if err != nil {
-			return n, err
-		}
-	}
-	return n, nil
-}
 
 // takeover is what a process finds of the one before it.
 type takeover struct {
@@ -439,6 +335,9 @@ func forgetDead(pids *ebpf.Map) error {
 // mark, when the buffer was set aside, they go on behind what was released.
 func (s *Sensor) continueRings() {
 	m := s.taken.mark
+	if s.taken.how == howReplaced && m != nil { // the mark stays theirs until they are read
+		s.mark.lost, s.mark.suppressed, s.mark.missed = m.lost, m.suppressed, m.missed
+	}
 	if s.taken.how != howAdopted || m == nil {
 		return
 	}
@@ -537,15 +436,21 @@ func (s *Sensor) unlearn() error {
 
 // readPredecessor reads the rings of the process before to the cut, and has the mark name
 // the own ones from then on. That the old ones are no more needed is known when that mark
-// is durable.
+// is durable. Until then this process may end at any moment, and whoever comes next goes on
+// with the old rings and a cut of its own: no durable mark is beyond a record that was left
+// out here because it comes after the cut. So the rings are first read to where the first of
+// those is. Behind it is, rarely, one that overtook others on its way; those are read last,
+// and become durable with the mark that names the own rings.
 func (s *Sensor) readPredecessor(stop, ctx context.Context) error {
 	old := s.taken.old
 	if old == nil {
 		return nil
 	}
-	ends := [...]uint64{old.rings.priority.producer(), old.rings.bulk.producer()}
-	s.readFrom(&old.rings)
-	for stop.Err() == nil && (int64(ends[0]-old.rings.priority.position()) > 0 || int64(ends[1]-old.rings.bulk.position()) > 0) {
+	all := [...]uint64{old.rings.priority.producer(), old.rings.bulk.producer()}
+	if err := old.rings.endBeforeCut(); err != nil {
+		return err
+	}
+	for stop.Err() == nil && !old.rings.reached(old.rings.ends) {
 		n, err := s.poll(ctx)
 		if err != nil {
 			return err
@@ -561,8 +466,23 @@ func (s *Sensor) readPredecessor(stop, ctx context.Context) error {
 			}
 		}
 	}
+	old.rings.ended = false
 	if stop.Err() != nil {
-		return nil // the next process goes on with them
+		old.rings.until = 0 // the next process goes on with them: to this one there is no cut
+		return nil
+	}
+	for !old.rings.reached(all) {
+		n, err := s.poll(ctx)
+		if err != nil {
+			return err
+		}
+		if n == 0 {
+			select {
+			case <-ctx.Done():
+				return ctx.Err()
+			case <-time.After(pollMin):
+			}
+		}
 	}
 	s.reportOldLoss(ctx, old)
 	s.readFrom(&s.own)
@@ -617,144 +537,4 @@ func (s *Sensor) dropPredecessor(ctx context.Context) {
 	if err = errors.Join(err, old.close()); err != nil {
 		logging.From(ctx).Error("let go of replaced programs", zap.Error(err))
 	}
-}
-
-/*
- * The cut is a kernel time at which one set of programs takes over from another, while both
- * see everything. Of an event both make a record, each with its own time, which differ by
- * as much as the programs run apart: microseconds, or longer when the CPU is taken away in
- * between. An event is read twice or not at all if its two times lie on different sides of
- * the cut. So the cut is put into a moment in which neither has a record, and it is tried
- * out: between it and a later such moment both must have as many records of each kind of
- * each thread.
- */
-type cut struct {
-	at                uint64
-	agreed, disagreed uint64
-	proven            bool
-}
-
-const (
-	cutOverlap = 60 * time.Millisecond // in which both see, at least
-	cutMargin  = 10 * time.Millisecond // from its ends, where one may lag
-	cutTries   = 40
-)
-
-// witness is what is compared of a record: what it is of, and when it was seen.
-type witness struct {
-	key   witnessKey
-	ktime uint64
-}
-
-type witnessKey struct {
-	kind, pid, tid uint32
-	start          uint64
-	bulk           bool
-}
-
-// findCut looks for the cut until one is found, but not for ever.
-func (s *Sensor) findCut(ctx context.Context) (c cut) {
-	timer := time.NewTimer(0)
-	defer timer.Stop()
-	for try := range cutTries {
-		timer.Reset(cutOverlap)
-		select {
-		case <-timer.C:
-		case <-ctx.Done():
-		}
-		old, errOld := witnesses(&s.taken.old.rings, s.taken.attached)
-		own, errOwn := witnesses(&s.own, s.taken.attached)
-		if err := errors.Join(errOld, errOwn); err != nil {
-			logging.From(ctx).Error("compare rings", zap.Error(err))
-		}
-		c = cutBetween(old, own, s.taken.attached, bootTime(), try > cutTries/2)
-		if c.proven || ctx.Err() != nil {
-			return c
-		}
-	}
-	return c
-}
-
-// bootTime is the kernel's time of now.
-func bootTime() uint64 {
-	var ts unix.Timespec
-	_ = unix.ClockGettime(unix.CLOCK_BOOTTIME, &ts) // known to every kernel since 2.6.39
-	return uint64(ts.Nano())
-}
-
-// witnesses lists the records of both rings that were not read yet and are not older than
-// from.
-func witnesses(in *rings, from uint64) (list []witness, err error) {
-	for _, r := range [...]*ring{in.priority, in.bulk} {
-		_, errScan := r.scan(func(rec []byte) {
-			if _, beat := asHeartbeat(rec); beat || len(rec) < 32 || ktimeOf(rec) < from || in.foreign[kindNumber(rec)] != 0 {
-				return
-			}
-			u32 := func(at int) uint32 { return binary.NativeEndian.Uint32(rec[at:]) }
-			key := witnessKey{kind: u32(4), start: binary.NativeEndian.Uint64(rec[16:]), pid: u32(24), tid: u32(28), bulk: r == in.bulk}
-			list = append(list, witness{key, ktimeOf(rec)})
-		})
-		err = errors.Join(err, errScan)
-	}
-	return list, err
-}
-
-// cutBetween finds the cut in what two sets of programs saw between two times. What only
-// one of them saw at all says nothing: their settings may differ. Lenient disregards the
-// bulk ring, where they may differ for one and the same thread.
-func cutBetween(old, own []witness, from, to uint64, lenient bool) (c cut) {
-	margin := uint64(cutMargin)
-	if to <= from+2*margin {
-		margin = 0
-	}
-	from, to = from+margin, to-margin
-	third := (to - from) / 3
-	var times []uint64
-	for _, w := range slices.Concat(old, own) {
-		times = append(times, w.ktime)
-	}
-	slices.Sort(times)
-	c.at = widestGap(times, from, from+2*third)
-	end := widestGap(times, from+2*third, to)
-
-	count := map[witnessKey][2]uint64{} // all there are
-	within := map[witnessKey][2]uint64{}
-	for i, list := range [...][]witness{old, own} {
-		for _, w := range list {
-			if w.key.bulk && lenient {
-				continue
-			}
-			n := count[w.key]
-			n[i]++
-			count[w.key] = n
-			if w.ktime >= c.at && w.ktime < end {
-				n := within[w.key]
-				n[i]++
-				within[w.key] = n
-			}
-		}
-	}
-	for key, n := range within {
-		if all := count[key]; all[0] == 0 || all[1] == 0 {
-			continue
-		}
-		c.agreed += min(n[0], n[1])
-		c.disagreed += max(n[0], n[1]) - min(n[0], n[1])
-	}
-	c.proven = c.disagreed == 0
-	return c
-}
-
-// widestGap is the middle of the longest time between two bounds in which nothing is.
-func widestGap(sorted []uint64, from, to uint64) uint64 {
-	first, _ := slices.BinarySearch(sorted, from)
-	end, _ := slices.BinarySearch(sorted, to)
-	middle, wide, last := from, uint64(0), from
-	for _, t := range append(slices.Clone(sorted[first:end]), to) {
-		if t-last > wide {
-			middle, wide = last+(t-last)/2, t-last
-		}
-		last = t
-	}
-	return middle
 }

@@ -7,7 +7,9 @@ import (
 	"fmt"
 	"os"
 	"path"
+	"path/filepath"
 	"slices"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -22,8 +24,64 @@ const (
 	gravityHigh   = 4
 )
 
+// identity is what this process, and what has started it, look like in events.
+type identity struct {
+	pid        uint32 // in pid namespace pidNS, as it knows itself
+	pidNS      uint32
+	mntNS      uint32
+	since      uint64 // kernel time, of about its start
+	executable string
+}
+
+// whoAmI cannot fail for a process that has its /proc; without it nobody is recognised.
+func whoAmI() identity {
+	w := identity{pid: uint32(os.Getpid())}
+	w.pidNS, _ = namespaceOf("self", "pid")
+	w.mntNS, _ = namespaceOf("self", "mnt")
+	w.since = bootTime()
+	path, _ := os.Executable()
+	w.executable = strings.TrimSuffix(path, " (deleted)")
+	return w
+}
+
+// namespaceOf is the inode number of a process's namespace.
+func namespaceOf(pid, kind string) (uint32, error) {
+	var st unix.Stat_t
+	path := filepath.Join("/proc", pid, "ns", kind)
+	if err := unix.Stat(path, &st); err != nil {
+		return 0, fmt.Errorf("%s: %w", path, err)
+	}
+	return uint32(st.Ino), nil
+}
+
+// is tells whether a process has this number in the sensor's pid namespace; with none known
+// of it, whether that is its number on the host, which is the same for a sensor that runs as
+// it should.
+func (w identity) is(pid uint32, p *event.Process, key event.ProcessKey) bool {
+	if p != nil && p.NSPID != 0 && p.NS.PID != 0 {
+		return p.NSPID == pid && p.NS.PID == w.pidNS
+	}
+	return key.PID == pid
+}
+
+// starting tells whether the sensor, or systemd for it, acts while it starts: as the programs
+// of a run before saw it. The process may be one that was killed before it read what those
+// saw. Before it runs the sensor's program systemd mounts its directories where only it sees
+// that: in a namespace whose number may be given to this process once that has gone.
+func (w identity) starting(ev *event.Event) bool {
+	p := ev.Subject
+	if w.is(w.pid, p, ev.Actor) {
+		return true
+	}
+	if p == nil || ev.Parent == nil || !w.is(1, ev.Parent, ev.Parent.Key) {
+		return false
+	}
+	return p.Path == w.executable && w.executable != "" ||
+		ev.Kind == event.Mount && p.Path == ev.Parent.Path && (ev.File.MntNS != w.mntNS || ev.KTime < w.since)
+}
+
 // gravity says how grave an event is: 0 when it is not about the sensor itself.
-func gravity(ev *event.Event) uint8 {
+func (w identity) gravity(ev *event.Event) uint8 {
 	switch ev.Kind {
 	case event.Signal:
 		signal := unix.Signal(ev.Tamper.Signal)
@@ -33,7 +91,7 @@ func gravity(ev *event.Event) uint8 {
 			}
 			return gravityNone // a terminal's
 		}
-		if supervised(ev) && slices.Contains([]unix.Signal{unix.SIGTERM, unix.SIGKILL, unix.SIGABRT, unix.SIGINT, unix.SIGQUIT}, signal) {
+		if w.supervised(ev) && slices.Contains([]unix.Signal{unix.SIGTERM, unix.SIGKILL, unix.SIGABRT, unix.SIGINT, unix.SIGQUIT}, signal) {
 			return gravityNone
 		}
 		return gravityHigh
@@ -43,8 +101,11 @@ func gravity(ev *event.Event) uint8 {
 	if ev.File.Flags.Part() == "" || !isFile(ev.Kind) {
 		return 0
 	}
-	if ev.Actor.PID == uint32(os.Getpid()) {
-		return gravityNone // as the programs of the process before saw it
+	if w.starting(ev) {
+		return gravityNone
+	}
+	if (ev.Kind == event.Mount || ev.Kind == event.Umount || ev.Kind == event.MountMove) && becomesService(ev.Subject) {
+		return gravityNone
 	}
 	if slices.ContainsFunc(append([]*event.Process{ev.Subject}, ev.Ancestors...), isPackageManager) {
 		return gravityMedium
@@ -55,8 +116,17 @@ func gravity(ev *event.Event) uint8 {
 func isFile(k event.Kind) bool { return k >= event.FileCreate && k <= event.FileChattr }
 
 // supervised tells whether who acts is who started the sensor, systemd mostly.
-func supervised(ev *event.Event) bool {
-	return ev.Actor.PID == 1 || ev.Subject != nil && ev.Subject.Parent.PID != 0 && ev.Actor == ev.Subject.Parent
+func (w identity) supervised(ev *event.Event) bool {
+	return w.is(1, ev.Creator, ev.Actor) || ev.Subject != nil && ev.Subject.Parent.PID != 0 && ev.Actor == ev.Subject.Parent
+}
+
+// becomesService tells whether a process is a child of systemd that is yet to run its
+// service's program. What it mounts over the sensor's files, at each start of a service with
+// a sandbox and at each reload of the sensor's own, only that service sees.
+func becomesService(p *event.Process) bool {
+	return p != nil && p.Parent.PID == 1 && slices.Contains([]string{
+		"/usr/lib/systemd/systemd", "/lib/systemd/systemd", "/usr/lib/systemd/systemd-executor",
+	}, p.Path)
 }
 
 // isPackageManager goes by the executable's name, which is no proof: it makes a change of the

@@ -325,3 +325,199 @@ func TestRootProtectedFiles(t *testing.T) {
 		}
 	}
 }
+
+// A file that gets the number which a protected one leaves behind is another file: nothing is
+// told of it, nor of what lies in such a directory. Under any other name the protected one is
+// still told of, on an overlay as well, where nobody knows generations.
+func TestRootProtectedNumbers(t *testing.T) {
+	for _, tt := range []struct{ fs, make string }{
+		{"ext4", `truncate -s 1M "$1" && mke2fs -F -i 16384 "$1"`}, // of 64 numbers: a free one is soon given away again
+		{"xfs", `truncate -s 320M "$1" && mkfs.xfs "$1"`},
+	} {
+		t.Run(tt.fs, func(t *testing.T) { protectNumbers(t, tt.fs, tt.make) })
+	}
+}
+
+func protectNumbers(t *testing.T, fs, format string) {
+	a, stranger, victim := startActor(t), startActor(t), startActor(t)
+	dir, over := real(t, t.TempDir()), real(t, t.TempDir())
+	at := func(name string) string { return filepath.Join(dir, name) }
+	do := func(who *actor, args ...string) {
+		t.Helper()
+		who.must(request{Op: "file", Args: args})
+	}
+	need(t, fs+" in a file", mountImage(t, a, dir, fs, format))
+	for _, name := range []string{"etc", "etc/conf.d", "lower", "upper", "work"} {
+		do(a, "mkdir", at(name))
+	}
+	need(t, "overlayfs", mount(t, a, over, "overlay", "lowerdir="+at("lower")+",upperdir="+at("upper")+",workdir="+at("work")))
+	config, overlaid := at("etc/config"), filepath.Join(over, "config")
+	protected := []Protected{{config, event.FileOfConfig, false}, {overlaid, event.FileOfConfig, false}, {at("etc/conf.d"), event.FileOfConfig, true}}
+	for _, path := range []string{config, overlaid} {
+		do(a, "create", path)
+		do(a, "link", path, path+" by another name")
+	}
+	k := tampered(t, a, victim, FileOptions{}, protected...)
+	files, priority := k.maps["protected_files"], newTap(t, k.priority) // what is told goes there
+	told := func(what string, want bool, args ...string) {
+		t.Helper()
+		priority.rest()
+		do(stranger, args...)
+		// On old kernels an overlay opens the file below under the same path: told twice.
+		if got := slices.ContainsFunc(priority.rest(), func(r record) bool { return r.file != nil && event.FileFlags(r.file.Flags).Part() == "configuration" }); got != want {
+			t.Errorf("%s: %v is told: %t, want %t", what, args, got, want)
+		}
+	}
+	mounts := mountTable()
+	for path, known := range map[string]uint32{config: 1, overlaid: 0} {
+		found, err := look(path, mounts)
+		var p protection
+		if err = errors.Join(err, files.Lookup(found.key, &p)); err != nil || p.GenerationKnown != known {
+			t.Errorf("%s: %+v, %v, want generation known %d", path, p, err, known)
+		}
+		told("the same file", true, "append", path+" by another name")
+	}
+	if fs == "xfs" {
+		return // it frees numbers in the background, so none is sure to be given away again
+	}
+	do(stranger, "unlink", config+" by another name")
+	do(stranger, "unlink", overlaid+" by another name")
+	reused := func(remove, path, create string) string {
+		t.Helper()
+		var was, now unix.Stat_t
+		if err := unix.Lstat(path, &was); err != nil {
+			t.Fatal(err)
+		}
+		do(stranger, remove, path)
+		priority.rest()
+		for i := range 1000 {
+			again := filepath.Join(filepath.Dir(path), fmt.Sprint(create, i))
+			do(stranger, create, again)
+			if err := unix.Lstat(again, &now); err != nil {
+				t.Fatal(err)
+			}
+			if now.Ino != was.Ino {
+				continue
+			}
+			for _, r := range priority.rest() {
+				if r.file != nil {
+					t.Errorf("told: %s of %s", kindOf(r.SensorEventHeader), r.file.path)
+				}
+			}
+			return again
+		}
+		t.Fatalf("no file got the number of %s", path)
+		return ""
+	}
+	directory, file := reused("rmdir", at("etc/conf.d"), "mkdir"), reused("unlink", config, "create")
+	told("in another directory", false, "create", directory+"/file")
+	told("another file", false, "append", file)
+	gone, err := look(overlaid, mounts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	above := reused("unlink", overlaid, "create")
+	told("another file of the overlay", false, "append", above)
+
+	// Known by nothing but its number it is what it was.
+	unknown := map[fileKey]protection{gone.key: {Of: uint32(event.FileOfConfig), Reach: reachItself}}
+	var key fileKey
+	var p protection
+	for it := files.Iterate(); it.Next(&key, &p); {
+		p.GenerationKnown = 0
+		unknown[key] = p
+	}
+	if err := replace(files, unknown); err != nil {
+		t.Fatal(err)
+	}
+	told("in the directory of that number", true, "append", directory+"/file")
+	told("the file of that number", true, "append", file)
+	told("the file of that number of the overlay", true, "append", above)
+}
+
+// What was replaced between two looks at it is protected whichever it is.
+func TestProtectionsOfOneInode(t *testing.T) {
+	itself := found{key: fileKey{1, 2}, generation: 3, generationKnown: true}
+	other, unknown := itself, itself
+	other.generation, unknown.generation, unknown.generationKnown = 4, 0, false
+	for _, tt := range []struct {
+		name  string
+		again found
+		want  protection
+	}{
+		{"under two names", itself, protection{3, reachItself, 3, 1}},
+		{"replaced", other, protection{3, reachItself, 0, 0}},
+		{"not to be found out", unknown, protection{3, reachItself, 0, 0}},
+	} {
+		for _, order := range [][]found{{itself, tt.again}, {tt.again, itself}} {
+			p := protections{files: map[fileKey]protection{}}
+			p.file(order[0], 1, reachItself)
+			p.file(order[1], 2, reachItself)
+			if got := p.files[itself.key]; got != tt.want {
+				t.Errorf("%s: %+v, want %+v", tt.name, got, tt.want)
+			}
+		}
+	}
+}
+
+// mountImage mounts a file system in a file, which format makes.
+func mountImage(t *testing.T, a *actor, dir, fs, format string) error {
+	t.Helper()
+	script := `said=$({ ` + format + ` && mount -t "$3" -o loop "$1" "$2"; } 2>&1) || { echo "$said"; exit 1; }`
+	answer := a.do(request{Op: "shell", Args: []string{script, "sh", filepath.Join(t.TempDir(), "image"), dir, fs}})
+	if answer.Err != "" {
+		return errors.New(answer.Err)
+	}
+	t.Cleanup(func() { a.must(request{Op: "file", Args: []string{"umount", dir}}) })
+	return nil
+}
+
+// TestGravity tells what the sensor and its service manager do while it starts from what others
+// do to its files, on a host and in a pid namespace of its own, where it has another number.
+func TestGravity(t *testing.T) {
+	const host, inner, mnt = 0xeffffffc, 4026532180, 4026532177
+	process := func(number, ns uint32, path string) *event.Process {
+		return &event.Process{Key: event.ProcessKey{PID: number + 1000}, NSPID: number, NS: event.Namespaces{PID: ns}, Path: path}
+	}
+	outer := func(p *event.Process) *event.Process { // numbered as on a host
+		p.Key.PID = p.NSPID
+		return p
+	}
+	const ours, systemd = "/usr/bin/edr-sensor", "/usr/lib/systemd/systemd"
+	in, on := identity{pid: 7, pidNS: inner, mntNS: mnt, executable: ours}, identity{pid: 7, pidNS: host, mntNS: mnt, executable: ours}
+	change := func(p, parent *event.Process, kind event.Kind, mntNS uint32) *event.Event {
+		return &event.Event{Kind: kind, Actor: p.Key, Subject: p, Parent: parent, Ancestors: []*event.Process{parent}, File: event.FileInfo{Flags: event.FileOfState, MntNS: mntNS}}
+	}
+	signal := func(by *event.Process) *event.Event {
+		return &event.Event{Kind: event.Signal, Actor: by.Key, Creator: by, Tamper: event.TamperInfo{Signal: int32(unix.SIGKILL)}}
+	}
+	manager, shell := process(1, inner, systemd), process(5, inner, "/bin/sh")
+	for _, tt := range []struct {
+		name string
+		who  identity
+		ev   *event.Event
+		want uint8
+	}{
+		{"itself", in, change(process(7, inner, ours), manager, event.FileOpenWrite, 2), gravityNone},
+		{"itself, on a host", on, change(outer(process(7, host, ours)), outer(process(1, host, systemd)), event.FileOpenWrite, 2), gravityNone},
+		{"its number, of which no more is known", on, &event.Event{Kind: event.FileOpenWrite, Actor: event.ProcessKey{PID: 7}, File: event.FileInfo{Flags: event.FileOfState}}, gravityNone},
+		{"its number in another namespace", in, change(process(7, inner+1, "/bin/sh"), shell, event.FileOpenWrite, 2), gravityHigh},
+		{"its number on the host", in, change(outer(process(7, host, "/bin/sh")), outer(process(9, host, "/bin/sh")), event.FileOpenWrite, 2), gravityHigh},
+		{"a run that was killed before", in, change(process(6, inner, ours), manager, event.FileOpenWrite, 2), gravityNone},
+		{"the program run by another", in, change(process(6, inner, ours), shell, event.FileOpenWrite, 2), gravityHigh},
+		{"another child of systemd", in, change(process(6, inner, "/bin/sh"), manager, event.FileOpenWrite, 2), gravityHigh},
+		{"systemd prepares it", in, change(process(6, inner, systemd), manager, event.Mount, mnt+1), gravityNone},
+		{"somebody covers its directory", in, change(process(6, inner, "/bin/mount"), manager, event.Mount, mnt+1), gravityHigh},
+		{"systemd covers its directory where it is", in, change(process(6, inner, systemd), manager, event.Mount, mnt), gravityHigh},
+		{"systemd writes its state", in, change(process(6, inner, systemd), manager, event.FileOpenWrite, mnt+1), gravityHigh},
+		{"a package manager", in, change(process(6, inner, "/usr/bin/dpkg"), shell, event.FileRename, 2), gravityMedium},
+		{"killed by systemd", in, signal(manager), gravityNone},
+		{"killed by systemd of the host", on, signal(outer(process(1, host, systemd))), gravityNone},
+		{"killed by somebody", in, signal(shell), gravityHigh},
+		{"killed by the init of a container", on, signal(process(1, inner, systemd)), gravityHigh},
+	} {
+		if got := tt.who.gravity(tt.ev); got != tt.want {
+			t.Errorf("%s: gravity %d, want %d", tt.name, got, tt.want)
+		}
+	}
+}

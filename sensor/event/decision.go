@@ -40,7 +40,7 @@ func DecisionTable() []Decision {
 	return []Decision{
 		{
 			"START", "Start", DecisionsSystem,
-			"The sensor was started. The record says what each event is seen by on this host (`coverage`), what is not seen (`missing`), the scope, the hashes of the configuration, of the binary and of the files that say how it runs (`files_sha256`), the buffer's epoch and its size.",
+			"The sensor was started. The record says what each event is seen by on this host (`coverage`), what is not seen (`missing`), the scope, the hashes of the configuration, of the binary and of the files that say how it runs (`files_sha256`), the buffer's epoch and its size, and why its directory is a bad place for it, if it is (`buffer_hazards`).",
 			"A `missing` event is a blind spot: `edr-sensor doctor` says why. A binary hash that is not that of your package needs an explanation.",
 		},
 		{"STOP", "Stop", DecisionsSystem, "The sensor was asked to stop, by a signal or by systemd. What it had read until then is kept.", "Find out who asked, where no deployment did: stopping the sensor is what an intruder tries first."},
@@ -110,7 +110,7 @@ func DecisionTable() []Decision {
 		{"CASES_DAMAGED", "Cases Set Aside", DecisionsSystem, "The file of the open cases could not be read at the start, so none that was in it is open any more.", "Open the cases again; find out what wrote to the state directory."},
 		{
 			"RECORDS_LOST", "Lost Events", DecisionsSystem,
-			"Records that had a sequence number will not be delivered. `unmapped.lost.ranges` names each range: `truncated` (the buffer was full), `corrupt` (damaged on disk), `server_loss` (Redis lost what it had confirmed, and the buffer no longer has it).",
+			"Records that had a sequence number will not be delivered. `unmapped.lost.ranges` names each range: `truncated` (the buffer was full), `corrupt` (damaged on disk), `server_loss` (Redis lost what it had confirmed, and the buffer no longer has it), `refused` (Redis does not take it, see RECORD_REFUSED).",
 			"Treat the ranges as unknown, not as quiet. The decisions before it say why.",
 		},
 		{
@@ -161,11 +161,21 @@ func DecisionTable() []Decision {
 			"The buffer's file was damaged, cut, removed, or another than the sensor left there (`error`). It was kept under another name (`path`, empty where there was none or no space for it), and every intact record was taken over into a new one (`salvaged`). Where `exact` is true, `count` records are lost and RECORDS_LOST names each of them; otherwise how far the file had been delivered is not known, a BUFFER_NEW follows, and the number lost is unknown.",
 			"Check the disk and its kernel messages. Keep the file if you need an expert to look for evidence in it.",
 		},
-		{"BUFFER_NEW", "Buffer New", DecisionsSystem, "The buffer begins with a new epoch (`after`), from sequence number 1: at a first start, after the directory was emptied, or after a BUFFER_SET_ASIDE that is not exact.", "Where it is not the first start, find out who removed the buffer: it held evidence."},
+		{"BUFFER_NEW", "Buffer New", DecisionsSystem, "The buffer begins with a new epoch (`after`), from sequence number 1: at a first start, after the directory was emptied, or after a BUFFER_SET_ASIDE that is not exact. With an epoch `before`, delivery was fenced, and `count` records not delivered until then were moved to the new one.", "Where it is not the first start, find out who removed the buffer: it held evidence."},
 		{
 			"BUFFER_DAMAGED", "Buffer Damaged", DecisionsSystem,
 			"A part of the buffer's file did not have its checksum. Its records are lost and named in a RECORDS_LOST; all others are not affected.",
 			"Check the disk: bits do not change by themselves.",
+		},
+		{
+			"BUFFER_RESIZED", "Buffer Resized", DecisionsSystem,
+			"The buffer's file has another size, `after` instead of `before`, as `buffer.cap` now says. `count` records that had not been delivered did not fit into it and were dropped, the oldest first; RECORDS_LOST names them.",
+			"Nothing, unless `count` is not 0: then let Redis take what waits before you make the buffer smaller.",
+		},
+		{
+			"BUFFER_RESIZE_REFUSED", "Buffer Resize Refused", DecisionsSystem,
+			"The buffer keeps the size that it had (`before`), because it could not get the one that `buffer.cap` says: `error` is why.",
+			"Make room on the disk, or correct `buffer.cap`; then reload.",
 		},
 		{"BUFFER_FAILED", "Buffer Failed", DecisionsSystem, "The buffer cannot write to its disk (`error`). Events wait in memory and in the kernel's rings, which hold seconds.", "Act at once: check the disk, its mount and its kernel messages."},
 		{"BUFFER_RECOVERED", "Buffer Recovered", DecisionsSystem, "The buffer writes again after BUFFER_FAILED. RINGBUF_FULL records tell whether anything was lost meanwhile.", "Find out what the disk had."},
@@ -182,10 +192,17 @@ func DecisionTable() []Decision {
 			"Check the server's persistence (`appendfsync`) and its replicas. What the buffer did not have any more is named in RECORDS_LOST.",
 		},
 		{
-			"FENCED", "Fenced", DecisionsSystem,
-			"Another process writes under this agent's id, so delivery has stopped: a cloned machine, or a buffer that was copied or restored.",
-			"Give one of the two a new id: remove `agent_id` in its state directory and empty its buffer.",
+			"RECORD_REFUSED", "Record Refused", DecisionsSystem,
+			"Redis, or a proxy or firewall before it, broke the connection each time that this one record was sent, and answered others meanwhile: it is larger than what they take (`bytes`), or they do not like what is in it. The record `seq` was copied to `path` and is named in a RECORDS_LOST, so that those behind it can be delivered; the newest 16 copies are kept. After eight in a row without one that is taken, delivery is held instead.",
+			"Do what `remedy` says: the default limits of Redis take every record of the sensor. Keep the copy: it is an event that no consumer has seen, and an intruder may have chosen what is in it.",
 		},
+		{
+			"FENCED", "Fenced", DecisionsSystem,
+			"Another process writes under this agent's id, so delivery has stopped. A clone or a restored buffer alone does not lead here, for the sensor then goes on in a new epoch (IDENTITY_NEW); it stops when it is fenced again within ten minutes, or cannot write down the new epoch.",
+			"Find both hosts by their agent id: two with the same `agent.id` in their configuration, or a machine that is put back again and again. Give each its own id, then restart the one that stopped: it goes on in a new epoch with all that waits in its buffer.",
+		},
+		{"IDENTITY_NEW", "Identity New", DecisionsSystem, "State or buffer of the sensor were copied, restored or moved to another machine, or Redis has newer records of another sensor under this one's id. What was not delivered, `count` records, goes on in a new epoch, and when the other one may still run under a new agent id: `before` and `after` are the ids, `cause` says how it showed. Records of both keep their place: nothing is lost, and what both have delivered under the old id is told apart by the epoch. The id in `metadata.uid` of the records that waited is still that of the old epoch.", "Expected after cloning a machine or restoring it from a snapshot. Templates of machines should have neither `/var/lib/edr-sensor` nor `/etc/machine-id`. With a configured `agent.id` give each machine its own."},
+		{"SERVER_AT_RISK", "Server at Risk", DecisionsSystem, "Redis takes events, and something about it will end that or lose some. `risk` is what: `memory` (nearly full), `unread` (a stream that is trimmed nears its limit unread), `password` (the file's is refused, so that the next connect fails), `replica` (none confirms what was delivered). The message has the numbers.", "What the message says: let consumers read and trim, raise the limit, put the right password into the file, repair replication."},
 		{"EVICTION_RISK", "Eviction Risk", DecisionsSystem, "Redis is configured to delete keys when it is full, so that it would delete whole streams without an error.", "Set `maxmemory-policy noeviction` on the server."},
 		{
 			"CREDENTIALS_ROTATED", "Credentials Rotated", DecisionsSystem,
@@ -202,6 +219,16 @@ func DecisionTable() []Decision {
 		{"CASE_EXPIRED", "Case Expired", DecisionsApprovals, "A case has reached its end and was closed by the sensor.", "Open it again with a longer `--ttl` where it is still needed."},
 		{"CASE_RESUMED", "Case Resumed", DecisionsApprovals, "The sensor was started while a case was open, and goes on with it.", nothing},
 		{"CASE_REJECTED", "Case Rejected", DecisionsApprovals, "Somebody asked to open or close a case in a way that makes no sense; the message says why.", "Ask again as the message says."},
+		{
+			"EXPORT_STARTED", "Evidence Export Started", DecisionsApprovals,
+			"Somebody gets records out of the buffer over the control socket (`edr-sensor buffer export`): who, as the kernel vouches for, and which (`query`). It is written before the first of them leaves.",
+			"Know why. An EVIDENCE_EXPORTED follows; where none does, the sensor has ended meanwhile, and how much left is unknown.",
+		},
+		{
+			"EVIDENCE_EXPORTED", "Evidence Exported", DecisionsApprovals,
+			"An export has ended: `count` records and `bytes` of the seqs from `first` to `last` of an `epoch` went to who is named, with the `sha256` of what was sent, by which a file is told to be that export. `missing` is how many of the wanted seqs are not in it; `error` is why it ended early.",
+			"Compare the hash with that of the file that is shown as evidence. Where nobody knows of the export, somebody with the rights of control.group read events.",
+		},
 		{"CONTROL_REFUSED", "Control Refused", DecisionsApprovals, "Somebody asked the control socket for something without the right to: who, as the kernel vouches for, and what.", "Add the user to the group named by `control.group` where the request was right; look into it where it was not."},
 	}
 }

@@ -31,6 +31,7 @@ const (
 // is not safe for concurrent use: it keeps a scratch buffer.
 type Encoder struct {
 	product string // `"product":{…},` and `"tenant_uid":"…",`
+	host    event.Host
 	device  string // `"device":{…},`
 	app     string // `"app":{…},`
 	agent   event.Agent
@@ -44,7 +45,7 @@ type Encoder struct {
 // New prepares an Encoder. Empty fields of the host and the agent are omitted
 // from the events.
 func New(h event.Host, a event.Agent) *Encoder {
-	e := &Encoder{agent: a, unknown: event.SelfInfo{Name: "Unknown Record", Failed: true}}
+	e := &Encoder{host: h, agent: a, unknown: event.SelfInfo{Name: "Unknown Record", Failed: true}}
 
 	var w writer
 	w.open(`"product":{`)
@@ -59,20 +60,26 @@ func New(h event.Host, a event.Agent) *Encoder {
 	w.context(e.run, nil)
 	e.context = string(w.b)
 
-	w.b = w.b[:0]
-	w.device(&h, &a)
+	e.Move(a.ID, "")
+	return e
+}
+
+// Move goes on as another agent, in another epoch: for an agent that has to leave its
+// identity to a copy of itself.
+func (e *Encoder) Move(agentID, epoch string) {
+	e.agent.ID = agentID
+	var w writer
+	w.device(&e.host, &e.agent)
 	e.device = string(w.b)
 
-	w.b = w.b[:0]
+	w.b = nil
 	w.open(`"app":{`)
 	w.raw(`"name":"` + productName + `","vendor_name":"` + vendorName + `",`)
-	w.opt(`"uid":`, a.ID)
-	w.opt(`"version":`, a.Version)
+	w.opt(`"uid":`, e.agent.ID)
+	w.opt(`"version":`, e.agent.Version)
 	w.close('}')
 	e.app = string(w.b)
-
-	e.Bind("")
-	return e
+	e.Bind(epoch)
 }
 
 // Bind sets the epoch of the buffer, which metadata.uid depends on. Call it

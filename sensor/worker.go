@@ -1,0 +1,364 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package sensor
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/aurorasoc/edr-sensor/internal/logging"
+	"github.com/aurorasoc/edr-sensor/sensor/event"
+)
+
+// Run reports the processes that already run, then every event, until ctx ends.
+// Then it detaches the programs, empties the rings, and hands over everything, for
+// at most stopWithin. The time in which no sensor ran is reported first.
+func (s *Sensor) Run(ctx context.Context, stopWithin time.Duration) error {
+	ctx = logging.With(ctx, zap.String(logging.KeyComponent, "sensor"))
+	// Handing over goes on for a while after ctx ended.
+	write, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	defer cancel()
+	stop := context.AfterFunc(ctx, func() {
+		s.wait.wake()
+		time.AfterFunc(stopWithin, cancel)
+	})
+	defer stop()
+
+	s.lastTick = time.Now()
+	s.left.from = s.lastTick
+	s.unwritten = map[string]uint64{}
+	if s.keepErr != nil {
+		s.Notify(ctx, event.SelfInfo{
+			Name: "Keep Failed", Severity: 3, Failed: true, Code: "KEEP_FAILED",
+			Message: "a restart of the sensor will miss what happens meanwhile: " + s.keepErr.Error(),
+		})
+	}
+	known := s.takeOver(ctx)
+	s.writeNotices(write)
+	s.applyCases()
+	if err := s.snapshot(write, known); err != nil {
+		// Parents of running processes are then unknown: less, not nothing.
+		s.Notify(ctx, event.SelfInfo{
+			Activity: event.ActivityDegraded, Severity: 3, Failed: true, Code: "SNAPSHOT",
+			Message: "processes that ran before the sensor are unknown: " + err.Error(),
+		})
+	}
+	s.seedCases()
+	if err := s.readPredecessor(ctx, write); err != nil {
+		return err
+	}
+	close(s.settled)
+	for ctx.Err() == nil {
+		if err := s.turn(write); err != nil {
+			return err
+		}
+	}
+	return s.drain(write)
+}
+
+// turn handles what is there, or waits for more.
+func (s *Sensor) turn(ctx context.Context) error {
+	s.applyCases()
+	n, err := s.poll(ctx)
+	if err != nil {
+		return err
+	}
+	s.writeNotices(ctx)
+	if now := time.Now(); now.Sub(s.lastTick) >= tickEvery {
+		s.tick(ctx, now)
+	}
+	if err := s.flush(ctx, false); err != nil {
+		return err
+	}
+	s.dropPredecessor(ctx)
+	s.beat.Store(int64(time.Since(s.born)))
+	if n > 0 {
+		return nil
+	}
+	return s.wait.wait(time.Until(s.lastTick.Add(tickEvery)))
+}
+
+// drain empties the rings after detaching; the record of the stop is among the
+// last. Programs that are kept go on: of those it reads what they have seen so far, and
+// whoever keeps them detaches them unless a new process comes.
+func (s *Sensor) drain(ctx context.Context) error {
+	s.tick(ctx, time.Now()) // the programs' statistics end with them
+	var err error
+	if s.o.Keeper == nil || s.keepErr != nil {
+		err = s.kernel.detach()
+	}
+	ends := [...]uint64{s.in.priority.producer(), s.in.bulk.producer()}
+	for n := 1; n > 0 && (int64(ends[0]-s.in.priority.position()) > 0 || int64(ends[1]-s.in.bulk.position()) > 0); {
+		var perr error
+		if n, perr = s.poll(ctx); perr != nil {
+			return errors.Join(err, perr)
+		}
+		if ferr := s.flush(ctx, false); ferr != nil {
+			return errors.Join(err, ferr)
+		}
+	}
+	s.tick(ctx, time.Now())
+	if s.in == &s.own {
+		s.reportSuppressed(ctx, time.Now(), true)
+	}
+	s.tellRoots(time.Now(), true)
+	s.limiter.Flush()
+	s.writeNotices(ctx)
+	s.reportRepeats(ctx, time.Now(), true)
+	return errors.Join(err, s.flush(ctx, true))
+}
+
+// poll reads up to pollRecords records ahead, starts the hashing they need, and
+// then writes them in order.
+func (s *Sensor) poll(ctx context.Context) (int, error) {
+	s.dec.reset()
+	// What the bulk ring holds now was caused by processes that the priority
+	// ring already shows, so the priority ring goes first.
+	in := s.in
+	priority, bulk := in.limits()
+	first, err := s.read(ctx, in.priority, priority, 0, pollRecords-bulkShare)
+	if err != nil {
+		return 0, err
+	}
+	n, err := s.read(ctx, in.bulk, bulk, first, pollRecords)
+	if err != nil {
+		return 0, err
+	}
+	now := time.Now().UnixNano()
+	for i := range s.events[:n] {
+		ev := &s.events[i]
+		s.o.Enricher.Apply(ev)
+		s.metrics.latency.Observe(seconds(now - ev.Time))
+		ev.Severity = s.who.gravity(ev)
+		if ev.Kind != event.Fork || s.o.ForkEvents || ev.Deep {
+			s.write(ctx, now, ev, ev.Severity > gravityNone, nil)
+		}
+		if ev.Severity > 0 {
+			s.tampering(ctx, ev)
+		}
+		s.mark.ktime, s.mark.wall = max(s.mark.ktime, ev.KTime), max(s.mark.wall, ev.Time)
+		if i < first {
+			s.mark.priority.pos = s.after[i]
+		} else {
+			s.mark.bulk.pos = s.after[i]
+		}
+		if s.o.Sink.Size() >= flushBytes {
+			if err := s.flush(ctx, false); err != nil {
+				return i, err
+			}
+		}
+	}
+	// Records that were discarded or could not be decoded are covered too.
+	s.mark.priority.pos, s.mark.bulk.pos = in.priority.position(), in.bulk.position()
+	if in == &s.own {
+		s.pulse.rings[0].reached.Store(s.mark.priority.pos)
+		s.pulse.rings[1].reached.Store(s.mark.bulk.pos)
+	}
+	s.o.Enricher.EndBatch()
+	return n, nil
+}
+
+// seconds of a span that a clock which was set may have made negative.
+func seconds(ns int64) float64 { return float64(max(ns, 0)) / 1e9 }
+
+// read decodes records of one ring into s.events[n:most], up to a position.
+func (s *Sensor) read(ctx context.Context, r *ring, limit uint64, n, most int) (int, error) {
+	for n < most && r.position() < limit {
+		rec, ok, err := r.next()
+		if err != nil {
+			return n, fmt.Errorf("read ring: %w", err)
+		}
+		if !ok {
+			break
+		}
+		if serial, ok := asHeartbeat(rec); ok {
+			if s.in == &s.own {
+				s.pulse.rings[s.ringIndex(r)].met(serial, r.position(), time.Since(s.born))
+			}
+			continue
+		}
+		if !s.in.counts(rec) {
+			continue // read from the rings before these, or after
+		}
+		if f := s.in.foreign[kindNumber(rec)]; f != 0 {
+			if f == lostRecord {
+				s.metrics.decodeErrors.Inc()
+				s.discard("UNDECODABLE", 1)
+			}
+			continue
+		}
+		ev := &s.events[n]
+		if err := s.dec.decode(rec, ev); err != nil {
+			s.metrics.decodeErrors.Inc()
+			s.discard("UNDECODABLE", 1)
+			s.limiter.Log(ctx, zap.ErrorLevel, "decode", "decode record", zap.Error(err))
+			continue
+		}
+		ev.Hook = s.hooks.Load()[ev.Kind]
+		s.after[n] = r.position()
+		s.metrics.events[ev.Kind].Inc()
+		s.o.Enricher.Prefetch(ev)
+		n++
+	}
+	return n, nil
+}
+
+// write encodes one event into the sink's open batch. What fits neither there
+// nor into an empty one is counted, and named at the next tick.
+func (s *Sensor) write(ctx context.Context, now int64, ev *event.Event, urgent bool, names []event.Loss) {
+	rec := s.o.Encoder.Append(s.begin(ev), s.o.Sink.Next(), now, ev)
+	err := s.o.Sink.End(rec, urgent, names)
+	if errors.Is(err, ErrFull) && s.flush(ctx, false) == nil {
+		rec = s.o.Encoder.Append(s.begin(ev), s.o.Sink.Next(), now, ev)
+		err = s.o.Sink.End(rec, urgent, names)
+	}
+	if err != nil {
+		s.metrics.rejected.Inc()
+		s.discard("TOO_LARGE", 1)
+		key := "rejected"
+		if len(ev.Cases) > 0 {
+			key += " " + ev.Cases[0].ID // one case's line must not stand for another's
+		}
+		s.limiter.Log(inCases(ctx, ev), zap.ErrorLevel, key, "record rejected", zap.Stringer(logging.KeyEvent, ev.Kind), zap.Int(logging.KeyBytes, len(rec)), zap.Error(err))
+		return
+	}
+	s.pending = true
+	s.countTagged(ev)
+}
+
+func (s *Sensor) begin(ev *event.Event) []byte {
+	if ev.Kind == event.Lifecycle {
+		return s.o.Sink.BeginDecision(ev.Self.Stream)
+	}
+	return s.o.Sink.Begin()
+}
+
+// flush hands over what was written. Records that produced nothing (forks that
+// are not reported) release their ring space without a commit of their own.
+func (s *Sensor) flush(ctx context.Context, clean bool) error {
+	if !s.pending && !clean {
+		if s.committed.Load() == s.mark.serial {
+			s.in.priority.release(s.mark.priority.pos)
+			s.in.bulk.release(s.mark.bulk.pos)
+		}
+		return nil
+	}
+	s.mark.serial++
+	s.mark.clean = clean
+	s.mark.wall = max(s.mark.wall, time.Now().UnixNano())
+	s.markBuf = s.mark.append(s.markBuf[:0])
+	s.pulse.handing.Store(int64(time.Since(s.born)))
+	err := s.o.Sink.Flush(ctx, s.markBuf)
+	s.pulse.handing.Store(0)
+	if err != nil {
+		return fmt.Errorf("hand over events: %w", err)
+	}
+	s.pending = false
+	return nil
+}
+
+func (s *Sensor) writeNotices(ctx context.Context) {
+	s.mu.Lock()
+	notices, overflow := s.notices, s.overflow
+	s.notices, s.overflow = nil, 0
+	s.mu.Unlock()
+	for i := range notices {
+		s.writeSelf(ctx, &notices[i], nil)
+	}
+	if overflow > 0 {
+		s.discard("NOTICES", overflow)
+	}
+}
+
+func (s *Sensor) writeSelf(ctx context.Context, i *event.SelfInfo, names []event.Loss) {
+	now := time.Now().UnixNano()
+	s.writeSelfAt(ctx, now, now, i, names)
+}
+
+// writeSelfAt writes what was decided at a time. What names losses needs no memory of
+// ours: the buffer has it named again.
+func (s *Sensor) writeSelfAt(ctx context.Context, now, at int64, i *event.SelfInfo, names []event.Loss) {
+	s.self = event.Event{Kind: event.Lifecycle, Time: at, Self: i, Hook: "userspace/agent", Subject: i.Process}
+	if i.Process != nil {
+		s.self.Actor = i.Process.Key
+	}
+	s.metrics.events[event.Lifecycle].Inc()
+	seq := s.o.Sink.Next()
+	s.write(ctx, now, &s.self, i.Severity >= 4, names)
+	if s.o.Sink.Next() > seq && len(names) == 0 {
+		s.told.add(telling{seq, at, *i})
+	}
+}
+
+// tick reports what was lost since the last one.
+func (s *Sensor) tick(ctx context.Context, now time.Time) {
+	from := s.lastTick
+	s.lastTick = now
+	if l := logging.From(ctx).Check(zap.DebugLevel, "tick"); l != nil {
+		l.Write(zap.Uint64(logging.KeySeq, s.o.Sink.Next()), zap.Uint64("priority_bytes", s.priority.used()), zap.Uint64("bulk_bytes", s.bulk.used()))
+	}
+	lost := event.SelfInfo{Activity: event.ActivityLost, Severity: 4, Failed: true, From: from, To: now}
+	if s.losses = s.o.Sink.Unnamed(s.losses[:0]); len(s.losses) > 0 {
+		i := lost
+		i.Code, i.Losses = "RECORDS_LOST", s.losses
+		for _, l := range s.losses {
+			i.Count += l.Count
+		}
+		i.Message = fmt.Sprintf("%d records will not be delivered", i.Count)
+		s.decide(ctx, &i, s.losses)
+	}
+	s.tellAgain(ctx)
+	for reason, n := range s.unwritten {
+		i := lost
+		i.Code, i.Count, i.Message = reason, n, fmt.Sprintf("%d events could not become records", n)
+		delete(s.unwritten, reason)
+		s.decide(ctx, &i, nil)
+	}
+	if s.in == &s.own { // else the mark is about others, and whoever reads them reports it
+		s.reportKernelLoss(ctx, lost)
+		s.reportMissed(ctx, lost)
+		s.reportSuppressed(ctx, now, false)
+	}
+	s.tellRoots(now, false)
+	s.reportRepeats(ctx, now, false)
+	s.limiter.Settle()
+}
+
+// snapshot reports the processes that run already, before the first event, or only takes
+// note of them when they are known from the process before.
+func (s *Sensor) snapshot(ctx context.Context, known bool) error {
+	n := 0
+	err := s.kernel.snapshot(func(rec []byte) error {
+		if n++; n%pollRecords == 0 {
+			s.o.Enricher.EndBatch()
+			if err := s.flush(ctx, false); err != nil {
+				return err
+			}
+		}
+		s.dec.reset()
+		ev := &s.events[0]
+		if err := s.dec.decode(rec, ev); err != nil {
+			s.metrics.decodeErrors.Inc()
+			return fmt.Errorf("decode: %w", err)
+		}
+		ev.Hook = s.hooks.Load()[ev.Kind]
+		s.o.Enricher.Apply(ev)
+		if !known {
+			s.metrics.events[ev.Kind].Inc()
+			s.write(ctx, time.Now().UnixNano(), ev, false, nil)
+		}
+		return ctx.Err()
+	})
+	s.o.Enricher.EndBatch()
+	if known {
+		err = errors.Join(err, s.unlearn())
+	}
+	if err != nil {
+		return err
+	}
+	return s.flush(ctx, false)
+}

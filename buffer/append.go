@@ -29,9 +29,10 @@ func (q *Queue) NewBatch() *Batch {
 	if n := len(q.batches); n > 0 {
 		b := q.batches[n-1]
 		q.batches = q.batches[:n-1]
+		b.epoch = q.state.epoch
 		return b
 	}
-	return &Batch{maxRecord: q.o.MaxRecord, maxBytes: q.o.maxBatch()}
+	return &Batch{maxRecord: q.o.MaxRecord, maxBytes: q.o.maxBatch(), epoch: q.state.epoch}
 }
 
 // Append hands b over to the next commit. The batch becomes durable as a
@@ -80,6 +81,12 @@ func (q *Queue) add(b *Batch, now time.Time) {
 	}
 	full := p.bytes >= q.o.CommitBytes
 	for _, n := range b.names {
+		if b.epoch != q.state.epoch {
+			break // what it names has no such numbers any more, and stays unnamed
+		}
+		for i, l := range n.losses {
+			n.losses[i] = l.shift(q.state.base)
+		}
 		n.seq = q.next + uint64(n.index)
 		p.names = append(p.names, n)
 	}

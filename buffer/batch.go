@@ -40,6 +40,7 @@ type Batch struct {
 	names     []naming
 	mark      []byte
 	marked    bool
+	epoch     string // in whose numbers names are
 	maxRecord int
 	maxBytes  int
 }
@@ -106,7 +107,7 @@ func (b *Batch) Len() int { return b.count }
 func (b *Batch) Size() int { return len(b.buf) }
 
 func (b *Batch) reset() {
-	if cap(b.buf) > maxRecycle {
+	if cap(b.buf) > maxBatchKept {
 		b.buf = nil
 	}
 	clear(b.names)

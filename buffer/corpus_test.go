@@ -15,6 +15,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -81,12 +82,24 @@ func inspect(dir string) (r corpusResult) {
 			r.Recovery.Cause = nil // an interface does not survive JSON
 		}
 		r.Stats.Recovery, r.Stats.Err = nil, nil
-		err = errors.Join(err, invariant(r.Stats), q.Close(ctx))
+		err = errors.Join(err, invariant(r.Stats), overrun(ctx, q), q.Close(ctx))
 	}
 	if err != nil {
 		r.Err = err.Error()
 	}
 	return r
+}
+
+// overrun appends until nothing of what was there is left.
+func overrun(ctx context.Context, q *Queue) error {
+	for first := q.Next(); q.Bounds().First < first; {
+		b := q.NewBatch()
+		err := errors.Join(b.End(append(b.Begin(Events), make([]byte, 30*kib)...), false), q.Append(ctx, b), q.Flush(ctx))
+		if err = errors.Join(err, invariant(q.Stats())); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // specimen is a file as a process left it, and the truth about it.
@@ -103,6 +116,10 @@ func newSpecimen(t *testing.T, clean bool) *specimen {
 	dir := fastDir(t)
 	o := small(dir)
 	o.RetainBytes = 256 * kib
+	steps := 700
+	if clean {
+		o.Compression, steps = "zstd", 1600
+	}
 	q, err := Open(t.Context(), o)
 	if err != nil {
 		t.Fatal(err)
@@ -115,24 +132,26 @@ func newSpecimen(t *testing.T, clean bool) *specimen {
 		return b
 	}
 	var sp specimen
-	for i := range 700 {
+	for i := range steps {
 		s.produce(1+i%3, 3000, false)
 		s.must(q.Flush(t.Context()))
-		if i > 400 && i%2 == 0 {
+		if i > steps-300 && i%2 == 0 {
 			s.deliver(4, 1<<20, 0)
 		}
-		if i == 670 {
+		if i == steps-30 {
 			sp.stale = read(sidecarName)
 		}
 	}
 	s.must(q.Flush(t.Context()))
 	if clean {
 		closeQueue(t, q)
+	}
+	sp.file, sp.side = read(fileName), read(sidecarName)
+	if clean {
 		if q, err = Open(t.Context(), o); err != nil {
 			t.Fatal(err)
 		}
 	}
-	sp.file, sp.side = read(fileName), read(sidecarName)
 	sp.stats, sp.chunks = q.Stats(), append(sp.chunks, q.index.live()...)
 	sp.records = map[uint64]uint32{}
 	s.must(q.Scan(t.Context(), time.Time{}, func(r Record) bool {
@@ -144,7 +163,7 @@ func newSpecimen(t *testing.T, clean bool) *specimen {
 		t.Fatalf("the specimen is not what it should be: %+v, %d records", sp.stats, len(sp.records))
 	}
 	// The stale one is of a boot before.
-	for _, slot := range [][]byte{sp.stale[:sidecarSlot], sp.stale[sidecarSlot:]} {
+	for slot := range slices.Chunk(sp.stale, sidecarSlot) {
 		slot[12] ^= 1
 		n := binary.LittleEndian.Uint32(slot[8:])
 		binary.LittleEndian.PutUint32(slot[4:], crc32.Checksum(slot[8:sidecarHeader+n], castagnoli))
@@ -244,6 +263,22 @@ func harm(t *testing.T, rng *rand.Rand, kind int, data []byte) (string, []byte) 
 			b[0] = stateVersion + 1
 			return binary.LittleEndian.AppendUint32(b, crc32.Checksum(b, castagnoli))
 		})
+	case 13, 14, 15: // often, as a file that was closed is not searched for them
+		for range 1 + rng.IntN(20) {
+			p := page()
+			for string(p[leafHeader:][:4]) != chunkMagic {
+				p = page()
+			}
+			switch rng.IntN(4) {
+			case 0:
+				clear(p[:leafHeader])
+			case 1:
+				copy(p[:leafHeader], page())
+			default:
+				p[rng.IntN(leafHeader)] ^= 1 << rng.IntN(8)
+			}
+		}
+		return "page headers of chunks", data
 	default:
 		for range 3 {
 			clear(page())
@@ -252,26 +287,26 @@ func harm(t *testing.T, rng *rand.Rand, kind int, data []byte) (string, []byte) 
 	}
 }
 
-const harms = 14
+const harms = 17
 
 // TestDamageCorpus opens hundreds of damaged files, in processes of their own, and
 // holds the result to what was in them.
 func TestDamageCorpus(t *testing.T) {
-	files := 560
+	files := 680
 	if testing.Short() || raceDetector() {
-		files = 84
+		files = 102
 	}
 	const perChild = 40
-	seed := uint64(time.Now().UnixNano())
-	t.Logf("seed %d", seed)
+	seed := testSeed(t)
 	rng := rand.New(rand.NewPCG(seed, 1))
 	specimens := [2]*specimen{newSpecimen(t, false), newSpecimen(t, true)}
 	type sample struct {
 		sp     *specimen
 		name   string
 		intact map[uint64]bool
+		stale  bool
 	}
-	var crashes, opened, exact, fresh, undamaged, salvaged, lost int
+	var gaveUp, crashes, opened, exact, fresh, undamaged, salvaged, lost int
 	for from := 0; from < files; from += perChild {
 		root := fastDir(t)
 		samples := map[string]sample{}
@@ -293,7 +328,8 @@ func TestDamageCorpus(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			samples[dir] = sample{sp, fmt.Sprintf("file %d: %s", i, name), sp.intact(data)}
+			stale := side != nil && &side[0] == &sp.stale[0]
+			samples[dir] = sample{sp, fmt.Sprintf("file %d: %s", i, name), sp.intact(data), stale}
 			list = append(list, dir)
 		}
 		listed := filepath.Join(root, "list")
@@ -321,6 +357,13 @@ func TestDamageCorpus(t *testing.T) {
 			s := samples[r.Dir]
 			delete(samples, r.Dir)
 			switch {
+			case s.stale && r.Err == "" && r.Recovery == nil && r.Stats.Acked < s.sp.stats.Acked:
+				// Damage to the last transaction, beside a sidecar that may be a second old,
+				// looks like a power cut amid it, see seal.go: it is given up.
+				if gaveUp++; gaveUp > files/100 {
+					t.Errorf("%s: the last transaction is given up, for the %d. time", s.name, gaveUp)
+				}
+				continue
 			case r.Recovery == nil:
 				opened++
 			case r.Recovery.Exact:
@@ -342,8 +385,8 @@ func TestDamageCorpus(t *testing.T) {
 		}
 	}
 	ratio := float64(salvaged) / float64(undamaged)
-	t.Logf("%d files: %d crashes; %d opened as they are, %d salvaged exactly, %d into a new epoch; %d of %d undamaged records kept (%.2f %%), %d counted as lost",
-		files, crashes, opened, exact, fresh, salvaged, undamaged, 100*ratio, lost)
+	t.Logf("%d files: %d crashes; %d opened as they are, %d salvaged exactly, %d into a new epoch, %d without their last transaction; %d of %d undamaged records kept (%.2f %%), %d counted as lost",
+		files, crashes, opened, exact, fresh, gaveUp, salvaged, undamaged, 100*ratio, lost)
 	if ratio < 0.98 {
 		t.Error("too few are kept")
 	}

@@ -45,6 +45,9 @@ var (
 	// ErrLocked is returned by [Open] when another process has the buffer.
 	ErrLocked = errors.New("in use by another process")
 
+	// ErrUnsafe is returned by [Open] for a place where records would not be safe.
+	ErrUnsafe = errors.New("unsafe place")
+
 	// ErrDamaged is returned when the file turned out to be damaged while it was in
 	// use, again and again. Open the buffer again: that salvages what is intact.
 	ErrDamaged = errors.New("buffer file is damaged")
@@ -103,6 +106,9 @@ func lockOwner(d *os.File) string {
 // create makes a new, empty file with the given state. The name appears only when
 // the file is complete and durable.
 func create(ctx context.Context, path string, o Options, s *state) error {
+	if err := spaceFor(path, o.Cap); err != nil {
+		return err
+	}
 	if err := rebuild(ctx, path+newSuffix, o, s, nil, nil, true); err != nil {
 		return err
 	}
@@ -161,6 +167,7 @@ func openBolt(path string, size int64) (db *bolt.DB, err error) {
 		MaxSize:         int(size),
 		PageSize:        pageSize,
 		NoStatistics:    true,
+		Logger:          new(failure),
 	})
 	switch {
 	case errors.Is(err, berrors.ErrTimeout):

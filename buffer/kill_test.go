@@ -6,7 +6,7 @@ import (
 	"bufio"
 	"context"
 	"encoding/binary"
-	"flag"
+	"errors"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -20,9 +20,12 @@ import (
 	bolt "go.etcd.io/bbolt"
 )
 
-var kills = flag.Int("kills", 30, "kills of TestKill")
+const maxKillCap = 4 * mib
 
-const killEnv = "EDR_BUFFER_KILL_DIR"
+const (
+	killEnv     = "EDR_BUFFER_KILL_DIR"
+	killHarmEnv = "EDR_BUFFER_KILL_HARMED"
+)
 
 func killOptions(dir string) Options {
 	o := small(dir)
@@ -39,31 +42,42 @@ func killChild(dir string) {
 	}
 	ctx := context.Background()
 	o := killOptions(dir)
+	o.Compression = anyCodec(rand.New(rand.NewPCG(uint64(os.Getpid()), 4)))
 	durable := make(chan uint64, 1)
 	o.Committed = func(mark []byte) {
 		select {
 		case <-durable:
 		default:
 		}
-		durable <- binary.BigEndian.Uint64(mark)
+		durable <- be64(mark)
 	}
 	q, err := Open(ctx, o)
 	if err != nil {
 		die(err)
 	}
-	if r := q.Stats().Recovery; r != nil {
-		die(fmt.Errorf("set aside: %w", r.Cause))
+	st := q.Stats()
+	if r := st.Recovery; r != nil && (os.Getenv(killHarmEnv) == "" || !r.Exact) {
+		die(fmt.Errorf("set aside, exact %v: %w", r.Exact, r.Cause))
 	}
-	if err := invariant(q.Stats()); err != nil {
+	if err := invariant(st); err != nil {
 		die(err)
 	}
+	fmt.Println("open", st.Epoch, st.Last, st.Truncated, st.Reclaimed, st.Corrupt, st.Acked, be64(q.Mark()))
 	var item uint64
 	if mark := q.Mark(); mark != nil {
 		item = binary.BigEndian.Uint64(mark)
 	}
+	go func() { // resizes as fast as it can, in every second life
+		rng := rand.New(rand.NewPCG(uint64(os.Getpid()), 3))
+		for os.Getpid()%2 == 0 {
+			if err := q.Resize(ctx, int64(3+rng.IntN(maxKillCap/mib*2-2))*mib/2); err != nil {
+				die(err)
+			}
+		}
+	}()
 	go func() { // what the test may rely on being durable
 		for d := range durable {
-			fmt.Println(d)
+			fmt.Println("durable", d)
 		}
 	}()
 	go func() { // sender
@@ -198,17 +212,26 @@ func TestKill(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	seed := uint64(time.Now().UnixNano())
-	t.Logf("seed %d", seed)
+	seed := testSeed(t)
 	rng := rand.New(rand.NewPCG(seed, 0))
 	led := newLedger()
 	done := make(chan error, 1)
 	go killServer(l, led, rand.New(rand.NewPCG(seed, 1)), done)
 
+	kills := long(30, 1200)
+	path := filepath.Join(dir, fileName)
 	var durable uint64
-	for i := range *kills {
+	var counters, found [5]uint64 // last, truncated, reclaimed, corrupt, acked
+	var resizing, grown, opening, salvaging, harmed int
+	for i := range kills {
 		cmd := exec.Command(os.Args[0])
 		cmd.Env = append(os.Environ(), killEnv+"="+dir)
+		if i > 0 && (i%8 == 0 || i%8 == 3) && harmTree(t, rng, path) {
+			harmed++
+		}
+		if harmed > 0 {
+			cmd.Env = append(cmd.Env, killHarmEnv+"=1")
+		}
 		cmd.Stderr = os.Stderr
 		out, err := cmd.StdoutPipe()
 		if err != nil {
@@ -217,36 +240,72 @@ func TestKill(t *testing.T) {
 		if err := cmd.Start(); err != nil {
 			t.Fatal(err)
 		}
-		// Not before it has made something durable, and then at random.
 		lines := bufio.NewScanner(out)
-		n := 1 + rng.IntN(40)
-		for ; n > 0 && lines.Scan(); n-- {
-		}
-		if n > 0 {
-			t.Fatalf("kill %d: the child ended by itself: %v", i, cmd.Wait())
+		first := ""
+		if i%4 == 3 {
+			// While it starts, opens, or has just begun.
+			<-time.After(time.Duration(rng.IntN(30)) * time.Millisecond)
+		} else {
+			// Not before it has made something durable, and then at random.
+			n := 2 + rng.IntN(40)
+			for ; n > 0 && lines.Scan(); n-- {
+				if first == "" {
+					first = lines.Text()
+				}
+			}
+			if n > 0 {
+				t.Fatalf("kill %d: the child ended by itself: %v", i, cmd.Wait())
+			}
 		}
 		if err := cmd.Process.Kill(); err != nil {
 			t.Fatal(err)
 		}
 		last := lines.Text()
 		for lines.Scan() {
-			last = lines.Text()
+			if last = lines.Text(); first == "" {
+				first = last
+			}
 		}
 		_ = cmd.Wait()
-		var d uint64
-		if _, err := fmt.Sscan(last, &d); err != nil {
-			t.Fatalf("kill %d: %q: %v", i, last, err)
+		if first == "" {
+			opening++
+		} else {
+			var epoch string
+			var item uint64
+			if _, err := fmt.Sscanf(first, "open %s %d %d %d %d %d %d", &epoch, &found[0], &found[1], &found[2], &found[3], &found[4], &item); err != nil {
+				t.Fatalf("kill %d: %q: %v", i, first, err)
+			}
+			for c := range counters {
+				if found[c] < counters[c] {
+					t.Fatalf("kill %d: the counters went back from %d to %d", i, counters, found)
+				}
+			}
+			if counters = found; item < durable {
+				t.Fatalf("kill %d: the mark is at item %d, item %d was durable", i, item, durable)
+			}
+			var d uint64
+			if _, err := fmt.Sscanf(last, "durable %d", &d); err == nil {
+				durable = max(durable, d)
+			}
 		}
-		durable = max(durable, d)
-		st, err := os.Stat(filepath.Join(dir, fileName))
-		if err != nil {
+		switch st, err := os.Stat(path); {
+		case errors.Is(err, os.ErrNotExist) && durable == 0:
+			continue // killed before there was a file
+		case err != nil:
 			t.Fatal(err)
-		}
-		if st.Size() > killOptions(dir).Cap {
+		case st.Size() > maxKillCap:
 			t.Fatalf("kill %d: the file has %d bytes", i, st.Size())
+		case st.Size() > killOptions(dir).Cap:
+			grown++
 		}
-		if i%5 == 0 {
-			check(t, filepath.Join(dir, fileName))
+		if _, err := os.Stat(path + sizeSuffix); err == nil {
+			resizing++
+		}
+		if _, err := os.Stat(path + newSuffix); err == nil {
+			salvaging++
+		}
+		if i%5 == 0 && first != "" { // else a damaged tree may still be
+			check(t, path)
 		}
 	}
 	if err := l.Close(); err != nil {
@@ -269,10 +328,15 @@ func TestKill(t *testing.T) {
 		t.Error(err)
 	}
 	st := q.Stats()
-	t.Logf("%d kills: %d records, %d truncated, %d taken, %d reclaimed, %d loss ranges",
-		*kills, st.Last, st.Truncated, len(led.items), st.Reclaimed, len(led.lost))
+	t.Logf("%d kills: %d records, %d truncated, %d corrupt, %d taken, %d reclaimed, %d loss ranges",
+		kills, st.Last, st.Truncated, st.Corrupt, len(led.items), st.Reclaimed, len(led.lost))
+	t.Logf("of them %d amid a resize, %d with a larger file, %d before the queue was open, %d amid a salvage; %d damaged trees",
+		resizing, grown, opening, salvaging, harmed)
 	if st.Truncated == 0 || len(led.items) == 0 {
 		t.Error("the run met no truncation, or no delivery")
+	}
+	if st.Corrupt != 0 {
+		t.Errorf("%d records are lost to damage, and no chunk was damaged", st.Corrupt)
 	}
 }
 
@@ -293,4 +357,37 @@ func check(t *testing.T, path string) {
 	if err != nil {
 		t.Fatal(err)
 	}
+}
+
+// harmTree damages a meta page or the root of the tree, as no kill does. It reports
+// whether there was a file to damage.
+func harmTree(t testing.TB, rng *rand.Rand, path string) bool {
+	t.Helper()
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		return false
+	}
+	defer f.Close()
+	st, err := f.Stat()
+	if err != nil {
+		t.Fatal(err)
+	}
+	meta, err := preflight(f, st.Size(), 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	at := int64(meta.root)
+	if rng.IntN(2) == 0 {
+		at = int64(rng.IntN(2)) // the other one leads to the state before
+	}
+	at = at*pageSize + pageHeader + int64(rng.IntN(48)) // the header of a meta page is of no use to anybody
+	var b [1]byte
+	if _, err := f.ReadAt(b[:], at); err != nil {
+		t.Fatal(err)
+	}
+	b[0] ^= 1 << rng.IntN(8)
+	if _, err := f.WriteAt(b[:], at); err != nil {
+		t.Fatal(err)
+	}
+	return true
 }

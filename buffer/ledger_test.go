@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"maps"
 	"math/rand/v2"
 	"slices"
@@ -22,10 +23,25 @@ const (
 func appendItem(b []byte, item uint64, size int) []byte {
 	b = append(b, kindItem)
 	b = binary.BigEndian.AppendUint64(b, item)
-	for i := range size {
-		b = append(b, byte(item)+byte(i))
+	next := filler(item)
+	for range size {
+		b = append(b, next())
 	}
 	return b
+}
+
+// filler yields what fills an item: every second one with what cannot be compressed.
+func filler(item uint64) func() byte {
+	x := item*0x9e3779b97f4a7c15 | 1
+	if item%2 == 0 {
+		return func() byte { x++; return byte(x) }
+	}
+	return func() byte {
+		x ^= x << 13
+		x ^= x >> 7
+		x ^= x << 17
+		return byte(x)
+	}
 }
 
 func appendLosses(b []byte, l []Loss) []byte {
@@ -47,46 +63,57 @@ type ledger struct {
 	items map[uint64]uint64 // seq to item, 0 for a loss record
 	lost  []Loss            // named by loss records taken
 	errs  []error
+
+	told func([]Record) // instead of take, where the server is elsewhere
 }
 
 func newLedger() *ledger { return &ledger{items: map[uint64]uint64{}} }
 
 // take applies a batch in which a hole is legal: the queue has no more.
 func (l *ledger) take(recs []Record) {
+	if l.told != nil {
+		l.told(recs)
+		return
+	}
 	for _, r := range recs {
-		if r.Seq <= l.last {
-			if _, ok := l.items[r.Seq]; !ok {
-				l.fail("seq %d came after %d", r.Seq, l.last)
-			}
-			continue // DUP
+		l.apply(r)
+	}
+}
+
+func (l *ledger) apply(r Record) {
+	if r.Seq <= l.last {
+		if _, ok := l.items[r.Seq]; !ok {
+			l.fail("seq %d came after %d", r.Seq, l.last)
 		}
-		l.last = r.Seq
-		l.items[r.Seq] = 0
-		d := r.Data
-		switch {
-		case len(d) >= 9 && d[0] == kindItem:
-			item := binary.BigEndian.Uint64(d[1:])
-			l.items[r.Seq] = item
-			for i, c := range d[9:] {
-				if c != byte(item)+byte(i) {
-					l.fail("seq %d: item %d is garbled at byte %d", r.Seq, item, i)
-					break
+		return // DUP
+	}
+	l.last = r.Seq
+	l.items[r.Seq] = 0
+	d := r.Data
+	switch {
+	case len(d) >= 9 && d[0] == kindItem:
+		item := binary.BigEndian.Uint64(d[1:])
+		l.items[r.Seq] = item
+		next := filler(item)
+		for i, c := range d[9:] {
+			if c != next() {
+				l.fail("seq %d: item %d is garbled at byte %d", r.Seq, item, i)
+				break
+			}
+		}
+	case len(d) > 0 && d[0] == kindLoss:
+		c := cursor{b: d[1:]}
+		for len(c.b) > 0 {
+			x := Loss{Cause: string(c.bytes(int(c.byte())))}
+			for _, p := range []*uint64{&x.First, &x.Last, &x.Count} {
+				if b := c.bytes(8); b != nil {
+					*p = binary.BigEndian.Uint64(b)
 				}
 			}
-		case len(d) > 0 && d[0] == kindLoss:
-			c := cursor{b: d[1:]}
-			for len(c.b) > 0 {
-				x := Loss{Cause: string(c.bytes(int(c.byte())))}
-				for _, p := range []*uint64{&x.First, &x.Last, &x.Count} {
-					if b := c.bytes(8); b != nil {
-						*p = binary.BigEndian.Uint64(b)
-					}
-				}
-				l.lost = append(l.lost, x)
-			}
-		default:
-			l.fail("seq %d: payload %.20q", r.Seq, d)
+			l.lost = append(l.lost, x)
 		}
+	default:
+		l.fail("seq %d: payload %.20q", r.Seq, d)
 	}
 }
 
@@ -143,8 +170,8 @@ func (l *ledger) verify(s Stats, unnamed []Loss) error {
 	if count[CauseTruncated] != s.Truncated || count[CauseCorrupt] != s.Corrupt {
 		fail("%d truncated, %d corrupt by name; counters say %d, %d", count[CauseTruncated], count[CauseCorrupt], s.Truncated, s.Corrupt)
 	}
-	if s.Reclaimed+s.Records != uint64(len(l.items)) || s.InDoubt != 0 {
-		fail("%d reclaimed, %d live, %d in doubt; %d were taken", s.Reclaimed, s.Records, s.InDoubt, len(l.items))
+	if s.Reclaimed+s.Records != uint64(len(l.items))+count[causeServer] || s.InDoubt != 0 {
+		fail("%d reclaimed, %d live, %d in doubt; %d were taken, the server lost %d", s.Reclaimed, s.Records, s.InDoubt, len(l.items), count[causeServer])
 	}
 	return errors.Join(errs...)
 }
@@ -152,11 +179,12 @@ func (l *ledger) verify(s Stats, unnamed []Loss) error {
 // invariant is what must hold at any time.
 func invariant(s Stats) error {
 	gone := s.Truncated + s.Reclaimed + s.Corrupt + s.InDoubt
-	if gone+s.Records != s.Last {
+	if gone+s.Records != s.Last+s.Before {
 		return fmt.Errorf("%d live of %d, yet %d truncated, %d reclaimed, %d corrupt, %d in doubt",
 			s.Records, s.Last, s.Truncated, s.Reclaimed, s.Corrupt, s.InDoubt)
 	}
-	if s.Corrupt == 0 && s.First != 1+gone {
+	// Equal, but for what left as damaged from between live ones: see model.step.
+	if s.First+s.Before > 1+gone && (s.Before == 0 || s.First > 1) {
 		return fmt.Errorf("first live is %d, expected %d", s.First, 1+gone)
 	}
 	if s.First > s.Last+1 || s.Acked > s.Last || s.Bytes > s.Cap {
@@ -165,14 +193,19 @@ func invariant(s Stats) error {
 	return nil
 }
 
+// causeServer is the cause of what a server lost that had it, as the sender tells it.
+const causeServer = "server_lost"
+
 // sim drives a queue the way worker and sender do, against a ledger.
 type sim struct {
 	t      testing.TB
 	q      *Queue
 	led    *ledger
+	model  *model // nil where not everything was appended here
 	rng    *rand.Rand
 	item   uint64 // last item handed to the queue
 	pos    uint64 // where the sender believes the server to be
+	gone   map[uint64]bool
 	recs   []Record
 	losses []Loss
 }
@@ -183,17 +216,25 @@ func (s *sim) mark() []byte { return binary.BigEndian.AppendUint64(nil, s.item) 
 // something to name.
 func (s *sim) produce(n, maxSize int, urgent bool) {
 	b := s.q.NewBatch()
+	next := s.q.Next()
+	end := func(rec []byte, item uint64, stream Stream, urgent bool) {
+		s.must(b.End(rec, urgent))
+		if s.model != nil {
+			s.must(s.model.append(next+uint64(b.Len())-1, modelRecord{item, crc32.ChecksumIEEE(rec), stream, urgent}))
+		}
+	}
 	for range n {
 		s.item++
 		size := s.rng.IntN(maxSize)
 		if s.rng.IntN(200) == 0 {
 			size *= 8
 		}
-		s.must(b.End(appendItem(b.Begin(Events), s.item, size), urgent))
+		stream := Stream(s.rng.IntN(int(Streams)))
+		end(appendItem(b.Begin(stream), s.item, size), s.item, stream, urgent)
 	}
 	if s.rng.IntN(4) == 0 {
 		if s.losses = s.q.Unnamed(s.losses[:0]); len(s.losses) > 0 {
-			s.must(b.End(appendLosses(b.Begin(DecisionsSystem), s.losses), false))
+			end(appendLosses(b.Begin(DecisionsSystem), s.losses), 0, DecisionsSystem, false)
 			b.Name(s.losses)
 		}
 	}
@@ -204,17 +245,60 @@ func (s *sim) produce(n, maxSize int, urgent bool) {
 // connect learns the server's position.
 func (s *sim) connect() {
 	s.pos = s.led.last
+	if last := s.q.Bounds().Last; s.pos > last {
+		s.t.Fatalf("the server has seq %d, of which the queue, at %d, knows nothing", s.pos, last)
+	}
 	s.q.Ack(s.pos)
+}
+
+// rollback is a server that loses what it took last, up to n records.
+func (s *sim) rollback(n int) {
+	for ; n > 0 && s.led.last > 0; s.led.last-- {
+		if _, ok := s.led.items[s.led.last]; ok {
+			delete(s.led.items, s.led.last)
+			s.gone[s.led.last] = true
+			n--
+		}
+	}
+}
+
+// forfeit tells the queue what the server had and cannot have again, as the records
+// read pass over it. What was never acknowledged is the queue's own to tell.
+func (s *sim) forfeit() bool {
+	any, at, acked := false, s.pos, s.q.Bounds().Acked
+	for _, r := range s.recs {
+		for first := at + 1; first < r.Seq; {
+			last := first
+			for ; last < r.Seq && s.gone[last]; last++ {
+				delete(s.gone, last)
+			}
+			if first < last && first <= acked {
+				s.q.Forfeit(first, min(last-1, acked), causeServer)
+				any = true
+			}
+			first = max(last, first+1)
+		}
+		at = r.Seq
+	}
+	return any
 }
 
 // deliver reads one batch and sends it; with fate 1 the request is lost, with 2
 // the reply. There must be a record to come.
 func (s *sim) deliver(maxRecords, maxBytes, fate int) {
-	var err error
-	s.recs, err = s.q.Read(s.t.Context(), s.pos, s.recs[:0], maxRecords, maxBytes)
-	s.must(err)
+	for again := true; again; again = s.forfeit() {
+		var err error
+		s.recs, err = s.q.Read(s.t.Context(), s.pos, s.recs[:0], maxRecords, maxBytes)
+		s.must(err)
+		if s.model != nil {
+			s.must(s.model.read(s.q, s.pos, s.recs))
+		}
+	}
 	if fate != 1 {
 		s.led.take(s.recs)
+		for _, r := range s.recs {
+			delete(s.gone, r.Seq)
+		}
 	}
 	if fate == 0 {
 		s.pos = s.recs[len(s.recs)-1].Seq

@@ -15,8 +15,8 @@ const (
 
 // Loss is a range of records that will never be delivered. Count is the number
 // of records; it is Last-First+1 except where ranges had to be joined to keep
-// the list bounded. All three are zero when nothing is known but that records
-// of an earlier epoch may be lost.
+// the list bounded. First and Last are zero where the records are of an earlier epoch,
+// Count too when it is unknown whether and how many there are.
 type Loss struct {
 	Cause              string
 	First, Last, Count uint64
@@ -101,6 +101,16 @@ func (s losses) unnamed(dst []Loss) []Loss {
 	return dst
 }
 
+// spans returns the ranges of which every record is known to be lost.
+func (s losses) spans() (out []span) {
+	for _, e := range s {
+		if e.exact() {
+			out = append(out, span{e.First, e.Last})
+		}
+	}
+	return out
+}
+
 // normalize joins what can be joined without loss of precision, and more than
 // that only when the list outgrows its bound.
 func (s *losses) normalize() {
@@ -127,7 +137,11 @@ func (s *losses) join(ok func(a, b loss, excess bool) bool) {
 		return
 	}
 	slices.SortStableFunc(*s, func(a, b loss) int {
-		return cmp.Or(cmp.Compare(a.Cause, b.Cause), cmp.Compare(a.First, b.First), cmp.Compare(a.Last, b.Last))
+		c := cmp.Or(cmp.Compare(a.Cause, b.Cause), cmp.Compare(a.First, b.First), cmp.Compare(a.Last, b.Last))
+		if c == 0 && a.First == 0 {
+			c = cmp.Compare(min(a.Count, 1), min(b.Count, 1))
+		}
+		return c
 	})
 	all := *s
 	out := all[:1]
@@ -137,7 +151,8 @@ func (s *losses) join(ok func(a, b loss, excess bool) bool) {
 		switch {
 		case p.by != 0 || e.by != 0 || p.Cause != e.Cause:
 			out = append(out, e)
-		case p.Loss == e.Loss && e.First == 0: // unknown twice says no more than once
+		case p.First == 0 && e.First == 0 && (p.Count == 0) == (e.Count == 0):
+			p.Count += e.Count // unknown twice says no more than once
 		case ok(*p, e, excess):
 			p.Last, p.Count = max(p.Last, e.Last), p.Count+e.Count
 		default:
@@ -145,6 +160,14 @@ func (s *losses) join(ok func(a, b loss, excess bool) bool) {
 		}
 	}
 	*s = out
+}
+
+// shift moves the seqs of l from or to those of the epoch.
+func (l Loss) shift(by uint64) Loss {
+	if l.First != 0 {
+		l.First, l.Last = l.First+by, l.Last+by
+	}
+	return l
 }
 
 // span is a range of consecutive seqs, both ends included; empty when last is
@@ -165,4 +188,25 @@ func (r span) loss(cause string) Loss { return Loss{cause, r.first, r.last, r.co
 // split divides r into what is up to seq and what is above.
 func (r span) split(seq uint64) (upTo, above span) {
 	return span{r.first, min(r.last, seq)}, span{max(r.first, seq+1), r.last}
+}
+
+// without returns the parts of r that are in none of known, whose order it changes.
+func (r span) without(known []span) (out []span) {
+	slices.SortFunc(known, func(a, b span) int { return cmp.Compare(a.first, b.first) })
+	for _, k := range known {
+		if k.last < r.first || k.first > r.last {
+			continue
+		}
+		if k.first > r.first {
+			out = append(out, span{r.first, k.first - 1})
+		}
+		if k.last >= r.last {
+			return out
+		}
+		r.first = k.last + 1
+	}
+	if !r.empty() {
+		out = append(out, r)
+	}
+	return out
 }

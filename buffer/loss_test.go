@@ -3,6 +3,7 @@
 package buffer
 
 import (
+	"slices"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -160,6 +161,28 @@ func TestDoubt(t *testing.T) {
 				s.truncated += 1000
 			}
 		}, 0, 10, 0},
+		{"given up, then dropped", func(s *state) {
+			s.given = []uint64{12, 15}
+			s.losses.add(span{12, 12}.loss("refused"))
+			s.drop(span{11, 14})
+			s.resolve(10)
+			if got := s.losses.unnamed(nil); len(got) != 3 {
+				s.truncated += 1000
+			}
+		}, 3, 1, 0},
+		{"given up in doubt", func(s *state) {
+			s.given, s.head = []uint64{5, 12, 15, 21}, 20
+			s.drop(span{11, 14})
+			s.forget()
+			if !slices.Equal(s.given, []uint64{12, 15, 21}) {
+				s.truncated += 1000
+			}
+			s.ack(14)
+			s.forget()
+			if !slices.Equal(s.given, []uint64{21}) {
+				s.truncated += 2000
+			}
+		}, 0, 4, 0},
 		{"damage in what was sent", func(s *state) { s.ack(12); s.damage(span{11, 20}, 15) }, 0, 2, 3},
 	}
 	for _, c := range cases {

@@ -17,6 +17,15 @@ func TestMain(m *testing.M) {
 	if list := os.Getenv(corpusEnv); list != "" {
 		corpusChild(list) // does not return
 	}
+	if path := os.Getenv(mendEnv); path != "" {
+		mendChild(path) // does not return
+	}
+	if spec := os.Getenv(cutLifeEnv); spec != "" {
+		cutLifeChild(spec) // does not return
+	}
+	if spec := os.Getenv(cutReplayEnv); spec != "" {
+		cutReplayChild(spec) // does not return
+	}
 	flag.Parse()
 	goleak.VerifyTestMain(m)
 }

@@ -69,7 +69,7 @@ func newMetrics(reg prometheus.Registerer, stats func() Stats) *metrics {
 	})
 	gauge(prometheus.GaugeOpts{
 		Name: "buffer_quarantined_bytes",
-		Help: "Disk space of damaged files and chunks that were set aside, beside the buffer. If it is not 0, look at them, then remove them: at most two files are kept, and no more than buffer.cap in all.",
+		Help: "Disk space of what was set aside beside the buffer: damaged files and chunks, and records that Redis does not take. If it is not 0, look at them (edr-sensor buffer info), then remove them: at most two files, 16 chunks and 16 records are kept, and no more than buffer.cap in all.",
 	}, func(s Stats) float64 { return float64(s.Quarantined) })
 	m := &metrics{
 		truncations: f.NewCounter(prometheus.CounterOpts{
@@ -82,7 +82,7 @@ func newMetrics(reg prometheus.Registerer, stats func() Stats) *metrics {
 		}),
 		corruptChunks: f.NewCounter(prometheus.CounterOpts{
 			Name: "buffer_corrupt_chunks_total",
-			Help: "Chunks of records found damaged while they were read, each counted, copied aside and skipped. If it grows, check the disk and its file system.",
+			Help: "Chunks of records found damaged, each counted and copied aside; what of it is not intact is skipped. If it grows, check the disk and its file system.",
 		}),
 		salvaged: f.NewCounter(prometheus.CounterOpts{
 			Name: "buffer_salvaged_records_total",

@@ -4,6 +4,7 @@ package buffer
 
 import (
 	"fmt"
+	"io"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -15,8 +16,8 @@ type Options struct {
 	// while the queue is open.
 	Dir string
 
-	// Cap is the size of the file in bytes, default 512 MiB. The file has
-	// this size from the start and never another.
+	// Cap is the size of the file in bytes, default 512 MiB. The file has this
+	// size from the start; one of another size is resized, as by [Queue.Resize].
 	Cap int64
 
 	// CommitBytes and CommitInterval end a group commit: that much is
@@ -31,6 +32,10 @@ type Options struct {
 	RetainAge   time.Duration
 	RetainBytes int64
 
+	// Compression of the chunks to come: "none", the default, "s2" or "zstd". A file may
+	// hold chunks of all of them.
+	Compression string
+
 	// MaxRecord is the largest record accepted, default 4 MiB.
 	MaxRecord int
 
@@ -38,6 +43,9 @@ type Options struct {
 	// mark that is now on disk, nil when there is none. It must not block
 	// nor modify the mark.
 	Committed func(mark []byte)
+
+	// AllowUnsafe has Open take a place that has an unsafe [Hazard].
+	AllowUnsafe bool
 
 	Registerer prometheus.Registerer
 
@@ -49,6 +57,30 @@ type Options struct {
 	// afterCommit is called after each transaction; an error counts as that
 	// of an fsync which did its work nevertheless.
 	afterCommit func() error
+
+	// badSector is asked before each read of the file while it is checked or salvaged; its
+	// error is that of the disk.
+	badSector func(off, n int64) error
+}
+
+// reads is f as it is checked and salvaged.
+func (o Options) reads(f io.ReaderAt) io.ReaderAt {
+	if o.badSector == nil {
+		return f
+	}
+	return badDisk{f, o.badSector}
+}
+
+type badDisk struct {
+	io.ReaderAt
+	fault func(off, n int64) error
+}
+
+func (b badDisk) ReadAt(p []byte, off int64) (int, error) {
+	if err := b.fault(off, int64(len(p))); err != nil {
+		return 0, err
+	}
+	return b.ReaderAt.ReadAt(p, off)
 }
 
 const (
@@ -63,7 +95,8 @@ const (
 
 	urgentInterval = 10 * time.Millisecond // first urgent record until its commit
 	idleInterval   = time.Second           // acknowledgement until it is persisted when nothing else is
-	maxRecycle     = 1 * mib               // larger memory is not kept for reuse
+	maxRecycle     = 1 * mib               // a larger chunk is not kept for reuse
+	maxBatchKept   = 2 * mib               // nor a larger batch: one of four commits fits
 )
 
 func (o Options) withDefaults() (Options, error) {
@@ -88,14 +121,19 @@ func (o Options) withDefaults() (Options, error) {
 	if o.MaxRecord == 0 {
 		o.MaxRecord = 4 * mib
 	}
+	return o, o.check()
+}
+
+// check says why a queue of these options could not work.
+func (o Options) check() error {
 	if o.CommitBytes < minChunk || o.MaxRecord < 1 || o.MaxRecord > maxFrame {
-		return o, fmt.Errorf("commit bytes %d, max record %d: out of range", o.CommitBytes, o.MaxRecord)
+		return fmt.Errorf("commit bytes %d, max record %d: out of range", o.CommitBytes, o.MaxRecord)
 	}
-	if need := max(o.maxPending(), o.MaxRecord+frameHeader); o.maxBatch() < need {
-		return o, fmt.Errorf("cap of %d bytes is too small for commits of %d bytes: about %d are needed",
+	if need := o.maxBatch(); o.maxCommit()/32*31 < need {
+		return fmt.Errorf("cap of %d bytes is too small for commits of %d bytes: about %d are needed",
 			o.Cap, need, 7*int64(need)/2+2*sparePages*pageSize)
 	}
-	return o, nil
+	return nil
 }
 
 // maxCommit is the most that one transaction may add: what the logical limit
@@ -104,8 +142,9 @@ func (o Options) maxCommit() int {
 	return int((fillLimit*float64(o.Cap) - sparePages*pageSize) / 3)
 }
 
-// maxBatch leaves room for what chunks and pages add to the frames.
-func (o Options) maxBatch() int { return o.maxCommit() / 32 * 31 }
+// maxBatch is the most that one batch may hold. It does not depend on the cap, which may
+// shrink while a batch is filled; check leaves room for what chunks and pages add.
+func (o Options) maxBatch() int { return max(o.maxPending(), o.MaxRecord+frameHeader) }
 
 // maxPending is how much may wait for the writer, one batch of any size aside.
 func (o Options) maxPending() int { return 4 * o.CommitBytes }

@@ -12,13 +12,18 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/aurorasoc/edr-sensor/internal/durable"
 )
 
 const (
 	badSuffix    = ".bad-"
-	badChunk     = "-seq-" // behind the time, in the name of a chunk
-	maxBadFiles  = 2       // whole files
+	badChunk     = "-seq-"    // behind the time, in the name of a chunk
+	badRecord    = "-record-" // the same of a record, before its epoch and seq
+	maxBadFiles  = 2          // whole files
 	maxBadChunks = 16
+	maxRefused   = 16                           // records
+	badTime      = "20060102T150405.000000000Z" // sorts
 )
 
 // quarantine gives the damaged file at path a second name to be kept under, so that
@@ -47,8 +52,32 @@ func quarantineChunk(path string, now time.Time, first uint64, p []byte) error {
 	return os.WriteFile(fmt.Sprintf("%s%s%d", badName(path, now), badChunk, first), p, 0o600)
 }
 
+// quarantineRecord keeps a record that is not delivered, for good when it returns. The
+// newest few are kept: each is evidence of its own. One that is there already stays.
+func quarantineRecord(path string, now time.Time, capacity int64, epoch string, rec *Record) (string, error) {
+	name := fmt.Sprintf("%s%s-%d", badRecord, epoch, rec.Seq)
+	if same, err := filepath.Glob(path + badSuffix + "*" + name); err != nil || len(same) > 0 {
+		return strings.Join(same[:min(len(same), 1)], ""), err
+	}
+	all, err := filepath.Glob(path + badSuffix + "*" + badRecord + "*")
+	if err != nil {
+		return "", err
+	}
+	slices.Sort(all) // by time
+	for _, f := range all[:max(0, len(all)-maxRefused+1)] {
+		if err := os.Remove(f); err != nil {
+			return "", err
+		}
+	}
+	kept := badName(path, now) + name
+	if err := durable.WriteFile(kept, rec.Data); err != nil {
+		return "", err
+	}
+	return kept, prune(path, maxBadFiles, max(capacity, blocks(kept)))
+}
+
 func badName(path string, now time.Time) string {
-	return path + badSuffix + now.UTC().Format("20060102T150405.000000000Z")
+	return path + badSuffix + now.UTC().Format(badTime)
 }
 
 // prune removes what was set aside, the oldest first, until at most files whole ones
@@ -62,12 +91,12 @@ func prune(path string, files int, bytes int64) error {
 	whole, sum := 0, int64(0)
 	for _, f := range all {
 		sum += blocks(f)
-		if !strings.Contains(filepath.Base(f), badChunk) {
+		if isWhole(f) {
 			whole++
 		}
 	}
 	for _, f := range all {
-		isWhole := !strings.Contains(filepath.Base(f), badChunk)
+		isWhole := isWhole(f)
 		if sum <= bytes && (whole <= files || !isWhole) {
 			continue
 		}
@@ -82,12 +111,15 @@ func prune(path string, files int, bytes int64) error {
 	return nil
 }
 
+// isWhole tells a file that was set aside from a part of one.
+func isWhole(path string) bool {
+	name := filepath.Base(path)
+	return !strings.Contains(name, badChunk) && !strings.Contains(name, badRecord)
+}
+
 // quarantined is the space that what was set aside takes.
 func quarantined(path string) (sum int64) {
-	all, _ := filepath.Glob(path + badSuffix + "*") // the pattern is sound
-	for _, f := range all {
-		sum += blocks(f)
-	}
+	_, sum = asides(path)
 	return sum
 }
 

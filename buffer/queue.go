@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -43,6 +44,7 @@ var ErrClosed = errors.New("buffer is closed")
 type Queue struct {
 	o       Options
 	path    string
+	hazards []Hazard
 	dir     *os.File                // holds the lock
 	file    atomic.Pointer[os.File] // for the reader's pread
 	metrics *metrics
@@ -55,9 +57,14 @@ type Queue struct {
 
 	reader reader // used by Read only
 
+	resizing sync.Mutex // held by Resize
+
 	mu          sync.Mutex
 	quarantined int64     // bytes that were set aside
 	recovery    *Recovery // the last one, nil when there was none
+	resized     *Resized  // the same of sizes
+	resize      *resize   // the writer is to do it
+	target      int64     // smaller cap that drops are planned for; 0 when there is none
 	state       *state    // as on disk; replaced, never changed
 	index       index
 	next        uint64 // seq of the next record appended
@@ -70,7 +77,9 @@ type Queue struct {
 	// What the next transaction has to take in, besides pending.
 	ack      uint64
 	forfeits []Loss
-	lossGen  uint64 // the transaction that holds the last Forfeit
+	given    []uint64 // all that SetAside gave up, see state.given
+	renew    string   // epoch to begin
+	lossGen  uint64   // the transaction that holds the last Forfeit
 	damaged  []damage
 	resolve  *uint64   // a Read waits until doubt about what is above is decided
 	handed   uint64    // newest record handed out
@@ -109,7 +118,7 @@ func (q *Queue) wake() {
 func (q *Queue) Ack(seq uint64) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	if seq = min(seq, q.state.last); seq > q.ack {
+	if seq = min(seq+q.state.base, q.state.last); seq > q.ack {
 		q.ack = seq
 		q.dirty()
 	}
@@ -126,7 +135,12 @@ func (q *Queue) Forfeit(first, last uint64, cause string) {
 	}
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	q.forfeits = append(q.forfeits, span{first, last}.loss(cause[:min(len(cause), 255)]))
+	q.forfeit(first, last, cause)
+}
+
+// forfeit is Forfeit with the lock held.
+func (q *Queue) forfeit(first, last uint64, cause string) {
+	q.forfeits = append(q.forfeits, span{first, last}.loss(cause[:min(len(cause), 255)]).shift(q.state.base))
 	q.lossGen = q.state.gen + 1
 	if q.inflight != nil {
 		q.lossGen++
@@ -134,6 +148,38 @@ func (q *Queue) Forfeit(first, last uint64, cause string) {
 	q.force = true
 	q.dirty()
 	q.wake()
+}
+
+// SetAside gives up a record that Read has returned: it keeps a copy beside the file, whose
+// path it returns, and reports the loss as [Queue.Forfeit] does. Without the copy nothing is
+// given up. The record stays readable for as long as its neighbours, and whoever sends
+// passes over it, see [Queue.GivenUp].
+func (q *Queue) SetAside(rec Record, cause string) (string, error) {
+	path, err := quarantineRecord(q.path, time.Now(), q.o.Cap, q.Epoch(), &rec)
+	if err != nil {
+		return "", fmt.Errorf("set record %d aside: %w", rec.Seq, err)
+	}
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.quarantined = quarantined(q.path)
+	q.given = append(q.given, rec.Seq+q.state.base)
+	q.given = slices.Delete(q.given, 0, max(0, len(q.given)-maxGiven))
+	q.forfeit(rec.Seq, rec.Seq, cause) // in the same transaction
+	return path, nil
+}
+
+// GivenUp returns the seqs of the records that [Queue.SetAside] has given up and Read still
+// returns, in this run or one before.
+func (q *Queue) GivenUp() []uint64 {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	var out []uint64
+	for _, seq := range q.given {
+		if seq > q.state.base {
+			out = append(out, seq-q.state.base)
+		}
+	}
+	return out
 }
 
 // dirty plans a commit for what came in besides records.
@@ -194,6 +240,8 @@ func (q *Queue) Close(ctx context.Context) error {
 	case <-ctx.Done():
 		return fmt.Errorf("close buffer: %w", ctx.Err())
 	}
+	q.resizing.Lock() // one that is under way ends by itself
+	defer q.resizing.Unlock()
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if q.err != nil && !errors.Is(q.err, ErrClosed) {

@@ -4,22 +4,30 @@ package buffer
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"slices"
 	"time"
 )
 
 // maxReadFaults is how often the disk may refuse a chunk before the chunk
-// counts as damaged; otherwise one bad sector would stop delivery for good.
+// counts as damaged, and the file that is to be opened; otherwise one bad sector would
+// stop delivery, or the sensor, for good.
 const maxReadFaults = 5
+
+// faultPause is between two tries to check a file that the disk refuses to read.
+const faultPause = 50 * time.Millisecond
 
 // reader is what Read keeps between calls. Chunks are read with pread, never
 // through bbolt's mapping: that faults page by page, and dies with the process
 // when the file is cut short.
 type reader struct {
-	plan []entry
+	plan  []entry
+	ahead ahead
+	codec decoder
 
 	// The rest of the chunk that the last read ended in.
 	rest []byte
@@ -47,6 +55,10 @@ type reader struct {
 // where it is before the first Read of a connection. Reading ahead of
 // acknowledgements is fine, as after then covers what is under way.
 func (q *Queue) Read(ctx context.Context, after uint64, dst []Record, maxRecords, maxBytes int) ([]Record, error) {
+	q.mu.Lock()
+	base := q.state.base // Renew is called by the one who reads
+	q.mu.Unlock()
+	after += base
 	defer func() {
 		q.mu.Lock()
 		defer q.mu.Unlock()
@@ -67,6 +79,9 @@ func (q *Queue) Read(ctx context.Context, after uint64, dst []Record, maxRecords
 				return dst, fmt.Errorf("read: %w", err)
 			}
 			if len(out) > len(dst) {
+				for i := range out[len(dst):] {
+					out[len(dst)+i].Seq -= base
+				}
 				return out, nil
 			}
 			continue
@@ -110,12 +125,13 @@ func (q *Queue) plan(after uint64, maxBytes int) (bool, error) {
 		return false, nil // and for what was forfeited, whose commit is forced
 	}
 	l := q.index.live()
-	for i := q.index.above(after); i < len(l) && l[i].first <= q.state.lease; i++ {
+	i := q.index.above(after)
+	for i < len(l) && l[i].first <= q.state.lease && (maxBytes > 0 || len(r.plan) == 0) {
 		r.plan = append(r.plan, l[i])
-		if maxBytes -= int(l[i].pages) * pageSize; maxBytes <= 0 {
-			break
-		}
+		maxBytes -= int(l[i].pages) * pageSize
+		i++
 	}
+	r.ahead.plan(l, i)
 	if len(r.plan) > 0 && max(after+1, r.plan[0].first) <= q.state.lease {
 		q.waiting = false
 		return true, nil
@@ -133,6 +149,7 @@ func (q *Queue) plan(after uint64, maxBytes int) (bool, error) {
 // damaged chunk first.
 func (q *Queue) fetch(after uint64, dst []Record, maxRecords, maxBytes int) ([]Record, error) {
 	r := &q.reader
+	r.ahead.tell(q.file.Load())
 	fill := 1 - r.side
 	r.arena[fill] = r.arena[fill][:0]
 	q.mu.Lock()
@@ -203,9 +220,14 @@ func (q *Queue) readChunk(e *entry, side int) ([]byte, error) {
 	if _, err := q.file.Load().ReadAt(p, int64(e.root)*pageSize); err != nil {
 		return nil, fmt.Errorf("chunk at seq %d: %w", e.first, err)
 	}
-	v, err := leafValue(p, e.root, e.pages)
-	if err != nil {
-		return nil, err
+	v := p[leafHeader:] // whatever the page header says: the checksum and the seq prove the rest
+	// What is compressed is restored behind what is stored, in the same array.
+	if len(v) > chunkHeader && v[9] != codecNone {
+		raw := min(int(binary.LittleEndian.Uint32(v[40:])), maxChunk)
+		*a = slices.Grow(*a, raw)
+		b, err := q.reader.codec.frames((*a)[end:], v, e.first, e.count)
+		*a = (*a)[:end+len(b)]
+		return b, err
 	}
 	return frames(v, e.first, e.count)
 }
@@ -222,6 +244,9 @@ func (q *Queue) damage(e *entry, after uint64, err error) error {
 	if i, live := q.index.find(e.first); !live || q.index.live()[i].root != e.root {
 		return nil
 	}
+	if errors.Is(err, os.ErrClosed) {
+		return nil // the file was replaced by one of another size
+	}
 	if !errors.Is(err, errChunk) && !errors.Is(err, io.EOF) {
 		if r.faultAt != e.first {
 			r.faultAt, r.faults = e.first, 0
@@ -230,12 +255,18 @@ func (q *Queue) damage(e *entry, after uint64, err error) error {
 			return err
 		}
 	}
+	q.damagedChunk(e, after)
+	return nil
+}
+
+// damagedChunk has the next transaction delete the chunk e, and account for it. Called
+// with the lock held.
+func (q *Queue) damagedChunk(e *entry, after uint64) {
 	if !slices.ContainsFunc(q.damaged, func(d damage) bool { return d.first == e.first }) {
 		q.damaged = append(q.damaged, damage{e.first, after})
 		q.metrics.corruptChunks.Inc()
 		q.keep(e)
 	}
-	return nil
 }
 
 // keep sets a copy of the damaged chunk e aside. That it may not succeed on a disk

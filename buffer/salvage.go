@@ -9,12 +9,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
-	"path/filepath"
 	"slices"
 	"time"
-
-	bolt "go.etcd.io/bbolt"
 )
 
 // salvageStep bounds what one transaction takes over, and with it memory.
@@ -23,6 +19,7 @@ const salvageStep = 4 * mib
 // find is a chunk in a file whose tree is not trusted: what its own header says,
 // which its checksum vouches for.
 type find struct {
+	seq         uint64 // first, as the header has it; a new epoch gives another
 	first, head uint64
 	time        int64
 	at          int64 // offset of the chunk's value
@@ -32,12 +29,19 @@ type find struct {
 
 func (f *find) last() uint64 { return f.first + uint64(f.count) - 1 }
 
+func (f *find) pages() uint32 { return pagesFor(max(f.size, minChunk)) }
+
+func (f *find) entry() entry {
+	return entry{first: f.first, count: f.count, pages: f.pages(), root: uint64(f.at-leafHeader) / pageSize}
+}
+
 // scan returns every intact chunk of a file, free pages included, in no order that
 // matters. A chunk starts at a known place of a page, whatever the page header says.
 func scan(ctx context.Context, f io.ReaderAt, size int64) (out []find, err error) {
 	const window = 1 * mib
 	buf := make([]byte, window+pageSize)
-	var chunk []byte
+	var chunk, raw []byte
+	var codec decoder
 	for base := int64(0); base < size; base += window {
 		if err := ctx.Err(); err != nil {
 			return nil, err
@@ -53,7 +57,7 @@ func scan(ctx context.Context, f io.ReaderAt, size int64) (out []find, err error
 			}
 			total := int64(chunkHeader) + int64(binary.LittleEndian.Uint32(h[44:]))
 			off := base + int64(at)
-			if total > size-off || total > chunkHeader+2*maxFrame {
+			if total > size-off || total > maxChunk {
 				continue
 			}
 			chunk = slices.Grow(chunk[:0], int(total))[:total]
@@ -65,7 +69,12 @@ func scan(ctx context.Context, f io.ReaderAt, size int64) (out []find, err error
 				time: int64(binary.LittleEndian.Uint64(chunk[32:])), count: binary.LittleEndian.Uint32(chunk[12:]),
 				at: off, size: int(total),
 			}
-			if _, err := frames(chunk, c.first, c.count); err != nil || c.first == 0 || c.count == 0 || c.last() < c.first {
+			c.seq = c.first
+			b, err := codec.frames(raw[:0], chunk, c.first, c.count)
+			if err == nil && chunk[9] != codecNone {
+				raw = b
+			}
+			if err != nil || c.first == 0 || c.count == 0 || c.last() < c.first {
 				continue
 			}
 			out = append(out, c)
@@ -101,12 +110,18 @@ func treeState(f io.ReaderAt, size int64, i int) (*state, meta, error) {
 	if err != nil {
 		return nil, meta{}, err
 	}
+	s, err := stateAt(f, size, m)
+	return s, m, err
+}
+
+// stateAt returns the state that m leads to.
+func stateAt(f io.ReaderAt, size int64, m meta) (*state, error) {
 	v, bucket, err := lookup(f, size, m.root, metaBucket)
 	if err != nil {
-		return nil, m, err
+		return nil, err
 	}
 	if !bucket || len(v) < bucketSize {
-		return nil, m, errors.New("no bucket")
+		return nil, errors.New("no bucket")
 	}
 	if root := binary.LittleEndian.Uint64(v); root != 0 {
 		v, bucket, err = lookup(f, size, root, stateKey)
@@ -114,10 +129,9 @@ func treeState(f io.ReaderAt, size int64, i int) (*state, meta, error) {
 		v, bucket, err = element(v[bucketSize:], stateKey)
 	}
 	if err != nil || bucket {
-		return nil, m, errors.Join(errors.New("no state"), err)
+		return nil, errors.Join(errors.New("no state"), err)
 	}
-	s, err := decodeState(v)
-	return s, m, err
+	return decodeState(v)
 }
 
 // lookup finds key in the leaf id. The two buckets and the state are so few that
@@ -130,7 +144,7 @@ func lookup(f io.ReaderAt, size int64, id uint64, key []byte) ([]byte, bool, err
 	if _, err := f.ReadAt(p, int64(id)*pageSize); err != nil {
 		return nil, false, err
 	}
-	if more := uint64(binary.LittleEndian.Uint32(p[12:])); more > 0 && more <= 4*sidecarSlot/pageSize {
+	if more := uint64(binary.LittleEndian.Uint32(p[12:])); more > 0 && more < maxChunkPages {
 		p = make([]byte, (more+1)*pageSize)
 		if _, err := f.ReadAt(p, int64(id)*pageSize); err != nil {
 			return nil, false, err
@@ -190,17 +204,54 @@ func newest(f io.ReaderAt, size int64, w witness) (s *state, exact bool) {
 		}
 	}
 	exact = exact && metas == 2
+	if m, err := metaInForce(f, size); err == nil && m.other != nil && m.check(f) != nil {
+		exact = false // what its transaction has left may be of an older one
+	}
 	switch {
 	case w.state == nil:
 	case s == nil, w.epoch == s.epoch && w.gen >= s.gen:
 		s, exact = w.state, w.exact || exact && w.gen == s.gen
+	case w.epoch == s.epoch && w.exact && s.gen == w.gen+1:
+		// Nobody has learned of that transaction, and it may not be whole: the one that was
+		// being written takes pages of a tree that an older meta page leads to.
+		s, exact = w.state, true
 	case w.epoch == s.epoch:
-		exact = exact || w.exact // a transaction that nobody has learned of
+		exact = exact || w.exact
 	case w.epoch > s.epoch: // an older file was put here; what comes is to sort above both
 		s, exact = s.clone(), false
 		s.epoch = w.epoch
 	}
 	return s, exact
+}
+
+// current returns those finds that are live by what s and they themselves say, in
+// order, and has s reach as far as they do.
+func current(s *state, exact bool, finds []find) (keep []find) {
+	known := s.last
+	if exact {
+		finds = slices.DeleteFunc(finds, func(f find) bool { return f.last() > known })
+	}
+	for _, f := range finds {
+		s.last = max(s.last, f.last())
+		// An exact state knows better: a transaction that came to nothing may have
+		// meant to drop more than the next one did.
+		if !exact || s.head == 0 {
+			s.head = max(s.head, f.head)
+		}
+	}
+	// It has also left chunks whose seqs were given again: of two that overlap the
+	// one written later is the one that counts.
+	slices.SortFunc(finds, func(a, b find) int {
+		return cmp.Or(cmp.Compare(b.time, a.time), cmp.Compare(b.head, a.head), cmp.Compare(a.at, b.at))
+	})
+	for _, f := range finds {
+		i, _ := slices.BinarySearchFunc(keep, f.first, func(k find, first uint64) int { return cmp.Compare(k.first, first) })
+		if f.first < s.head || i > 0 && keep[i-1].last() >= f.first || i < len(keep) && keep[i].first <= f.last() {
+			continue
+		}
+		keep = slices.Insert(keep, i, f)
+	}
+	return keep
 }
 
 // account returns the state of the file that the finds go to, and those of them
@@ -212,26 +263,7 @@ func account(s *state, exact bool, finds []find, now time.Time) (*state, []find)
 		s, exact = new(state), false
 	}
 	s = s.clone()
-	known := s.last
-	if exact {
-		finds = slices.DeleteFunc(finds, func(f find) bool { return f.last() > known })
-	}
-	for _, f := range finds {
-		s.last, s.head = max(s.last, f.last()), max(s.head, f.head)
-	}
-	// A transaction that came to nothing has left chunks whose seqs were given
-	// again: of two that overlap the one written later is the one that counts.
-	slices.SortFunc(finds, func(a, b find) int {
-		return cmp.Or(cmp.Compare(b.head, a.head), cmp.Compare(b.time, a.time), cmp.Compare(a.at, b.at))
-	})
-	var keep []find
-	for _, f := range finds {
-		i, _ := slices.BinarySearchFunc(keep, f.first, func(k find, first uint64) int { return cmp.Compare(k.first, first) })
-		if f.first < s.head || i > 0 && keep[i-1].last() >= f.first || i < len(keep) && keep[i].first <= f.last() {
-			continue
-		}
-		keep = slices.Insert(keep, i, f)
-	}
+	keep := current(s, exact, finds)
 	var records uint64
 	for _, f := range keep {
 		records += uint64(f.count)
@@ -266,31 +298,14 @@ func account(s *state, exact bool, finds []find, now time.Time) (*state, []find)
 // miss accounts for live records that are gone: like damage that a reader finds
 // who cannot say what is under way.
 func (s *state) miss(r span) {
-	known := make([]span, 0, len(s.doubt)+len(s.losses))
+	known := s.losses.spans()
 	for _, d := range s.doubt {
 		known = append(known, d.span)
 	}
-	for _, l := range s.losses {
-		if l.exact() {
-			known = append(known, span{l.First, l.Last})
-		}
+	for _, rest := range r.without(known) {
+		s.damage(rest, max(s.lease, s.acked))
 	}
-	slices.SortFunc(known, func(a, b span) int { return cmp.Compare(a.first, b.first) })
-	for _, k := range known {
-		if k.last < r.first || k.first > r.last {
-			continue
-		}
-		if k.first > r.first {
-			s.missAll(span{r.first, k.first - 1})
-		}
-		if r.first = k.last + 1; r.empty() {
-			return
-		}
-	}
-	s.missAll(r)
 }
-
-func (s *state) missAll(r span) { s.damage(r, max(s.lease, s.acked)) }
 
 // restart begins a new epoch with the finds numbered anew. What is missing among
 // them cannot be named, as nobody knows the numbers it had.
@@ -325,169 +340,4 @@ func nextEpoch(e string) string {
 		break
 	}
 	return string(b)
-}
-
-// rebuild makes a new file at path with state s and the finds, which it reads from
-// src. The caller puts it in its place. Without blocks set aside it takes only the
-// space of what it holds.
-func rebuild(ctx context.Context, path string, o Options, s *state, src io.ReaderAt, finds []find, blocks bool) (err error) {
-	if err := ignoreNotExist(os.Remove(path)); err != nil {
-		return err
-	}
-	defer func() {
-		if err != nil {
-			err = errors.Join(err, ignoreNotExist(os.Remove(path)))
-		}
-	}()
-	db, err := openBolt(path, o.Cap)
-	if err != nil {
-		return err
-	}
-	db.NoSync = true // synced as a whole, before it gets its name
-	update := func(fn func(m, c *bolt.Bucket) error) error {
-		return db.Update(func(tx *bolt.Tx) error {
-			m, err := tx.CreateBucketIfNotExists(metaBucket)
-			if err != nil {
-				return err
-			}
-			c, err := tx.CreateBucketIfNotExists(chunkBucket)
-			if err != nil {
-				return err
-			}
-			c.FillPercent = 1
-			return fn(m, c)
-		})
-	}
-	err = update(func(m, _ *bolt.Bucket) error { return m.Put(stateKey, s.encode(nil)) })
-	for len(finds) > 0 && err == nil {
-		if err = ctx.Err(); err != nil {
-			break
-		}
-		err = update(func(_, c *bolt.Bucket) error {
-			for size := 0; len(finds) > 0 && size < salvageStep; finds = finds[1:] {
-				f := finds[0]
-				buf := make([]byte, f.size) // bbolt keeps it until the commit
-				if _, err := src.ReadAt(buf, f.at); err != nil {
-					return fmt.Errorf("chunk at seq %d: %w", f.first, err)
-				}
-				if err := put(c, &chunk{buf: buf, first: f.first, count: f.count}, s.head, time.Unix(0, f.time)); err != nil {
-					return err
-				}
-				size += f.size
-			}
-			return nil
-		})
-	}
-	if err == nil {
-		err = db.Sync()
-	}
-	if err = errors.Join(err, db.Close()); err != nil {
-		return err
-	}
-	if !blocks {
-		return nil
-	}
-	f, err := os.OpenFile(path, os.O_RDWR, 0)
-	if err != nil {
-		return err
-	}
-	return errors.Join(preallocate(f, o.Cap), f.Close())
-}
-
-// put stores a chunk in its own bucket.
-func put(c *bolt.Bucket, ch *chunk, head uint64, now time.Time) error {
-	var key [8]byte
-	binary.BigEndian.PutUint64(key[:], ch.first)
-	b, err := c.CreateBucket(key[:])
-	if err != nil {
-		return err
-	}
-	if err := b.SetSequence(uint64(ch.count) | uint64(ch.pages())<<32); err != nil {
-		return err
-	}
-	return b.Put(chunkKey, ch.seal(head, now))
-}
-
-// fit drops the oldest finds until the rest takes at most limit pages.
-func fit(s *state, finds []find, limit uint64) []find {
-	pages := uint64(0)
-	of := func(f find) uint64 { return uint64(pagesFor(max(f.size, minChunk))) }
-	for _, f := range finds {
-		pages += of(f)
-	}
-	for len(finds) > 0 && pages > limit {
-		f := finds[0]
-		s.drop(span{f.first, f.last()})
-		pages, finds = pages-of(f), finds[1:]
-		if s.head = s.last + 1; len(finds) > 0 {
-			s.head = finds[0].first
-		}
-	}
-	return finds
-}
-
-// restore replaces the file by a new one with everything of the old that is intact,
-// and sets the old one aside. src is the old file, nil when it is not there.
-//
-// At no moment is there no file under the name: a process that dies here does the
-// same again.
-func (q *Queue) restore(ctx context.Context, src *os.File, s *state, exact bool, cause error) error {
-	var finds []find
-	var in io.ReaderAt
-	if src != nil {
-		st, err := src.Stat()
-		if err != nil {
-			return err
-		}
-		in = src
-		if finds, err = scan(ctx, src, st.Size()); err != nil {
-			return err
-		}
-	}
-	now := time.Now()
-	before := s
-	s, finds = account(s, exact, finds, now)
-	finds = fit(s, finds, q.o.limit(0))
-	aside, keep := "", true
-	tmp := q.path + newSuffix
-	err := rebuild(ctx, tmp, q.o, s, in, finds, true)
-	if noSpace(err) {
-		// Older evidence makes room for newer; failing that the damaged file
-		// itself, and at last its oldest records.
-		if err = prune(q.path, 0, 0); err == nil {
-			err = rebuild(ctx, tmp, q.o, s, in, finds, true)
-		}
-		for keep = !noSpace(err); noSpace(err); {
-			if err = rebuild(ctx, tmp, q.o, s, in, finds, false); noSpace(err) && len(finds) > 0 {
-				half := uint64(0)
-				for _, f := range finds[len(finds)-len(finds)/2:] {
-					half += uint64(pagesFor(max(f.size, minChunk)))
-				}
-				finds = fit(s, finds, half)
-			} else {
-				break
-			}
-		}
-	}
-	if err != nil {
-		return fmt.Errorf("salvage into %s: %w", tmp, err)
-	}
-	if keep {
-		if aside, err = quarantine(q.path, now, q.o.Cap); err != nil {
-			return errors.Join(err, os.Remove(tmp))
-		}
-	}
-	if err := os.Rename(tmp, q.path); err != nil {
-		return err
-	}
-	q.mu.Lock()
-	q.recovery = &Recovery{At: now, Cause: cause, Aside: aside, Exact: before != nil && s.epoch == before.epoch, Salvaged: s.salvaged}
-	if before != nil {
-		q.recovery.Salvaged -= before.salvaged
-		if q.recovery.Exact {
-			q.recovery.Lost = s.corrupt - before.corrupt
-		}
-	}
-	q.mu.Unlock()
-	return syncDir(filepath.Dir(q.path))
 }

@@ -24,6 +24,7 @@ import (
 //	first live = 1 + truncated + reclaimed + corrupt + in doubt
 type state struct {
 	epoch string
+	base  uint64 // seqs here up to base are of earlier epochs; that of the epoch is lower by base
 	gen   uint64 // transactions; tells after a failed commit which state is on disk
 
 	last  uint64 // newest durable record
@@ -43,9 +44,17 @@ type state struct {
 	// next Read that asks for what is behind a lower seq (lost).
 	doubt []doubt
 
+	// Records that were given up and are named as lost, among those that are live or in
+	// doubt: to account for them once more would be one loss too many.
+	given []uint64
+
 	losses losses
 	mark   []byte // nil when none was set
 }
+
+// maxGiven bounds given, which is stored with every commit. One that is forgotten is sent
+// again, should it have to be read again.
+const maxGiven = 512
 
 // doubt is a range that may have been delivered, and what becomes of it if not.
 type doubt struct {
@@ -63,6 +72,7 @@ func (d doubt) cause() string {
 func (s *state) clone() *state {
 	c := *s
 	c.doubt = slices.Clone(s.doubt)
+	c.given = slices.Clone(s.given)
 	c.losses = slices.Clone(s.losses)
 	return &c // mark is immutable
 }
@@ -139,28 +149,84 @@ func (s *state) lose(r span, cause string) {
 	if r.empty() {
 		return
 	}
-	if cause == CauseCorrupt {
-		s.corrupt += r.count()
-	} else {
-		s.truncated += r.count()
-	}
 	s.losses.unname(r)
-	s.losses.add(r.loss(cause))
+	s.reclaimed += r.count() // of it what is a loss already
+	for _, r := range r.without(s.givenUp()) {
+		s.reclaimed -= r.count()
+		if cause == CauseCorrupt {
+			s.corrupt += r.count()
+		} else {
+			s.truncated += r.count()
+		}
+		s.losses.add(r.loss(cause))
+	}
+}
+
+func (s *state) givenUp() (out []span) {
+	for _, seq := range s.given {
+		out = append(out, span{seq, seq})
+	}
+	return out
+}
+
+// forget is for those given up of which nothing more can become known.
+func (s *state) forget() {
+	least := s.head
+	for _, d := range s.doubt {
+		least = min(least, d.first)
+	}
+	s.given = slices.DeleteFunc(s.given, func(seq uint64) bool { return seq < least })
+}
+
+// renew begins another epoch in the same file: what is not acknowledged goes on as its
+// first records. To it, nothing has been sent. What was lost before cannot be named in its
+// numbers; how much it was can.
+func (s *state) renew(epoch string) {
+	s.resolve(s.acked)
+	s.epoch, s.base, s.lease = epoch, s.acked, s.acked
+	s.given = nil // the server may be another one, and take them
+	all := s.losses
+	s.losses = nil
+	for _, l := range all {
+		s.losses.add(Loss{Cause: l.Cause, Count: l.Count})
+	}
 }
 
 // The encoding of state: fixed fields, lists, mark, CRC32C. Version 1 had no head,
 // no number of salvaged records and no causes of doubt; it is read, and written as 2.
-const stateVersion = 2
+// Version 3 adds base and version 4 what was given up. Either is written only where there
+// is such a thing, so that an older program can go on with all other files.
+const stateVersion = 4
+
+func (s *state) version() byte {
+	switch {
+	case len(s.given) > 0:
+		return 4
+	case s.base > 0:
+		return 3
+	}
+	return 2
+}
 
 var errState = errors.New("damaged state")
 
 func (s *state) encode(b []byte) []byte {
 	le := binary.LittleEndian
 	start := len(b)
-	b = append(b, stateVersion)
+	v := s.version()
+	b = append(b, v)
 	b = append(b, s.epoch...)
-	for _, v := range []uint64{s.gen, s.last, s.acked, s.lease, s.truncated, s.reclaimed, s.corrupt, s.head, s.salvaged} {
-		b = le.AppendUint64(b, v)
+	for _, n := range []uint64{s.gen, s.last, s.acked, s.lease, s.truncated, s.reclaimed, s.corrupt, s.head, s.salvaged} {
+		b = le.AppendUint64(b, n)
+	}
+	if v > 2 {
+		b = le.AppendUint64(b, s.base)
+	}
+	if v > 3 {
+		b = le.AppendUint32(b, uint32(len(s.given)))
+		for _, seq := range s.given {
+			b = le.AppendUint64(b, seq)
+		}
 	}
 	b = le.AppendUint32(b, uint32(len(s.doubt)))
 	for _, d := range s.doubt {
@@ -209,6 +275,16 @@ func decodeState(b []byte) (*state, error) {
 	}
 	if v > 1 {
 		s.head, s.salvaged = d.uint64(), d.uint64()
+	}
+	if v > 2 {
+		s.base = d.uint64()
+		d.bad = d.bad || s.base == 0 && v == 3
+	}
+	if v > 3 {
+		n := d.uint32()
+		for d.bad = d.bad || n == 0 || n > maxGiven; n > 0 && !d.bad; n-- {
+			s.given = append(s.given, d.uint64())
+		}
 	}
 	for n := d.uint32(); n > 0 && !d.bad; n-- {
 		r := doubt{span: span{d.uint64(), d.uint64()}}

@@ -33,6 +33,7 @@ type Stats struct {
 	Bytes       int64  // of the pages that hold live chunks
 	UnsentBytes int64  // of those with a record that is not acknowledged
 	Cap         int64
+	Before      uint64 // seqs of earlier epochs of the file, see [Queue.Renew]; the counters below know them
 	Truncated   uint64 // dropped undelivered, over the life of the file
 	Reclaimed   uint64 // dropped after delivery
 	Corrupt     uint64 // lost to damage
@@ -42,16 +43,20 @@ type Stats struct {
 	OldestUnsent time.Time // when the oldest unacknowledged record was written; zero when there is none
 	Pending      int       // bytes that wait to be durable
 
+	Hazards []Hazard // of the place where the file is, as Open found them
+
 	Err      error     // why commits fail at the moment
 	ErrSince time.Time // since when
 
+	Resized     *Resized  // the last time that another size was asked for, nil when none was since Open
 	Recovery    *Recovery // the last time that a damaged file was replaced, nil when none was since Open
 	Salvaged    uint64    // records taken over from damaged files, over the life of the file
 	Quarantined int64     // bytes of what was set aside
 }
 
 // Epoch returns the identity of this sequence of records: 12 hex digits of a
-// millisecond timestamp, then 8 random ones. It lives as long as the file.
+// millisecond timestamp, then 8 random ones. It lives as long as the file, or
+// until [Queue.Renew].
 func (q *Queue) Epoch() string {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -62,7 +67,7 @@ func (q *Queue) Epoch() string {
 func (q *Queue) Next() uint64 {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	return q.next
+	return q.next - q.state.base
 }
 
 // Mark returns the mark of the last durable commit, nil when none was set.
@@ -76,13 +81,13 @@ func (q *Queue) Mark() []byte {
 func (q *Queue) Bounds() Bounds {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	return q.bounds()
+	return boundsOf(q.state, &q.index, q.ack)
 }
 
-func (q *Queue) bounds() Bounds {
-	b := Bounds{First: q.state.last + 1, Acked: q.ack, Last: q.state.last}
-	if l := q.index.live(); len(l) > 0 {
-		b.First = l[0].first
+func boundsOf(s *state, x *index, acked uint64) Bounds {
+	b := Bounds{First: s.last + 1 - s.base, Acked: max(acked, s.base) - s.base, Last: s.last - s.base}
+	if l := x.live(); len(l) > 0 {
+		b.First = max(l[0].first, s.base+1) - s.base
 	}
 	return b
 }
@@ -103,20 +108,25 @@ func (q *Queue) Unnamed(dst []Loss) []Loss {
 			}
 		}
 	}
-	return l.unnamed(dst)
+	n := len(dst)
+	dst = l.unnamed(dst)
+	for i := range dst[n:] {
+		dst[n+i] = dst[n+i].shift(-q.state.base)
+	}
+	return dst
 }
 
 // Stats returns a snapshot.
 func (q *Queue) Stats() Stats {
 	q.mu.Lock()
 	defer q.mu.Unlock()
-	s := Stats{
-		Bounds: q.bounds(), Epoch: q.state.epoch,
-		Records: q.index.records, Bytes: int64(q.index.pages) * pageSize, UnsentBytes: int64(q.index.pages-q.index.ackedPages) * pageSize, Cap: q.o.Cap,
-		Truncated: q.state.truncated, Reclaimed: q.state.reclaimed, Corrupt: q.state.corrupt,
-		InDoubt: q.state.inDoubt(), Losses: len(q.state.losses),
-		Err: q.commitAt.err, ErrSince: q.commitAt.since, Recovery: q.recovery, Quarantined: q.quarantined, Salvaged: q.state.salvaged,
-	}
+	return q.stats()
+}
+
+func (q *Queue) stats() Stats {
+	s := statsOf(q.state, &q.index, q.ack)
+	s.Hazards, s.Cap, s.Resized, s.Recovery, s.Quarantined = q.hazards, q.o.Cap, q.resized, q.recovery, q.quarantined
+	s.Err, s.ErrSince = q.commitAt.err, q.commitAt.since
 	for _, p := range []*pending{q.inflight, q.pending} {
 		if p != nil {
 			s.Pending += p.bytes
@@ -125,13 +135,25 @@ func (q *Queue) Stats() Stats {
 	if q.err != nil {
 		s.Err = q.err
 	}
-	if e := q.index.oldestUnsent(); e != nil {
+	return s
+}
+
+// statsOf is what a state and the chunks with it say. The chunks must have been told
+// of the acknowledgement.
+func statsOf(st *state, x *index, acked uint64) Stats {
+	s := Stats{
+		Bounds: boundsOf(st, x, acked), Epoch: st.epoch, Before: st.base,
+		Records: x.records, Bytes: int64(x.pages) * pageSize, UnsentBytes: int64(x.pages-x.ackedPages) * pageSize,
+		Truncated: st.truncated, Reclaimed: st.reclaimed, Corrupt: st.corrupt,
+		InDoubt: st.inDoubt(), Losses: len(st.losses), Salvaged: st.salvaged,
+	}
+	if e := x.oldestUnsent(); e != nil {
 		if e.at != 0 {
 			s.OldestUnsent = time.Unix(0, e.at)
 		}
-		s.Unsent = s.Records - q.index.ackedRecords
-		if e.first <= s.Acked {
-			s.Unsent -= s.Acked - e.first + 1
+		s.Unsent = s.Records - x.ackedRecords
+		if e.first <= acked {
+			s.Unsent -= acked - e.first + 1
 		}
 	}
 	return s

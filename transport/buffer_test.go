@@ -3,6 +3,7 @@
 package transport
 
 import (
+	"context"
 	"errors"
 	"slices"
 	"testing"
@@ -23,7 +24,10 @@ func openBuffer(t *testing.T, o buffer.Options) *buffer.Queue {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		if err := q.Close(quiet(t)); err != nil && !errors.Is(err, buffer.ErrClosed) && t.Context().Err() == nil {
+		// The test's own context has ended; the writer must be done before the directory goes.
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(t.Context()), time.Minute)
+		defer cancel()
+		if err := q.Close(ctx); err != nil && !errors.Is(err, buffer.ErrClosed) {
 			t.Error(err)
 		}
 	})
@@ -60,7 +64,7 @@ func TestSenderWithBuffer(t *testing.T) {
 	srv := redistest.Start(t, redistest.Options{AOF: "everysec"})
 	c := srv.Client()
 	defer c.Close()
-	o := buffer.Options{Dir: t.TempDir(), Cap: 6 << 20, CommitBytes: 64 << 10, MaxRecord: 64 << 10}
+	o := buffer.Options{Dir: t.TempDir(), AllowUnsafe: true, Cap: 6 << 20, CommitBytes: 64 << 10, MaxRecord: 64 << 10}
 	q := openBuffer(t, o)
 	s := start(t, fast(srv.Addr()), q)
 	fill(t, q, 3000)
@@ -68,7 +72,7 @@ func TestSenderWithBuffer(t *testing.T) {
 	srv.Restart()
 	last := fill(t, q, 3000)
 	s.delivered(t, last)
-	exactlyOnce(t, c, last)
+	afterTheRule(t, c, last)
 	if n, sum := observed(t, s.m.delivery); n != last || sum <= 0 || sum > 3600*float64(last) {
 		t.Errorf("%d latencies of %v s in all, want one for each of %d records", n, sum, last)
 	}
@@ -81,7 +85,7 @@ func TestSenderWithBuffer(t *testing.T) {
 	s = start(t, fast(srv.Addr()), q)
 	last = fill(t, q, 1000)
 	s.delivered(t, last)
-	exactlyOnce(t, c, last)
+	afterTheRule(t, c, last)
 	if got := testutil.ToFloat64(s.m.rewinds); got != 0 {
 		t.Errorf("%v rewinds after a restart of the agent", got)
 	}
@@ -94,7 +98,7 @@ func TestSenderWithBuffer(t *testing.T) {
 	}
 	srv.Restart()
 	s.delivered(t, last)
-	accounted(t, entries(t, c, eventsKey), q.Unnamed(nil), last)
+	accounted(t, fresh(entries(t, c, eventsKey)), q.Unnamed(nil), last)
 
 	// The server is emptied: what is retained comes again, the rest is lost.
 	if err := c.FlushAll(t.Context()).Err(); err != nil {

@@ -16,8 +16,9 @@ import (
 // closed: it labels metrics and keys the log limiter.
 type Class string
 
-// The classes. No class ever drops or skips a record: a failure is retried, or
-// delivery is held until its cause is removed, while the buffer keeps the records.
+// The classes. A failure is retried, or delivery is held until its cause is removed, while
+// the buffer keeps the records. Only a single record that does not pass where others do is
+// given up, see refuse.go.
 const (
 	ClassNone Class = ""
 
@@ -44,9 +45,12 @@ const (
 	ClassAuth        Class = "auth"
 	ClassPermission  Class = "permission"
 	ClassWrongType   Class = "wrongtype"
-	ClassScripting   Class = "scripting" // the server cannot run the script
-	ClassCursor      Class = "cursor"    // the agent's cursor is not readable
-	ClassFenced      Class = "fenced"    // another process writes as this agent
+	ClassScripting   Class = "scripting"  // the server cannot run the script
+	ClassTopology    Class = "topology"   // the server is not what it was taken for
+	ClassDurability  Class = "durability" // the server cannot confirm what was asked of it
+	ClassCursor      Class = "cursor"     // the agent's cursor is not readable
+	ClassFenced      Class = "fenced"     // another process writes as this agent
+	ClassOversize    Class = "oversize"   // a batch is broken off again and again, or called too large
 
 	ClassReply  Class = "reply"  // an answer outside the protocol
 	ClassServer Class = "server" // any other error reply
@@ -58,7 +62,7 @@ func Classes() []Class {
 		ClassNetwork, ClassTimeout, ClassDial, ClassHandshake, ClassTLS,
 		ClassLoading, ClassBusy, ClassReadOnly, ClassReplicas, ClassCluster, ClassMaxClients, ClassNoScript,
 		ClassOOM, ClassMisconf, ClassCredentials, ClassAuth, ClassPermission, ClassWrongType, ClassScripting,
-		ClassCursor, ClassFenced, ClassReply, ClassServer,
+		ClassTopology, ClassDurability, ClassCursor, ClassFenced, ClassOversize, ClassReply, ClassServer,
 	}
 }
 
@@ -90,7 +94,7 @@ func (c Class) policy() policy {
 	case ClassReplicas:
 		return policy{Retrying, false, "the server refuses writes until enough replicas, or its master, are back"}
 	case ClassCluster:
-		return policy{Retrying, false, "the slot is served by another node or by none at present; each decisions key must carry the shard's {tag}"}
+		return policy{Retrying, false, "the slot is served by another node or by none at present; if it lasts, set topology: cluster, and give each decisions key the shard's {tag}"}
 	case ClassMaxClients:
 		return policy{Retrying, true, "the server is out of connection slots: raise maxclients or find who holds them"}
 	case ClassNoScript:
@@ -104,15 +108,21 @@ func (c Class) policy() policy {
 	case ClassAuth:
 		return policy{Held, true, "check the user name and the password file; the file is read again at each attempt"}
 	case ClassPermission:
-		return policy{Held, true, "grant what packaging/redis/edr-sensor.acl grants: +evalsha +script|load +hget +hset +xadd on the sensor's keys"}
+		return policy{Held, true, "grant what packaging/redis/edr-sensor.acl grants: +evalsha +script|load +hget +hset +xadd on the sensor's keys, +cluster|slots on a cluster, +wait or +waitaof for ack"}
 	case ClassWrongType:
 		return policy{Held, false, "a key of the sensor holds something else: choose another prefix or move that key; the sensor never deletes it"}
 	case ClassScripting:
-		return policy{Held, true, "the server must allow EVALSHA and SCRIPT LOAD and be Redis 7.0 or Valkey, or newer"}
+		return policy{Held, true, "the server must allow EVALSHA and SCRIPT LOAD and be Redis 6.0 or Valkey, or newer"}
+	case ClassTopology:
+		return policy{Held, true, "topology, address, sentinel.master and shards must be those of the servers, and of what the operator wrote into <prefix>:meta"}
+	case ClassDurability:
+		return policy{Held, true, "ack: fsync needs Redis 7.2 or newer with appendonly yes; older ones have appendfsync always, with ack: reply"}
 	case ClassCursor:
 		return policy{Held, false, "the agent's field in the cursors hash was written by something else: remove it after checking the stream"}
 	case ClassFenced:
 		return policy{Fenced, true, "another process writes as this agent: a cloned machine or a restored queue; give one of them a new agent id and an empty buffer"}
+	case ClassOversize:
+		return policy{Held, false, "the server, or what stands before it, breaks the connection over some records: raise proto-max-bulk-len and client-query-buffer-limit, or the limit of the proxy, or look for what inspects the traffic"}
 	case ClassReply:
 		return policy{Held, false, "the server's answer is not one of protocol edr/1: is there a proxy in between?"}
 	}
@@ -156,6 +166,7 @@ func refusedTLS(err error) bool {
 // classifyReply maps the text of an error reply. Error codes are the first word
 // by Redis' convention; the ones that share the code ERR need a closer look.
 func classifyReply(msg string) Class {
+	msg = inScript(msg)
 	word, _, _ := strings.Cut(msg, " ")
 	switch word {
 	case "LOADING":
@@ -189,10 +200,15 @@ func classifyReply(msg string) Class {
 	}{
 		{"max number of clients", ClassMaxClients},
 		{"can't run this command", ClassPermission}, // ACL checks inside a script
+		{"ACL failure in script", ClassPermission},  // the same in Valkey
 		{"without any password configured", ClassAuth},
 		{"invalid password", ClassAuth},
 		{"unauthenticated", ClassAuth}, // more than ten arguments before AUTH is a protocol error
 		{"invalid username-password", ClassAuth},
+		{"invalid bulk length", ClassOversize},
+		{"invalid multibulk length", ClassOversize},
+		{"Protocol error: too big", ClassOversize},
+		{"maximum allowed size", ClassOversize},
 		{"unknown command", ClassScripting},
 		{"rror compiling script", ClassScripting},
 		{"Could not find engine", ClassScripting},
@@ -203,6 +219,19 @@ func classifyReply(msg string) Class {
 		}
 	}
 	return ClassServer
+}
+
+// inScript returns what a command in the script met, out of what Redis before 7.0 says of
+// it: "ERR Error running script (call to f_…): @user_script:61: @user_script: 61: -OOM …".
+func inScript(msg string) string {
+	const place = "@user_script"
+	if !strings.HasPrefix(msg, "ERR Error running script") && !strings.HasPrefix(msg, place) {
+		return msg
+	}
+	if at := strings.LastIndex(msg, place); at >= 0 {
+		msg = strings.TrimPrefix(strings.TrimLeft(msg[at+len(place):], ": 0123456789"), "-")
+	}
+	return msg
 }
 
 // classError is an error whose class is known where it arises.

@@ -23,7 +23,7 @@ import (
 // anything behind our back: a batch that may have been applied is never sent
 // again before the server has said what it holds.
 type conn struct {
-	net    net.Conn
+	net    *lastWords
 	client *redis.Client
 	redis  *redis.Conn       // sticks to the one connection, without a check per command
 	secret [sha256.Size]byte // of the password
@@ -31,28 +31,37 @@ type conn struct {
 
 var errSpent = errors.New("connection lost")
 
-// dial connects. The first call makes go-redis greet, authenticate and select.
-func dial(ctx context.Context, o *Options) (*conn, error) {
-	password, err := readPassword(o.PasswordFile)
+// login is who a connection is authenticated as.
+type login struct{ user, passwordFile string }
+
+// dial connects to addr. The first call makes go-redis greet, authenticate and select.
+func dial(ctx context.Context, o *Options, addr string, l login, db int) (*conn, error) {
+	password, err := readPassword(l.passwordFile)
 	if err != nil {
 		return nil, &classError{ClassCredentials, err}
 	}
-	nc, err := dialNet(ctx, o)
+	nc, err := dialNet(ctx, o, addr)
 	if err != nil {
 		return nil, err
 	}
+	return newConn(o, nc, addr, l.user, password, db), nil
+}
+
+// newConn lets go-redis speak on nc.
+func newConn(o *Options, nc net.Conn, addr, user, password string, db int) *conn {
+	words := &lastWords{Conn: nc, grammar: grammar{most: senderLimits()}}
 	var spent atomic.Bool
 	client := redis.NewClient(&redis.Options{
-		Addr: o.Addr,
+		Addr: addr,
 		Dialer: func(context.Context, string, string) (net.Conn, error) {
 			if spent.Swap(true) {
 				return nil, errSpent
 			}
-			return nc, nil
+			return words, nil
 		},
-		Username: o.Username,
+		Username: user,
 		Password: password,
-		DB:       o.DB,
+		DB:       db,
 		// Nothing a writer needs is in RESP3, and RESP2 has no push messages.
 		Protocol:              2,
 		MaxRetries:            -1,
@@ -69,26 +78,32 @@ func dial(ctx context.Context, o *Options) (*conn, error) {
 		DisableIdentity:          true,
 		MaintNotificationsConfig: &maintnotifications.Config{Mode: maintnotifications.ModeDisabled},
 	})
-	return &conn{nc, client, client.Conn(), sha256.Sum256([]byte(password))}, nil
+	return &conn{words, client, client.Conn(), sha256.Sum256([]byte(password))}
 }
 
 // dialNet opens the connection and does the TLS handshake itself, so that an
 // error says in which of the two it happened: go-redis would report both as a
 // deadline exceeded.
-func dialNet(ctx context.Context, o *Options) (net.Conn, error) {
-	network, address, err := splitAddr(o.Addr)
+func dialNet(ctx context.Context, o *Options, addr string) (net.Conn, error) {
+	network, address, err := splitAddr(addr)
 	if err != nil {
 		return nil, err
+	}
+	var cfg *tls.Config
+	if o.TLS != nil {
+		if cfg, err = o.TLS(); err != nil {
+			return nil, &classError{ClassTLS, fmt.Errorf("tls: %w", err)}
+		}
 	}
 	d := net.Dialer{Timeout: o.DialTimeout}
 	nc, err := d.DialContext(ctx, network, address)
 	if err != nil {
 		return nil, &classError{ClassDial, fmt.Errorf("connect: %w", err)}
 	}
-	if o.TLS == nil {
-		return &lastWords{Conn: nc}, nil
+	if cfg == nil {
+		return nc, nil
 	}
-	cfg := o.TLS.Clone()
+	cfg = cfg.Clone()
 	if cfg.ServerName == "" && network == "tcp" {
 		cfg.ServerName, _, _ = net.SplitHostPort(address)
 	}
@@ -101,36 +116,45 @@ func dialNet(ctx context.Context, o *Options) (net.Conn, error) {
 		if refusedTLS(err) {
 			class = ClassTLS
 		}
-		return nil, &classError{class, fmt.Errorf("tls handshake with %s: %w", o.Addr, err)}
+		return nil, &classError{class, fmt.Errorf("tls handshake with %s: %w", addr, err)}
 	}
-	return &lastWords{Conn: tc}, nil
+	return tc, nil
 }
 
 // lastWords is a connection that, when a write fails, finds out what the server
-// said before it closed: "max number of clients reached", or that it wants a
-// client certificate. The bare write error would hide the reason, and go-redis
-// passes over an error in answer to its greeting.
+// said before it closed: "max number of clients reached", "invalid bulk length", or that
+// it wants a client certificate. The bare write error would hide the reason, and go-redis
+// passes over an error in answer to its greeting. It ends with what is no reply.
 type lastWords struct {
 	net.Conn
-	heard string // the error reply in the last read, if it was one
+	grammar grammar
+	heard   string // the error reply in the last read, if it was one
+	spoke   bool   // the server has said something
+	welcome bool   // and that was no error: later ones are answers to something
 }
 
 func (c *lastWords) Read(p []byte) (int, error) {
 	n, err := c.Conn.Read(p)
-	c.heard = ""
+	if bad := c.grammar.check(p[:n]); bad != nil {
+		return 0, fmt.Errorf("read: %w", bad) // go-redis unwraps what its greeting meets
+	}
+	c.heard, c.spoke = "", c.spoke || n > 0
 	if line, isError := strings.CutPrefix(string(p[:min(n, 256)]), "-"); isError {
 		c.heard, _, _ = strings.Cut(line, "\r\n")
+	} else if n > 0 {
+		c.welcome = true
 	}
 	return n, err
 }
 
 func (c *lastWords) Write(p []byte) (int, error) {
+	c.grammar.request()
 	n, err := c.Conn.Write(p)
 	var ne net.Error
 	if err == nil || (errors.As(err, &ne) && ne.Timeout()) {
 		return n, err
 	}
-	if c.heard == "" {
+	if c.heard == "" || c.welcome {
 		// What was said is in the socket already, or never comes.
 		if derr := c.SetReadDeadline(time.Now().Add(100 * time.Millisecond)); derr != nil {
 			return n, err
@@ -186,29 +210,6 @@ func redisText(ctx context.Context, r *redis.Conn, args []any) (string, error) {
 		return "", badReply(fmt.Sprint(cmd.Val()))
 	}
 	return text, nil
-}
-
-// evictionPolicy asks what the server does when it is full. known is false when
-// the user may not ask: that is no error.
-func (c *conn) evictionPolicy(ctx context.Context) (policy string, known bool, err error) {
-	m, err := c.redis.ConfigGet(ctx, "maxmemory-policy").Result()
-	if err == nil {
-		return m["maxmemory-policy"], true, nil
-	}
-	var re redis.Error
-	if !errors.As(err, &re) {
-		return "", false, err
-	}
-	info, err := c.redis.Info(ctx, "memory").Result()
-	if err != nil {
-		if errors.As(err, &re) {
-			err = nil
-		}
-		return "", false, err
-	}
-	_, rest, found := strings.Cut(info, "maxmemory_policy:")
-	policy, _, _ = strings.Cut(rest, "\r\n")
-	return policy, found, nil
 }
 
 // close drops the connection; what is in flight stays in doubt.

@@ -11,9 +11,11 @@
 //
 // A [Sender] is one goroutine, that of [Sender.Run], with one connection and one
 // batch in flight. After any failure it drops the connection, waits, and asks
-// the server what it has; it never guesses. It drops and skips nothing: what
-// cannot be delivered stays in the buffer, whose overflow policy alone decides
-// about loss and accounts for it.
+// the server what it has; it never guesses. What cannot be delivered stays in the
+// buffer, whose overflow policy decides about loss and accounts for it. Only a single
+// record that does not pass where others do is given up, copied aside and named as lost
+// (refuse.go); else it would be the last one ever delivered. Of what a server answers it
+// takes only what it can have asked for, of bounded size.
 //
 // A stop is Run's ctx ending, then [Sender.Drain] with a deadline once the buffer
 // has committed its last records, then [Sender.Close].

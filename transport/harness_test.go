@@ -4,10 +4,14 @@ package transport
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
+	"os"
+	"path/filepath"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -16,15 +20,23 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	dto "github.com/prometheus/client_model/go"
 	"github.com/redis/go-redis/v9"
+	redislog "github.com/redis/go-redis/v9/logging"
 	"go.uber.org/goleak"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 
 	"github.com/aurorasoc/edr-sensor/buffer"
 	"github.com/aurorasoc/edr-sensor/internal/logging"
+	"github.com/aurorasoc/edr-sensor/transport/consumer"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) {
+	if spec := os.Getenv(agentEnv); spec != "" {
+		os.Exit(agentMain(spec))
+	}
+	redislog.Disable() // it tells of every dial that is refused
+	goleak.VerifyTestMain(m)
+}
 
 const (
 	testEpoch = "0192f0c0ffee0badf00d"
@@ -42,6 +54,8 @@ type memQueue struct {
 	last     uint64
 	acked    uint64
 	forfeits []span
+	aside    []uint64
+	full     bool          // nothing can be set aside
 	changed  chan struct{} // closed and replaced at each add
 }
 
@@ -138,6 +152,27 @@ func (q *memQueue) Forfeit(first, last uint64, cause string) {
 	q.forfeits = append(q.forfeits, span{first, last})
 }
 
+func (q *memQueue) SetAside(rec buffer.Record, cause string) (string, error) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if cause != CauseRefused {
+		panic(cause)
+	}
+	if q.full {
+		return "", errors.New("no space left")
+	}
+	q.aside = append(q.aside, rec.Seq)
+	return fmt.Sprintf("aside-%d", rec.Seq), nil
+}
+
+func (q *memQueue) GivenUp() []uint64 { return q.setAside() }
+
+func (q *memQueue) setAside() []uint64 {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return slices.Clone(q.aside)
+}
+
 func (q *memQueue) forfeited() []span {
 	q.mu.Lock()
 	defer q.mu.Unlock()
@@ -171,8 +206,11 @@ func start(t testing.TB, o Options, q Queue) *running {
 	return startSender(t, s)
 }
 
-func startSender(t testing.TB, s *Sender) *running {
-	ctx, cancel := context.WithCancel(quiet(t))
+func startSender(t testing.TB, s *Sender) *running { return runSender(quiet(t), t, s) }
+
+// runSender is startSender with a logger in ctx.
+func runSender(ctx context.Context, t testing.TB, s *Sender) *running {
+	ctx, cancel := context.WithCancel(ctx)
 	r := &running{s, cancel, make(chan error, 1)}
 	go func() { r.done <- s.Run(ctx) }()
 	t.Cleanup(func() { r.stop(t) })
@@ -208,10 +246,21 @@ type text string
 
 func (s text) String() string { return string(s) }
 
-// await waits until cond holds; it fails the test when that takes a minute.
+// await waits until cond holds; it fails the test when that takes long.
 func await(t testing.TB, what fmt.Stringer, cond func() bool) {
 	t.Helper()
-	deadline := time.NewTimer(5 * time.Second)
+	awaitFor(t, 20*time.Second, what, cond)
+}
+
+// awaitLong is await for what takes a while.
+func awaitLong(t testing.TB, what fmt.Stringer, cond func() bool) {
+	t.Helper()
+	awaitFor(t, 2*time.Minute, what, cond)
+}
+
+func awaitFor(t testing.TB, d time.Duration, what fmt.Stringer, cond func() bool) {
+	t.Helper()
+	deadline := time.NewTimer(d)
 	defer deadline.Stop()
 	tick := time.NewTicker(2 * time.Millisecond)
 	defer tick.Stop()
@@ -241,29 +290,48 @@ type entry struct {
 	Seq                               uint64
 }
 
-func entries(t testing.TB, c *redis.Client, key string) []entry {
+// entries returns what a stream holds, in either encoding. The records of a packed
+// entry have no id and timestamp of their own: those in the data stand for them.
+func entries(t testing.TB, c redis.Cmdable, key string) []entry {
 	t.Helper()
+	decoder, err := consumer.NewDecoder(consumer.Limits{})
+	if err != nil {
+		t.Fatal(err)
+	}
 	var out []entry
 	from := "-"
 	for {
-		// The plain reply: fields are checked to be exactly ours, in order.
 		xs, err := c.XRangeN(t.Context(), key, from, "+", 10_000).Result()
 		if err != nil {
 			t.Fatal(err)
 		}
 		for _, x := range xs {
-			seq, err := strconv.ParseUint(fmt.Sprint(x.Values["seq"]), 10, 64)
+			recs, err := decoder.Decode(key, x, nil)
 			if err != nil || len(x.Values) != 6 {
-				t.Fatalf("entry %s: %v", x.ID, x.Values)
+				t.Fatalf("entry %s: %v: %.300v", x.ID, err, x.Values)
 			}
 			v := func(k string) string { s, _ := x.Values[k].(string); return s }
-			out = append(out, entry{v("id"), v("timestamp"), v("data"), v("agent"), v("epoch"), seq})
+			for i := range recs {
+				id, stamp := v("id"), v("timestamp")
+				if v("codec") != "" {
+					i, s, _ := identify(recs[i].Data)
+					id, stamp = string(i), string(s)
+				}
+				out = append(out, entry{id, stamp, string(recs[i].Data), recs[i].Agent, recs[i].Epoch, recs[i].Seq})
+			}
 		}
 		if len(xs) < 10_000 {
 			return out
 		}
-		from = "(" + xs[len(xs)-1].ID
+		from = following(xs[len(xs)-1].ID)
 	}
+}
+
+// following is the id after that one. "(" before an id needs Redis 6.2.
+func following(id string) string {
+	ms, n, _ := strings.Cut(id, "-")
+	at, _ := strconv.ParseUint(n, 10, 64) // of an id
+	return fmt.Sprintf("%s-%d", ms, at+1)
 }
 
 // audit is what a stream shows about seqs 1..last.
@@ -271,10 +339,15 @@ type audit struct{ Missing, Duplicate, Disordered, Damaged int }
 
 func auditStream(t testing.TB, c *redis.Client, last uint64) audit {
 	t.Helper()
+	return auditKey(t, c, eventsKey, last)
+}
+
+func auditKey(t testing.TB, c redis.Cmdable, key string, last uint64) audit {
+	t.Helper()
 	var a audit
 	seen := make(map[uint64]int)
 	prev := uint64(0)
-	for _, e := range entries(t, c, eventsKey) {
+	for _, e := range entries(t, c, key) {
 		seen[e.Seq]++
 		if seen[e.Seq] > 1 {
 			a.Duplicate++
@@ -310,4 +383,20 @@ func observed(t *testing.T, h prometheus.Histogram) (n uint64, sum float64) {
 		t.Fatal(err)
 	}
 	return m.GetHistogram().GetSampleCount(), m.GetHistogram().GetSampleSum()
+}
+
+// writePassword writes a password file as a rotation does, and makes one when there
+// is none.
+func writePassword(t testing.TB, path, password string) string {
+	t.Helper()
+	if path == "" {
+		path = filepath.Join(t.TempDir(), "password")
+	}
+	if err := os.WriteFile(path+".new", []byte(password+"\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(path+".new", path); err != nil {
+		t.Fatal(err)
+	}
+	return path
 }

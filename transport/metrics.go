@@ -22,8 +22,12 @@ type metrics struct {
 	failed    prometheus.Counter
 	errors    map[Class]prometheus.Counter
 	rewinds   prometheus.Counter
+	refused   prometheus.Counter
+	renewals  prometheus.Counter
 	connected prometheus.Gauge
-	eviction  prometheus.Gauge
+	risks     map[RiskKind]prometheus.Gauge
+	memory    prometheus.Gauge
+	unread    [buffer.Streams]prometheus.Gauge
 	seconds   prometheus.Histogram
 	delivery  prometheus.Histogram
 	endToEnd  prometheus.Histogram
@@ -51,6 +55,14 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 			Name: "transport_rewinds_total",
 			Help: "Times the server had less than it had confirmed, so that records were sent again. If it grows, Redis loses acknowledged writes: check its persistence and its failovers.",
 		}),
+		refused: f.NewCounter(prometheus.CounterOpts{
+			Name: "transport_refused_records_total",
+			Help: "Records over which Redis, or what stands before it, broke the connection each time while it took others: each was copied aside and named as lost. If it grows, RECORD_REFUSED on the decisions stream says which, how large and where the copy is; raise the limit that it meets.",
+		}),
+		renewals: f.NewCounter(prometheus.CounterOpts{
+			Name: "transport_renewals_total",
+			Help: "Times delivery went on in a new epoch because somebody else had written as this agent. If it grows, a machine or its buffer was cloned or restored: see the decision IDENTITY_NEW.",
+		}),
 		connected: f.NewGauge(prometheus.GaugeOpts{
 			Name: "transport_connected",
 			Help: "1 while records can be delivered, else 0. If it is 0, events wait in the buffer: /status says why and what to do.",
@@ -60,9 +72,10 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 			Help:    "Time from sending a batch to the server's verdict. If it grows, Redis or the network to it is slow: see its slow log.",
 			Buckets: prometheus.ExponentialBuckets(0.0005, 2.5, 10),
 		}),
-		eviction: f.NewGauge(prometheus.GaugeOpts{
-			Name: "transport_eviction_risk",
-			Help: "1 when Redis deletes whole streams without an error once it is full (maxmemory-policy allkeys-*), 0 when it does not or does not tell. If it is 1, set maxmemory-policy noeviction.",
+		risks: make(map[RiskKind]prometheus.Gauge),
+		memory: f.NewGauge(prometheus.GaugeOpts{
+			Name: "transport_redis_memory_ratio",
+			Help: "Memory that Redis uses, of maxmemory, or of its host's memory when that is not set; 0 when it does not tell. If it nears 1, Redis soon takes no events: let consumers read and trim, or raise maxmemory.",
 		}),
 		delivery: f.NewHistogram(prometheus.HistogramOpts{
 			Name:    "transport_delivery_latency_seconds",
@@ -75,6 +88,21 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 			Buckets: latencies(),
 		}),
 	}
+	risks := f.NewGaugeVec(prometheus.GaugeOpts{
+		Name: "transport_risk",
+		Help: "1 for each kind of state of Redis, as far as it tells, that will lose events or end delivery. If it is 1, /status says what to do: eviction (maxmemory-policy allkeys-* deletes whole streams when full), memory (nearly full), unread (a trimmed stream nears its limit), password (the file's is refused), replica (none confirms).",
+	}, []string{"risk"})
+	for _, k := range Risks() {
+		m.risks[k] = risks.WithLabelValues(string(k))
+	}
+	unread := f.NewGaugeVec(prometheus.GaugeOpts{
+		Name: "transport_unread_entries",
+		Help: "Entries that the slowest consumer group has not read or not acknowledged, by stream; 0 without groups, or when Redis does not tell. If it grows, that group is slower than the events.",
+	}, []string{"stream"})
+	m.unread[buffer.Events] = unread.WithLabelValues("events")
+	m.unread[buffer.DecisionsSystem] = unread.WithLabelValues("decisions_system")
+	m.unread[buffer.DecisionsAgents] = unread.WithLabelValues("decisions_agents")
+	m.unread[buffer.DecisionsApprovals] = unread.WithLabelValues("decisions_approvals")
 	m.delivered[buffer.Events] = delivered.WithLabelValues("events")
 	m.delivered[buffer.DecisionsSystem] = delivered.WithLabelValues("decisions_system")
 	m.delivered[buffer.DecisionsAgents] = delivered.WithLabelValues("decisions_agents")

@@ -21,15 +21,7 @@ func plainProducer(t testing.TB, o *redis.Options, q *memQueue, batch int) (retr
 			t.Fatal(err)
 		}
 		for {
-			_, err := c.Pipelined(t.Context(), func(p redis.Pipeliner) error {
-				for i := range recs {
-					id, stamp, _ := identify(recs[i].Data)
-					p.XAdd(t.Context(), &redis.XAddArgs{Stream: eventsKey, Values: []any{
-						"id", id, "timestamp", stamp, "data", recs[i].Data, "agent", testAgent, "epoch", testEpoch, "seq", recs[i].Seq,
-					}})
-				}
-				return nil
-			})
+			err := plainXADD(t.Context(), c, recs)
 			if err == nil {
 				break
 			}

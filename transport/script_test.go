@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -104,6 +105,7 @@ type modelCall struct {
 	stream               buffer.Stream
 	epoch, session, flag string
 	after, first, n      uint64
+	packed               bool
 }
 
 func (m *modelServer) call(c modelCall) string {
@@ -150,12 +152,16 @@ func (m *modelServer) call(c modelCall) string {
 	return fmt.Sprintf("OK %d", final)
 }
 
-// TestScriptAgainstModel runs random interleavings of several processes, epochs
+// TestT14ScriptAgainstModel runs random interleavings of several processes, epochs
 // and server accidents against the script and the model, and compares every
-// reply, the cursor and the stream. EDR_MODEL_RUNS changes how many.
-func TestScriptAgainstModel(t *testing.T) {
+// reply, the cursor and the stream. EDR_LONG=1 makes it the
+// 100,000 of the proof, EDR_MODEL_RUNS any number.
+func TestT14ScriptAgainstModel(t *testing.T) {
 	t.Parallel()
 	runs := 5_000
+	if os.Getenv("EDR_LONG") == "1" {
+		runs = 100_000
+	}
 	if v := os.Getenv("EDR_MODEL_RUNS"); v != "" {
 		n, err := strconv.Atoi(v)
 		if err != nil {
@@ -171,8 +177,9 @@ func TestScriptAgainstModel(t *testing.T) {
 	seed := rand.Uint64()
 	rng := rand.New(rand.NewPCG(seed, 0))
 	counts := make(map[string]int)
+	packed := packedModel()
 	for run := range runs {
-		if diff := modelRun(t, c, sha, rng, counts); diff != "" {
+		if diff := modelRun(t, c, sha, packed, rng, counts); diff != "" {
 			t.Fatalf("seed %d, run %d:\n%s", seed, run, diff)
 		}
 		if run%500 == 0 {
@@ -180,7 +187,7 @@ func TestScriptAgainstModel(t *testing.T) {
 		}
 	}
 	t.Logf("replies: %v", counts)
-	for _, v := range []string{"OK", "DUP", "GAP", "OVERLAP", "FENCED", "EDRCURSOR", "WRONGTYPE", "trimmed"} {
+	for _, v := range []string{"OK", "DUP", "GAP", "OVERLAP", "FENCED", "EDRCURSOR", "WRONGTYPE", "trimmed", "packed"} {
 		if counts[v] < runs/10 {
 			t.Errorf("%s came %d times in %d runs", v, counts[v], runs)
 		}
@@ -194,14 +201,17 @@ func TestModelFindsDefects(t *testing.T) {
 	c := srv.Client()
 	defer c.Close()
 	modelReady(t, c)
+	packed := packedModel()
 	for name, edit := range map[string][2]string{
-		"a cursor for each stream":    {"'HSET', cursors, agent,", "'HSET', cursors, agent .. stream,"},
-		"a repeated batch is stored":  {"if final <= last then", "if final < last then"},
-		"a gap is passed over":        {"if last < after then", "if last + 3 < after then"},
-		"a hole hides what is lost":   {"if last < after then", "if last < after and first == after + 1 then"},
-		"every stream is trimmed":     {"if limit > 0 and", "if"},
-		"trimming is exact":           {"{'MAXLEN', '~', int(limit)}", "{'MAXLEN', '=', '1'}"},
-		"the older epoch is accepted": {"if e > epoch then", "if false then"},
+		"a cursor for each stream":           {"'HSET', cursors, agent,", "'HSET', cursors, agent .. stream,"},
+		"a repeated batch is stored":         {"if final <= last then", "if final < last then"},
+		"a gap is passed over":               {"if last < after then", "if last + 3 < after then"},
+		"a packed batch counts as one":       {"local final = first + n - 1", "local final = first + (packed and 0 or n - 1)"},
+		"a packed batch is stored each time": {"local ends = packed and 0 or n - 1", "local ends = n - 1"},
+		"a hole hides what is lost":          {"if last < after then", "if last < after and first == after + 1 then"},
+		"every stream is trimmed":            {"if i < ends or limit == 0 then", "if i < ends then"},
+		"trimming is exact":                  {"'MAXLEN', '~', int(limit)", "'MAXLEN', '=', '1'"},
+		"the older epoch is accepted":        {"if e > epoch then", "if false then"},
 	} {
 		if !strings.Contains(deliverSource, edit[0]) {
 			t.Errorf("%s: %q is not in the script", name, edit[0])
@@ -211,7 +221,7 @@ func TestModelFindsDefects(t *testing.T) {
 		rng := rand.New(rand.NewPCG(1, 0))
 		diff, counts := "", map[string]int{}
 		for range 300 {
-			if diff = modelRun(t, c, sha, rng, counts); diff != "" {
+			if diff = modelRun(t, c, sha, packed, rng, counts); diff != "" {
 				break
 			}
 		}
@@ -241,8 +251,22 @@ func scriptLoad(t *testing.T, c *redis.Client, source string) string {
 // modelLimit is what the decision streams of the model's server may hold.
 const modelLimit = 6
 
+// packedModel returns batches of 0 to 4 records.
+func packedModel() (out [5][]byte) {
+	b, err := newBatch(&Options{BatchRecords: 4, Encoding: ZstdBatch}, testEpoch)
+	if err != nil {
+		panic(err)
+	}
+	recs := []buffer.Record{}
+	for n := range out {
+		out[n] = slices.Clone(b.pack(recs))
+		recs = append(recs, buffer.Record{Data: []byte("{}")})
+	}
+	return out
+}
+
 // modelRun returns how script and model differ in one random run, "" when they do not.
-func modelRun(t *testing.T, c *redis.Client, sha string, rng *rand.Rand, counts map[string]int) string {
+func modelRun(t *testing.T, c *redis.Client, sha string, packed [5][]byte, rng *rand.Rand, counts map[string]int) string {
 	ctx := t.Context()
 	epochs := []string{"0192f0c0ffee00000001", "0192f0c0ffee00000002"}
 	sessions := []string{"000000000000000000010000", "000000000000000000010001", "000000000000000000020000", "0000000000000000000a0000"}
@@ -311,7 +335,7 @@ func modelRun(t *testing.T, c *redis.Client, sha string, rng *rand.Rand, counts 
 		case x < 27:
 			epoch = rng.IntN(len(epochs))
 		}
-		call := modelCall{buffer.Stream(rng.IntN(len(streams))), epochs[epoch], sessions[session], flagWrite, 0, 0, uint64(1 + rng.IntN(4))}
+		call := modelCall{buffer.Stream(rng.IntN(len(streams))), epochs[epoch], sessions[session], flagWrite, 0, 0, uint64(1 + rng.IntN(4)), false}
 		switch x := rng.IntN(10); {
 		case x < 2:
 			call.flag, call.n = flagHello, 0
@@ -331,10 +355,21 @@ func modelRun(t *testing.T, c *redis.Client, sha string, rng *rand.Rand, counts 
 		limit := 0
 		if call.stream != buffer.Events {
 			limit = modelLimit
+		} else {
+			call.packed = rng.IntN(2) == 0 // an agent may change its encoding
 		}
 		args := []any{"EVALSHA", sha, 2, streams[call.stream], cursors, testAgent, call.epoch, call.session, call.flag, call.after, call.first, call.n, limit}
-		for i := range call.n {
-			args = append(args, fmt.Sprint("id", i), "now", "{}")
+		switch {
+		case call.packed && call.n > 0:
+			counts["packed"]++
+			args = append(args, "z", packed[call.n])
+		case call.packed:
+			args = append(args, "z")
+		default:
+			args = append(args, "j")
+			for i := range call.n {
+				args = append(args, fmt.Sprint("id", i), "now", "{}")
+			}
 		}
 		replies = append(replies, pipe.Do(ctx, args...))
 		w := m.call(call)
@@ -392,11 +427,15 @@ func TestScriptRefusesMalformedCalls(t *testing.T) {
 	c := srv.Client()
 	defer c.Close()
 	for _, args := range [][]any{
-		{testAgent, testEpoch, "s", "W", "0", "x", "1", "0", "i", "t", "d"},
-		{testAgent, testEpoch, "s", "W", "0", "1", "1", "x", "i", "t", "d"},
-		{testAgent, testEpoch, "s", "W", "x", "1", "1", "0", "i", "t", "d"},
-		{testAgent, testEpoch, "s", "W", "1", "1", "1", "0", "i", "t", "d"},
-		{testAgent, testEpoch, "s", "W", "0", "1", "2", "0", "i", "t", "d"},
+		{testAgent, testEpoch, "s", "W", "0", "x", "1", "0", "j", "i", "t", "d"},
+		{testAgent, testEpoch, "s", "W", "0", "1", "1", "x", "j", "i", "t", "d"},
+		{testAgent, testEpoch, "s", "W", "x", "1", "1", "0", "j", "i", "t", "d"},
+		{testAgent, testEpoch, "s", "W", "1", "1", "1", "0", "j", "i", "t", "d"},
+		{testAgent, testEpoch, "s", "W", "0", "1", "2", "0", "j", "i", "t", "d"},
+		{testAgent, testEpoch, "s", "W", "0", "1", "1", "0", "q", "i", "t", "d"},
+		{testAgent, testEpoch, "s", "W", "0", "1", "1", "0", "z", "i", "t", "d"},
+		{testAgent, testEpoch, "s", "W", "0", "1", "1", "0", "j", "d"},
+		{testAgent, testEpoch, "s", "P", "0", "0", "0", "0", "z", "d"},
 		{testAgent, testEpoch, "s", "W", "1"},
 		{},
 	} {
@@ -423,7 +462,7 @@ func TestScriptCountsHalfABatch(t *testing.T) {
 		t.Fatal(err)
 	}
 	const session = "000000000000000000010000"
-	args := []any{testAgent, testEpoch, session, flagWrite, 0, 1, 5, 0}
+	args := []any{testAgent, testEpoch, session, flagWrite, 0, 1, 5, 0, "j"}
 	for range 5 {
 		args = append(args, "id", "now", "{}")
 	}

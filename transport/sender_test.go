@@ -90,71 +90,6 @@ func TestSenderStoresEntries(t *testing.T) {
 	}
 }
 
-func TestSenderExactlyOnceThroughLossyProxy(t *testing.T) {
-	t.Parallel()
-	const total = 9_000
-	faults := redistest.Faults{DropReply: 0.10, Reset: 0.05, Stall: 0.03, StallFor: 150 * time.Millisecond, Seed: 7}
-	srv := redistest.Start(t, redistest.Options{})
-	c := srv.Client()
-	defer c.Close()
-	proxy := redistest.StartProxy(t, srv.Addr(), faults)
-	q := newMemQueue()
-	q.add(total, buffer.Events, false)
-	o := fast(proxy.Addr())
-	o.Timeout = 100 * time.Millisecond
-	o.BatchRecords = 20
-	s := start(t, o, q)
-	s.delivered(t, total)
-	exactlyOnce(t, c, total)
-	if got := testutil.ToFloat64(s.m.delivered[buffer.Events]); got != total {
-		t.Errorf("delivered %v, want %d", got, total)
-	}
-	if n, _ := observed(t, s.m.endToEnd); n != total {
-		t.Errorf("%d latencies observed, want %d: one a record, lost replies or not", n, total)
-	}
-	t.Logf("faults: %d replies dropped, %d resets, %d stalls", proxy.Dropped.Load(), proxy.Resets.Load(), proxy.Stalls.Load())
-	if proxy.Dropped.Load() < 20 || proxy.Resets.Load() < 10 || proxy.Stalls.Load() < 5 {
-		t.Error("the proxy did not bite")
-	}
-	s.stop(t)
-
-	// Negative control: the same proxy, plain XADD and a client's own retry.
-	plain := srv.Client().Options()
-	c.Del(t.Context(), eventsKey)
-	plain.Network, plain.Addr, plain.ReadTimeout = "tcp", proxy.Addr(), o.Timeout
-	plain.Dialer, plain.MaxRetries = nil, -1
-	dup := plainProducer(t, plain, q, o.BatchRecords)
-	if a := auditStream(t, c, total); a.Duplicate < 100 {
-		t.Errorf("control: %+v after %d retries: the proxy does not bite", a, dup)
-	} else {
-		t.Logf("control: plain XADD with %d retries: %+v", dup, a)
-	}
-}
-
-func TestSenderSurvivesKilledServer(t *testing.T) {
-	t.Parallel()
-	const total = 20_000
-	srv := redistest.Start(t, redistest.Options{AOF: "everysec"})
-	q := newMemQueue()
-	o := fast(srv.Addr())
-	o.BatchRecords = 50
-	s := start(t, o, q)
-	for i := range uint64(4) {
-		q.add(total/4, buffer.Events, false)
-		s.delivered(t, total/4*i+total/8)
-		srv.Kill9()
-		srv.Restart()
-	}
-	s.delivered(t, total)
-	s.settled(t, q)
-	c := srv.Client()
-	defer c.Close()
-	exactlyOnce(t, c, total)
-	if got := q.forfeited(); got != nil {
-		t.Errorf("forfeited %v with everything retained", got)
-	}
-}
-
 // settled waits until the server itself has all of q.
 func (r *running) settled(t *testing.T, q *memQueue) {
 	t.Helper()
@@ -400,6 +335,9 @@ func TestSenderDrain(t *testing.T) {
 	if err := s.Run(ctx); err != nil {
 		t.Fatal(err)
 	}
+	if err := s.Drain(quiet(t)); err != nil { // of nothing
+		t.Fatal(err)
+	}
 	q.add(700, buffer.Events, false)
 	if err := s.Drain(quiet(t)); err != nil {
 		t.Fatal(err)
@@ -478,7 +416,7 @@ func (q brokenQueue) Read(context.Context, uint64, []buffer.Record, int, int) ([
 	return nil, q.err
 }
 
-func TestSenderReportsChanges(t *testing.T) {
+func TestT15EvictionAlarm(t *testing.T) {
 	srv := redistest.Start(t, redistest.Options{Config: map[string]string{"maxmemory-policy": "allkeys-lru"}})
 	q := newMemQueue()
 	changes := make(chan State, 64)
@@ -488,12 +426,12 @@ func TestSenderReportsChanges(t *testing.T) {
 	reg := prometheus.NewPedanticRegistry()
 	o.Registerer = reg
 	s := start(t, o, q)
-	if st := <-changes; st.Phase != Connected || !strings.Contains(st.Warning, "allkeys-lru") {
+	if st := <-changes; st.Phase != Connected || len(st.Risks) != 1 || !strings.Contains(st.Risks[0].Text, "allkeys-lru") {
 		t.Errorf("first change %+v", st)
 	}
 	calm := prometheus.NewPedanticRegistry()
 	newMetrics(calm)
-	metricstest.Moved(t, metricstest.Gather(t, calm), metricstest.Gather(t, reg), "transport_eviction_risk")
+	metricstest.Moved(t, metricstest.Gather(t, calm), metricstest.Gather(t, reg), "transport_risk")
 	srv.Kill9()
 	for st := range changes {
 		if st.Phase == Retrying && st.Class == ClassDial && st.Hint != "" {
@@ -514,7 +452,7 @@ func TestSenderReportsChanges(t *testing.T) {
 	if err := c.ClientKillByFilter(t.Context(), "TYPE", "normal").Err(); err != nil {
 		t.Fatal(err)
 	}
-	await(t, text("a server that was set right is no risk"), func() bool { return testutil.ToFloat64(s.m.eviction) == 0 })
+	await(t, text("a server that was set right is no risk"), func() bool { return testutil.ToFloat64(s.m.risks[RiskEviction]) == 0 })
 	s.stop(t)
 }
 

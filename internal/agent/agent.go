@@ -60,6 +60,9 @@ type Agent struct {
 	heap      int64
 
 	identity event.Agent
+	place    atomic.Pointer[place] // where the identity has moved to since the start
+	lineage  lineage
+	moved    *event.SelfInfo // by the start itself; nil: it did not
 	registry *prometheus.Registry
 	metrics  *metrics
 	gauge    *gauge
@@ -173,7 +176,7 @@ func (a *Agent) build(ctx context.Context, version string) error {
 	var current atomic.Pointer[sensor.Sensor] // set before the first commit of this run
 	a.queue, err = buffer.Open(ctx, buffer.Options{
 		Dir: a.bufferDir(), Cap: a.cfg.Buffer.Cap, CommitBytes: a.cfg.Buffer.CommitBytes, CommitInterval: a.cfg.Buffer.CommitInterval,
-		RetainAge: a.cfg.Buffer.RetainAge, RetainBytes: a.cfg.Buffer.RetainBytes,
+		RetainAge: a.cfg.Buffer.RetainAge, RetainBytes: a.cfg.Buffer.RetainBytes, Compression: a.cfg.Buffer.Compression, AllowUnsafe: a.cfg.Buffer.AllowUnsafe,
 		Registerer: a.registry,
 		Committed: func(mark []byte) {
 			if s := current.Load(); s != nil {
@@ -186,8 +189,14 @@ func (a *Agent) build(ctx context.Context, version string) error {
 	}
 	a.defers("buffer", a.queue.Close)
 	stats := a.queue.Stats()
+	for _, h := range stats.Hazards {
+		logging.From(ctx).Warn("the buffer is not in a good place", zap.Stringer("hazard", h))
+	}
 	a.mode = newModeMachine(a.registry, facts{truncated: stats.Truncated, corrupt: stats.Corrupt}, time.Now())
 
+	if err := a.settle(ctx, "/"); err != nil {
+		return err
+	}
 	encoder := ocsf.New(host, a.identity)
 	encoder.Bind(a.queue.Epoch())
 	rate := float64(a.cfg.Sensor.Hash.PerSecond)
@@ -211,7 +220,7 @@ func (a *Agent) build(ctx context.Context, version string) error {
 		Keeper: keeper, Kept: kept,
 		Scope: scope, PriorityBytes: int(a.cfg.Sensor.PriorityRing), BulkBytes: int(a.cfg.Sensor.BulkRing), ForkEvents: a.cfg.Sensor.ForkEvents,
 		Files: filesOf(a.cfg.Sensor.File), Protected: a.protected(), ExerciseDir: a.exerciseDir(),
-		Host: host, Encoder: encoder, Enricher: a.enricher, Sink: newSink(a.queue, a.tap), Mark: a.queue.Mark(), Registerer: a.registry,
+		Host: host, Encoder: encoder, Enricher: a.enricher, Sink: newSink(a.queue, a.tap, encoder, &a.place), Mark: a.queue.Mark(), Registerer: a.registry,
 		CaseRoots: func(all map[*event.Case][]event.ProcessKey) { a.cases.setRoots(all) },
 	})
 	if err != nil {
@@ -325,6 +334,9 @@ func (a *Agent) Run(ctx context.Context) error {
 	}
 
 	a.notifyStart(ctx)
+	if a.moved != nil {
+		a.decide(ctx, *a.moved)
+	}
 	a.resume(ctx)
 	watch, stopWatching := context.WithCancel(ctx)
 	defer stopWatching()

@@ -14,6 +14,7 @@ import (
 	"syscall"
 
 	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
 
 	"github.com/aurorasoc/edr-sensor/internal/config"
 	"github.com/aurorasoc/edr-sensor/internal/fdstore"
@@ -68,7 +69,8 @@ func filesOf(c config.File) sensor.FileOptions {
 }
 
 // cgroupID is the inode number of the cgroup's directory (cgroup_id in the
-// kernel). The path is below the v2 mount, wherever that is, or absolute.
+// kernel). The path is below the v2 mount, wherever that is, or absolute. A directory
+// elsewhere has such a number, too, which is nobody's: nothing would be watched.
 func cgroupID(path string) (uint64, error) {
 	candidates := []string{path}
 	if !strings.HasPrefix(path, "/sys/fs/cgroup") {
@@ -76,43 +78,84 @@ func cgroupID(path string) (uint64, error) {
 	}
 	var errs []error
 	for _, p := range candidates {
-		fi, err := os.Stat(p)
-		if err != nil {
-			errs = append(errs, err)
-			continue
-		}
-		if st, ok := fi.Sys().(*syscall.Stat_t); ok && fi.IsDir() {
+		var st unix.Stat_t
+		var fs unix.Statfs_t
+		err := errors.Join(unix.Stat(p, &st), unix.Statfs(p, &fs))
+		switch {
+		case err != nil:
+			errs = append(errs, fmt.Errorf("%s: %w", p, err))
+		case fs.Type != unix.CGROUP2_SUPER_MAGIC || st.Mode&unix.S_IFMT != unix.S_IFDIR:
+			errs = append(errs, fmt.Errorf("%s is no cgroup of version 2", p))
+		default:
 			return st.Ino, nil
 		}
-		errs = append(errs, fmt.Errorf("%s is no directory", p))
 	}
 	return 0, errors.Join(errs...)
 }
 
 func (a *Agent) newSender(ctx context.Context) (*transport.Sender, error) {
 	t := a.cfg.Transport
-	tlsConfig, err := ClientTLS(t.TLS)
+	o, err := Destination(t, a.identity.ID)
 	if err != nil {
-		return nil, fmt.Errorf("transport.tls: %w", err)
+		return nil, err
 	}
-	s, err := transport.New(transport.Options{
-		Addr: t.Address, TLS: tlsConfig, Username: t.Username, PasswordFile: t.PasswordFile, DB: t.DB,
-		AgentID: a.identity.ID, Prefix: t.Prefix, Shard: t.Shard,
-		SystemKey: t.DecisionsKey, AgentsKey: t.AgentsKey, ApprovalsKey: t.ApprovalsKey, DecisionsLimit: t.DecisionsMaxLen,
-		BatchRecords: t.BatchRecords, BatchBytes: t.BatchBytes, Linger: t.Linger, Timeout: t.Timeout,
-		BackoffBase: t.BackoffBase, BackoffCap: t.BackoffLimit,
-		Registerer: a.registry,
-		OnChange:   a.deliveryDecisions(ctx),
-	}, a.queue)
+	length, age, err := config.ParseTrim(t.Trim)
+	if err != nil {
+		return nil, fmt.Errorf("transport.trim: %w", err)
+	}
+	o.DecisionsLimit, o.TrimLength, o.TrimAge = t.DecisionsMaxLen, length, age
+	o.Encoding, o.Ack = transport.Encoding(t.Encoding), transport.Ack(t.Ack)
+	o.BatchRecords, o.BatchBytes, o.Linger = t.BatchRecords, t.BatchBytes, t.Linger
+	o.BackoffBase, o.BackoffCap, o.FirstReconnect = t.BackoffBase, t.BackoffLimit, t.ReconnectSpread
+	o.Registerer = a.registry
+	o.OnChange = a.deliveryDecisions(ctx)
+	o.Renew, o.Processes, o.Remember = a.renew, a.lineage.Processes, a.remember
+	s, err := transport.New(o, a.queue)
 	if err != nil {
 		return nil, fmt.Errorf("transport: %w", err)
 	}
 	return s, nil
 }
 
+// Destination is where the records of an agent go, and how to get there.
+func Destination(t config.Transport, agentID string) (transport.Options, error) {
+	o := transport.Options{
+		Topology: transport.Topology(t.Topology), Addr: t.Address,
+		Master: t.Sentinel.Master, SentinelUsername: t.Sentinel.Username, SentinelPasswordFile: t.Sentinel.PasswordFile,
+		Username: t.Username, PasswordFile: t.PasswordFile, DB: t.DB, Timeout: t.Timeout,
+		AgentID: agentID, Prefix: t.Prefix, Shard: t.Shard, Shards: t.Shards,
+		SystemKey: t.DecisionsKey, AgentsKey: t.AgentsKey, ApprovalsKey: t.ApprovalsKey,
+	}
+	if t.TLS.Enabled {
+		o.TLS = func() (*tls.Config, error) { return ClientTLS(t.TLS) }
+		if _, err := o.TLS(); err != nil {
+			return o, fmt.Errorf("transport.tls: %w", err)
+		}
+	}
+	return o, nil
+}
+
+// Placed returns t with the shard and the keys that the agent of c uses: more than one
+// shard makes them follow from its id.
+func Placed(c config.Config) config.Transport {
+	t := c.Transport
+	id := c.Agent.ID
+	if b, err := os.ReadFile(filepath.Join(c.Agent.StateDir, "agent_id")); id == "" && err == nil {
+		id = strings.TrimSpace(string(b))
+	}
+	o, err := Destination(t, id)
+	if err != nil {
+		return t
+	}
+	shard, keys := o.Place()
+	t.Shard, t.Shards = shard, 1
+	t.DecisionsKey, t.AgentsKey, t.ApprovalsKey = keys[0], keys[1], keys[2]
+	return t
+}
+
 // ClientTLS reads the files that c names. The result is nil without TLS; an
-// empty ServerName is left to who dials. Certificates are read again at each
-// handshake.
+// empty ServerName is left to who dials. Called for each connection it takes up
+// renewed files without a restart.
 func ClientTLS(c config.TLS) (*tls.Config, error) {
 	if !c.Enabled {
 		return nil, nil //nolint:nilnil // no TLS is a valid answer
@@ -129,14 +172,11 @@ func ClientTLS(c config.TLS) (*tls.Config, error) {
 		}
 	}
 	if c.CertFile != "" {
-		// Read at each handshake, so that a renewed certificate needs no restart.
-		t.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
-			cert, err := tls.LoadX509KeyPair(c.CertFile, c.KeyFile)
-			return &cert, err
-		}
-		if _, err := tls.LoadX509KeyPair(c.CertFile, c.KeyFile); err != nil {
+		cert, err := tls.LoadX509KeyPair(c.CertFile, c.KeyFile)
+		if err != nil {
 			return nil, fmt.Errorf("cert_file and key_file: %w", err)
 		}
+		t.Certificates = []tls.Certificate{cert}
 	}
 	return t, nil
 }

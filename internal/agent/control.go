@@ -179,6 +179,7 @@ func (a *Agent) controlHandler(ctx context.Context) *control {
 	c.handle("POST /log", rightChange, changeLog(a.decide))
 	c.handle("GET /decisions", rightContent, a.serveDecisions)
 	c.handle("POST /reload", rightChange, a.serveReload)
+	a.newDesk().mount(c)
 	return c
 }
 

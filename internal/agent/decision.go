@@ -5,6 +5,7 @@ package agent
 import (
 	"context"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/aurorasoc/edr-sensor/sensor/event"
@@ -46,6 +47,16 @@ func (d *delivery) step(s transport.State) (out []event.SelfInfo) {
 			Attrs:   map[string]any{"address": s.Address, "rewinds": s.Rewinds, "first": s.Behind.First, "last": s.Behind.Last},
 		})
 	}
+	if s.Refusals > before.Refusals {
+		out = append(out, event.SelfInfo{
+			Name: "Record Refused", Severity: 4, Failed: true, Code: "RECORD_REFUSED", Count: 1,
+			Message: fmt.Sprintf("Redis, or what stands before it, does not take record %d of %d bytes: a copy is in %s, and the record is lost to the stream", s.Refused.Seq, s.Refused.Bytes, s.Refused.Path),
+			Attrs: map[string]any{
+				"address": s.Address, "seq": s.Refused.Seq, "bytes": s.Refused.Bytes, "path": s.Refused.Path, "error": s.Refused.Error,
+				"refusals": s.Refusals, "remedy": s.Refused.Hint,
+			},
+		})
+	}
 	if s.Rotations > before.Rotations {
 		out = append(out, event.SelfInfo{
 			Name: "Credentials Rotated", Severity: 1, Code: "CREDENTIALS_ROTATED",
@@ -53,11 +64,20 @@ func (d *delivery) step(s transport.State) (out []event.SelfInfo) {
 			Attrs:   map[string]any{"address": s.Address, "rotations": s.Rotations},
 		})
 	}
-	if s.Warning != "" && s.Warning != before.Warning {
-		out = append(out, event.SelfInfo{
-			Name: "Eviction Risk", Severity: 3, Failed: true, Code: "EVICTION_RISK", Message: s.Warning,
-			Attrs: map[string]any{"address": s.Address},
-		})
+	for _, r := range s.Risks {
+		switch known := slices.ContainsFunc(before.Risks, func(b transport.Risk) bool { return b.Kind == r.Kind }); {
+		case known:
+		case r.Kind == transport.RiskEviction:
+			out = append(out, event.SelfInfo{
+				Name: "Eviction Risk", Severity: 3, Failed: true, Code: "EVICTION_RISK", Message: r.Text,
+				Attrs: map[string]any{"address": s.Address},
+			})
+		default:
+			out = append(out, event.SelfInfo{
+				Name: "Server at Risk", Severity: 3, Failed: true, Code: "SERVER_AT_RISK", Message: r.Text,
+				Attrs: map[string]any{"address": s.Address, "risk": string(r.Kind)},
+			})
+		}
 	}
 	evidence := map[string]any{"address": s.Address, "class": string(s.Class), "error": s.Error, "remedy": s.Hint, "acked": s.Acked}
 	switch {

@@ -10,12 +10,14 @@ import (
 	"io"
 	"net/http"
 	"net/http/httptest"
+	"runtime"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
 
 	"github.com/aurorasoc/edr-sensor/buffer"
+	"github.com/aurorasoc/edr-sensor/internal/config"
 	"github.com/aurorasoc/edr-sensor/sensor/event"
 	"github.com/aurorasoc/edr-sensor/transport"
 )
@@ -44,8 +46,10 @@ func TestDeliveryDecisions(t *testing.T) {
 		{transport.State{Phase: transport.Retrying, Class: transport.ClassDial, Rewinds: 2}, 0, nil},
 		{transport.State{Phase: transport.Connected, Rewinds: 2, Rotations: 1}, 9 * time.Second, []string{"CREDENTIALS_ROTATED 0 > false", "DELIVERY_RESUMED 0 retrying>connected false"}},
 		{transport.State{Phase: transport.Fenced, Class: transport.ClassFenced, Rewinds: 2, Rotations: 1}, 0, []string{"FENCED 0 connected>fenced true"}},
-		{transport.State{Phase: transport.Connected, Warning: "w", Rewinds: 2, Rotations: 1}, 0, []string{"EVICTION_RISK 0 > true", "DELIVERY_RESUMED 0 fenced>connected false"}},
-		{transport.State{Phase: transport.Connected, Warning: "w", Rewinds: 2, Rotations: 1}, 0, nil},
+		{transport.State{Phase: transport.Connected, Risks: []transport.Risk{{Kind: transport.RiskEviction, Text: "w"}, {Kind: transport.RiskMemory, Text: "m"}}, Rewinds: 2, Rotations: 1}, 0, []string{"EVICTION_RISK 0 > true", "SERVER_AT_RISK 0 > true", "DELIVERY_RESUMED 0 fenced>connected false"}},
+		{transport.State{Phase: transport.Connected, Risks: []transport.Risk{{Kind: transport.RiskEviction, Text: "w"}, {Kind: transport.RiskMemory, Text: "m"}}, Rewinds: 2, Rotations: 1}, 0, nil},
+		{transport.State{Phase: transport.Connected, Rewinds: 2, Rotations: 1, Refusals: 1, Refused: transport.Refused{Seq: 9, Bytes: 70, Path: "/x", Error: "reset", Hint: "raise it"}}, 0, []string{"RECORD_REFUSED 1 > true"}},
+		{transport.State{Phase: transport.Connected, Rewinds: 2, Rotations: 1, Refusals: 1}, 0, nil},
 	} {
 		now = now.Add(s.after)
 		var got []string
@@ -53,6 +57,9 @@ func TestDeliveryDecisions(t *testing.T) {
 			got = append(got, brief(i))
 			if i.Code == "DELIVERY_RESUMED" && (i.Attrs["away_seconds"] != s.after.Seconds() || i.To.Sub(i.From) != s.after) {
 				t.Errorf("away for %v, from %v to %v", i.Attrs["away_seconds"], i.From, i.To)
+			}
+			if a := i.Attrs; i.Code == "RECORD_REFUSED" && (a["seq"] != uint64(9) || a["bytes"] != 70 || a["path"] != "/x" || a["remedy"] != "raise it") {
+				t.Errorf("refused: %v", a)
 			}
 		}
 		if diff := cmp.Diff(s.want, got); diff != "" {
@@ -109,6 +116,21 @@ func TestWatchTellsEpisodes(t *testing.T) {
 	damaged.Err = nil
 	check(w.step(at(18, damaged)), "BUFFER_RECOVERED 0 failing>writing false")
 
+	sized := damaged
+	sized.Resized = &buffer.Resized{From: 64 << 20, To: 32 << 20, Dropped: 9}
+	check(w.step(at(19, sized)), "BUFFER_RESIZED 9 64MiB>32MiB false")
+	check(w.step(at(20, sized)))
+	sized.Resized = &buffer.Resized{From: 32 << 20, To: 64 << 20, Err: errors.New("no space")}
+	check(w.step(at(21, sized)), "BUFFER_RESIZE_REFUSED 0 32MiB>32MiB true")
+	check((&watch{}).begin(at(0, sized)), "BUFFER_RESIZE_REFUSED 0 32MiB>32MiB true")
+
+	moved := sized
+	moved.Epoch, moved.Unsent = "e2", 4
+	sized.Epoch = "e1"
+	check(w.step(at(22, sized)))
+	check(w.step(at(23, moved)), "BUFFER_NEW 4 e1>e2 false")
+	damaged = moved
+
 	// A suspended host is no jump, as the time since boot goes on; a set clock is.
 	check(w.step(moment{damaged, start.Add(time.Hour), time.Hour}))
 	check(w.step(moment{damaged, start.Add(time.Hour + clockSlack), time.Hour}))
@@ -118,16 +140,44 @@ func TestWatchTellsEpisodes(t *testing.T) {
 	}
 }
 
+// TestResize gives the buffer other bounds, as a reload does.
+func TestResize(t *testing.T) {
+	q, err := buffer.Open(t.Context(), buffer.Options{Dir: t.TempDir(), AllowUnsafe: true, Cap: 32 << 20})
+	if err != nil {
+		t.Fatal(err)
+	}
+	a := &Agent{queue: q}
+	for _, capacity := range []int64{48 << 20, 24 << 20} {
+		b := config.Default().Buffer
+		b.Cap = capacity
+		if err := a.resize(t.Context(), b); err != nil {
+			t.Fatal(err)
+		}
+		for q.Stats().Cap != capacity && t.Context().Err() == nil { // to shrink goes on without us
+			runtime.Gosched()
+		}
+	}
+	b := config.Default().Buffer
+	b.Cap = 1 << 60
+	if err := a.resize(t.Context(), b); err == nil || q.Stats().Cap != 24<<20 {
+		t.Errorf("more than any disk has: %v", err)
+	}
+	if err := q.Close(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // TestDecisionsAreServedFromTheBuffer asks for what is kept, then goes on with what
 // comes: each decision once and in order, and no event.
 func TestDecisionsAreServedFromTheBuffer(t *testing.T) {
-	q, err := buffer.Open(t.Context(), buffer.Options{Dir: t.TempDir(), Cap: 16 << 20})
+	q, err := buffer.Open(t.Context(), buffer.Options{Dir: t.TempDir(), AllowUnsafe: true, Cap: 16 << 20})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer q.Close(context.Background())
 	a := &Agent{queue: q, tap: &tap{}, ending: make(chan struct{})}
-	s := newSink(q, a.tap)
+	a.place.Store(&place{})
+	s := newSink(q, a.tap, nil, &a.place)
 	write := func(decision bool) {
 		t.Helper()
 		rec, seq := s.Begin(), s.Next()

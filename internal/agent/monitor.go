@@ -159,7 +159,7 @@ func (a *Agent) notifyStart(ctx context.Context) {
 		Activity: event.ActivityStart, Severity: 1, Code: "START", Message: "the sensor was started",
 		Attrs: map[string]any{
 			"coverage": hooks, "missing": missing, "scope": a.cfg.Sensor.Scope.String(), "config_sha256": a.cfg.Hash(),
-			"binary_sha256": sum, "go_memory_limit_bytes": a.heap, "files_sha256": a.sums(), "epoch": a.queue.Epoch(), "buffer_cap_bytes": a.cfg.Buffer.Cap, "pid": os.Getpid(),
+			"binary_sha256": sum, "go_memory_limit_bytes": a.heap, "files_sha256": a.sums(), "epoch": a.queue.Epoch(), "buffer_cap_bytes": a.queue.Stats().Cap, "buffer_hazards": hazards(a.queue.Stats()), "pid": os.Getpid(),
 		},
 	})
 	a.decideLoaded(ctx)

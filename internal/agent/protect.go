@@ -136,7 +136,12 @@ func (a *Agent) sums() map[string]string {
 }
 
 func (a *Agent) secretFile(path string) bool {
-	return path == a.cfg.Transport.PasswordFile || path == a.cfg.Transport.TLS.KeyFile
+	for _, secret := range a.cfg.Transport.SecretFiles() {
+		if path == secret && path != "" {
+			return true
+		}
+	}
+	return false
 }
 
 // fileSum is the SHA-256 of a regular file.

@@ -125,6 +125,11 @@ func (a *Agent) reload(ctx context.Context, asked map[string]any) ReloadResult {
 		_, undo := a.sensor.Filter(a.shedFiles(before))
 		return a.reject(ctx, old, asked, []string{errors.Join(err, undo).Error()})
 	}
+	if err := a.resize(ctx, effective.Config.Buffer); err != nil {
+		_, undo := a.sensor.Filter(a.shedFiles(before))
+		undo = errors.Join(undo, logging.Of(ctx).Levels.Configure(old.Config.Log.Level, logComponents(old.Config.Log)))
+		return a.reject(ctx, old, asked, []string{errors.Join(fmt.Errorf("buffer.cap: %w", err), undo).Error()})
+	}
 	// Drop-ins may be there by now that were not.
 	if err := a.sensor.Protect(a.protected()); err != nil {
 		logging.From(ctx).Warn("watch own files", zap.Error(err))
@@ -148,6 +153,21 @@ func (a *Agent) reload(ctx context.Context, asked map[string]any) ReloadResult {
 		})
 	}
 	return r
+}
+
+// resize gives the buffer its bounds. To shrink it copies what it keeps, which takes as
+// long as the disk does: that goes on without the reload, and a decision says how it ended.
+func (a *Agent) resize(ctx context.Context, b config.Buffer) error {
+	a.queue.Retain(b.RetainAge, b.RetainBytes)
+	size := a.queue.Stats().Cap
+	if err := a.queue.Resizable(b.Cap); err != nil && b.Cap != size {
+		return err
+	}
+	if b.Cap >= size {
+		return a.queue.Resize(ctx, b.Cap)
+	}
+	go func() { _ = a.queue.Resize(context.WithoutCancel(ctx), b.Cap) }() // the buffer's state says how it ended, and Close waits for it
+	return nil
 }
 
 func (a *Agent) reject(ctx context.Context, old *Loaded, asked map[string]any, problems []string) ReloadResult {

@@ -6,10 +6,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync/atomic"
 
 	"github.com/aurorasoc/edr-sensor/buffer"
 	"github.com/aurorasoc/edr-sensor/sensor"
 	"github.com/aurorasoc/edr-sensor/sensor/event"
+	"github.com/aurorasoc/edr-sensor/sensor/ocsf"
 )
 
 // sink joins the worker to the buffer, and lets live viewers see what passes.
@@ -19,13 +21,16 @@ type sink struct {
 	tap    *tap
 	batch  *buffer.Batch
 	next   uint64
+	place  *atomic.Pointer[place]
+	bound  *place // what encoder is bound to
+	encode *ocsf.Encoder
 	losses []buffer.Loss
 
 	decision bool // what was begun last
 }
 
-func newSink(q *buffer.Queue, t *tap) *sink {
-	return &sink{queue: q, tap: t, batch: q.NewBatch(), next: q.Next()}
+func newSink(q *buffer.Queue, t *tap, e *ocsf.Encoder, p *atomic.Pointer[place]) *sink {
+	return &sink{queue: q, tap: t, batch: q.NewBatch(), next: q.Next(), place: p, bound: p.Load(), encode: e}
 }
 
 func (s *sink) Next() uint64 { return s.next }
@@ -75,6 +80,10 @@ func (s *sink) Flush(ctx context.Context, mark []byte) error {
 		return fmt.Errorf("append to buffer: %w", err)
 	}
 	s.batch = s.queue.NewBatch()
+	if p := s.place.Load(); p != s.bound { // the batches before say the old place, in their payload only
+		s.bound, s.next = p, s.queue.Next()
+		s.encode.Move(p.agent, p.epoch)
+	}
 	return nil
 }
 

@@ -8,6 +8,7 @@ import (
 
 	"github.com/aurorasoc/edr-sensor/buffer"
 	"github.com/aurorasoc/edr-sensor/internal/cases"
+	"github.com/aurorasoc/edr-sensor/internal/evidence"
 	"github.com/aurorasoc/edr-sensor/internal/logging"
 	"github.com/aurorasoc/edr-sensor/sensor"
 	"github.com/aurorasoc/edr-sensor/transport"
@@ -59,18 +60,23 @@ type BufferStatus struct {
 	Corrupt     uint64     `json:"corrupt"`
 	Losses      int        `json:"losses"` // loss ranges that no delivered record names yet
 	Oldest      *time.Time `json:"oldest_unsent,omitempty"`
-	Error       string     `json:"error,omitempty"`       // why commits fail at the moment
-	Quarantined string     `json:"quarantined,omitempty"` // where a damaged file is that this run has replaced
-	Salvaged    uint64     `json:"salvaged"`              // as buffer_salvaged_records_total
+	Hazards     []string   `json:"hazards,omitempty"`      // why its directory is a bad place
+	ResizeError string     `json:"resize_error,omitempty"` // why Cap is not buffer.cap
+	Error       string     `json:"error,omitempty"`        // why commits fail at the moment
+	Salvaged    uint64     `json:"salvaged"`               // as buffer_salvaged_records_total
+
+	Recovery    *evidence.Recovery `json:"recovery,omitempty"` // the last time that this run replaced a damaged file
+	Quarantined int64              `json:"quarantined_bytes"`  // of damaged files and chunks beside the buffer
 }
 
 func bufferStatus(s buffer.Stats) BufferStatus {
 	b := BufferStatus{
 		Epoch: s.Epoch, First: s.First, Acked: s.Acked, Last: s.Last, Records: s.Records, Unsent: s.Unsent, Bytes: s.Bytes, UnsentBytes: s.UnsentBytes, Cap: s.Cap,
-		Truncated: s.Truncated, Corrupt: s.Corrupt, Losses: s.Losses, Salvaged: s.Salvaged,
+		Truncated: s.Truncated, Corrupt: s.Corrupt, Losses: s.Losses, Salvaged: s.Salvaged, Hazards: hazards(s),
+		Recovery: evidence.NewRecovery(s.Recovery), Quarantined: s.Quarantined,
 	}
-	if s.Recovery != nil {
-		b.Quarantined = s.Recovery.Aside
+	if s.Resized != nil && s.Resized.Err != nil {
+		b.ResizeError = s.Resized.Err.Error()
 	}
 	if !s.OldestUnsent.IsZero() {
 		b.Oldest = &s.OldestUnsent
@@ -81,24 +87,45 @@ func bufferStatus(s buffer.Stats) BufferStatus {
 	return b
 }
 
+// hazards are those of the buffer's place, in words.
+func hazards(s buffer.Stats) []string {
+	out := []string{}
+	for _, h := range s.Hazards {
+		out = append(out, h.String())
+	}
+	return out
+}
+
 // TransportStatus is the sender's state, or that there is none.
 type TransportStatus struct {
 	State      string     `json:"state"` // a transport phase, or "off" without Redis
 	Address    string     `json:"address,omitempty"`
+	Node       string     `json:"node,omitempty"` // the server dialled last
 	Since      *time.Time `json:"since,omitempty"`
 	ErrorClass string     `json:"error_class,omitempty"`
 	Error      string     `json:"error,omitempty"`
 	Hint       string     `json:"hint,omitempty"`
-	Warning    string     `json:"warning,omitempty"`
+	Warning    string     `json:"warning,omitempty"` // the risks, see transport.Risk
 	Acked      uint64     `json:"acked"`
 	LastReply  *time.Time `json:"last_reply,omitempty"`
+	Refused    uint64     `json:"refused"`                // as transport_refused_records_total
+	Refusal    *Refusal   `json:"last_refused,omitempty"` // the last of them
+}
+
+// Refusal is a record that Redis does not take, see RECORD_REFUSED.
+type Refusal struct {
+	Seq   uint64 `json:"seq"`
+	Bytes int    `json:"bytes"`
+	Path  string `json:"path"` // of its copy
+	Error string `json:"error"`
+	Hint  string `json:"hint"`
 }
 
 func (a *Agent) status() Status {
 	mode := a.mode.current.Load()
 	stats, rates := a.queue.Stats(), a.pace.rates(time.Now())
 	s := Status{
-		Version: a.identity.Version, AgentID: a.identity.ID, Mode: mode.Mode, Reason: mode.Reason, Since: mode.Since, Ready: mode.ready(), Problems: mode.Problems,
+		Version: a.identity.Version, AgentID: a.place.Load().agent, Mode: mode.Mode, Reason: mode.Reason, Since: mode.Since, Ready: mode.ready(), Problems: mode.Problems,
 		Scope:   a.cfg.Sensor.Scope.String(),
 		Context: map[string]string{}, Coverage: []Covered{},
 		Rates:     rates,
@@ -128,7 +155,17 @@ func (a *Agent) status() Status {
 
 func transportStatus(t transport.State) TransportStatus {
 	s := TransportStatus{
-		State: string(t.Phase), Address: t.Address, Since: &t.Since, ErrorClass: string(t.Class), Error: t.Error, Hint: t.Hint, Warning: t.Warning, Acked: t.Acked,
+		State: string(t.Phase), Address: t.Address, Since: &t.Since, ErrorClass: string(t.Class), Error: t.Error, Hint: t.Hint, Acked: t.Acked, Node: t.Node, Refused: t.Refusals,
+	}
+	if t.Refusals > 0 {
+		r := Refusal(t.Refused)
+		s.Refusal = &r
+	}
+	for i, r := range t.Risks {
+		if i > 0 {
+			s.Warning += "; "
+		}
+		s.Warning += r.Text
 	}
 	if !t.LastReply.IsZero() {
 		s.LastReply = &t.LastReply

@@ -9,6 +9,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/aurorasoc/edr-sensor/buffer"
+	"github.com/aurorasoc/edr-sensor/internal/config"
 	"github.com/aurorasoc/edr-sensor/sensor/event"
 )
 
@@ -59,7 +60,29 @@ func (w *watch) begin(m moment) (out []event.SelfInfo) {
 			Attrs: map[string]any{"cap_bytes": s.Cap},
 		})
 	}
+	if s.Resized != nil {
+		out = append(out, resized(*s.Resized))
+	}
 	return out
+}
+
+// resized tells how a wish for another size ended.
+func resized(r buffer.Resized) event.SelfInfo {
+	i := event.SelfInfo{
+		Before: config.FormatSize(r.From), After: config.FormatSize(r.To), Count: r.Dropped,
+		Attrs: map[string]any{"from_bytes": r.From, "to_bytes": r.To},
+	}
+	if r.Err != nil {
+		i.Name, i.Code, i.Severity, i.Failed, i.After = "Buffer Resize Refused", "BUFFER_RESIZE_REFUSED", 3, true, i.Before
+		i.Message, i.Attrs["error"] = "the buffer keeps its size: "+r.Err.Error(), r.Err.Error()
+		return i
+	}
+	i.Name, i.Code, i.Severity = "Buffer Resized", "BUFFER_RESIZED", 1
+	i.Message = fmt.Sprintf("the buffer has another size; %d records that had not been delivered were dropped for it", r.Dropped)
+	if r.Dropped > 0 {
+		i.Severity = 4
+	}
+	return i
 }
 
 // setAside tells of a damaged file that was replaced.
@@ -82,8 +105,17 @@ func (w *watch) step(m moment) (out []event.SelfInfo) {
 	before := w.last
 	w.last = m
 	out = append(out, w.truncation(before.stats, m)...)
+	if e := m.stats.Epoch; e != before.stats.Epoch && before.stats.Epoch != "" {
+		out = append(out, event.SelfInfo{
+			Name: "Buffer New", Severity: 3, Code: "BUFFER_NEW", Before: before.stats.Epoch, After: e, Count: m.stats.Unsent,
+			Message: fmt.Sprintf("%d records that had not been delivered go on in a new epoch", m.stats.Unsent),
+		})
+	}
 	if r := m.stats.Recovery; r != nil && r != before.stats.Recovery {
 		out = append(out, setAside(m.stats))
+	}
+	if r := m.stats.Resized; r != nil && r != before.stats.Resized {
+		out = append(out, resized(*r))
 	}
 	if n := m.stats.Corrupt - before.stats.Corrupt; m.stats.Corrupt > before.stats.Corrupt {
 		out = append(out, event.SelfInfo{

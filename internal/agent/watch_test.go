@@ -67,7 +67,7 @@ func TestLostHookIsADecision(t *testing.T) {
 	cfg := config.Default()
 	cfg.Agent.StateDir = filepath.Join(t.TempDir(), "state")
 	cfg.Buffer.Dir = filepath.Join(cfg.Agent.StateDir, "buffer")
-	cfg.Buffer.Cap = 16 << 20
+	cfg.Buffer.Cap, cfg.Buffer.AllowUnsafe = 16<<20, true
 	cfg.Control.Socket, cfg.HTTP.Listen, cfg.Transport.Address = "", "", ""
 	cfg.Sensor.Scope = config.Scope{Kind: config.ScopeTree, PID: uint32(idle.Process.Pid)}
 	a, err := New(t.Context(), Options{Loaded: Loaded{Config: cfg}, Version: "test"})

@@ -119,22 +119,40 @@ type Buffer struct {
 	CommitInterval time.Duration
 	RetainAge      time.Duration // of acknowledged records
 	RetainBytes    int64
+	Compression    string // none, s2 or zstd
+	AllowUnsafe    bool   // use a directory where records are not safe
 }
 
 // Transport says where events go.
 type Transport struct {
-	Address                string // host:port or unix:///path; empty: nothing is sent
+	// Topology is standalone, sentinel or cluster. Address is host:port or
+	// unix:///path, or with the other two host:port separated by commas; empty:
+	// nothing is sent.
+	Topology               string
+	Address                string
+	Sentinel               SentinelAccess
 	Username, PasswordFile string // PasswordFile is absolute or empty
 	DB                     int
 	TLS                    TLS
 	Prefix, Shard          string // the events stream is Prefix:{Shard}:events
+	Shards                 int    // more than one: Shard follows from the agent's id
 	// The streams of the decisions: DecisionsKey is that of the sensor about itself.
 	DecisionsKey, AgentsKey, ApprovalsKey string
-	DecisionsMaxLen                       int // about how many entries each keeps; 0: all
+	DecisionsMaxLen                       int    // about how many entries each keeps; 0: all
+	Encoding                              string // json or zstd-batch, of the events stream
+	Trim                                  string // of the events stream, see ParseTrim
+	Ack                                   string // reply, replica or fsync
 	BatchRecords, BatchBytes              int
 	Linger                                time.Duration
 	Timeout                               time.Duration // of one exchange with the server
 	BackoffBase, BackoffLimit             time.Duration
+	ReconnectSpread                       time.Duration
+}
+
+// SentinelAccess says which master the sentinels are asked for, and as whom.
+type SentinelAccess struct {
+	Master                 string
+	Username, PasswordFile string // PasswordFile is absolute or empty
 }
 
 // EventsKey is the key of the events stream.
@@ -149,6 +167,14 @@ func (t Transport) Streams() []string {
 		}
 	}
 	return keys
+}
+
+// SecretFiles are the files with secrets that t names, by key; empty where
+// there is none.
+func (t Transport) SecretFiles() map[string]string {
+	return map[string]string{
+		"transport.password_file": t.PasswordFile, "transport.sentinel.password_file": t.Sentinel.PasswordFile, "transport.tls.key_file": t.TLS.KeyFile,
+	}
 }
 
 // DecisionKeys are the keys of the decision streams: system, agents, approvals.
@@ -212,13 +238,15 @@ func Default() Config {
 		},
 		Guard: Guard{Enabled: true, CPUPercent: 100},
 		Buffer: Buffer{
-			Dir: "/var/lib/edr-sensor/buffer", Cap: 512 * MiB,
+			Dir: "/var/lib/edr-sensor/buffer", Cap: 512 * MiB, Compression: "s2",
 			CommitBytes: 256 * KiB, CommitInterval: 50 * time.Millisecond,
 			RetainAge: 5 * time.Minute, RetainBytes: 64 * MiB,
 		},
 		Transport: Transport{
+			Topology: "standalone", Shards: 1, Trim: "none", Ack: "reply", ReconnectSpread: 500 * time.Millisecond,
 			Prefix: "edr", Shard: "s000", DecisionsKey: "decisions:system", AgentsKey: "decisions:agents", ApprovalsKey: "decisions:approvals", DecisionsMaxLen: 100000,
-			BatchRecords: 256, BatchBytes: 256 * KiB, Linger: 50 * time.Millisecond,
+			Encoding:     "json",
+			BatchRecords: 256, BatchBytes: 768 * KiB, Linger: 50 * time.Millisecond,
 			Timeout: 3 * time.Second, BackoffBase: 250 * time.Millisecond, BackoffLimit: 30 * time.Second,
 		},
 	}
@@ -287,6 +315,7 @@ func (c Config) Adopt(next Config) Config {
 	c.Log.Level, c.Log.Components = next.Log.Level, next.Log.Components
 	f := next.Sensor.File
 	c.Sensor.File.PerProcess, c.Sensor.File.ExcludePaths, c.Sensor.File.ExcludeExecutables = f.PerProcess, f.ExcludePaths, f.ExcludeExecutables
+	c.Buffer.Cap, c.Buffer.RetainAge, c.Buffer.RetainBytes = next.Buffer.Cap, next.Buffer.RetainAge, next.Buffer.RetainBytes
 	return c
 }
 

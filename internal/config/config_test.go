@@ -207,6 +207,29 @@ transport: {db: -1, shard: "{a}", batch_bytes: 64M}
 			`edr-sensor.yaml:9:15: transport.tls.enabled: is false, but other keys of transport.tls are set; set it to true, or remove them: the connection would not be encrypted`,
 			`edr-sensor.yaml:6:13: transport.username: is set without a password; put the password in a file named by transport.password_file`,
 		}},
+		{name: "topologies", text: `
+transport:
+  topology: ring
+  shards: 3
+  shard: x
+`, want: []string{
+			`edr-sensor.yaml:3:13: transport.topology: "ring" is not offered: keys that move when a server fails lose track of what was delivered; use cluster or sentinel`,
+			`edr-sensor.yaml:4:11: transport.shards: 3 is no power of two; set 1, or 2, 4, ... 256, the same for every sensor of the fleet`,
+			`edr-sensor.yaml:5:10: transport.shard: is set, and with more than one of transport.shards it follows from the agent's id; remove one of them`,
+		}},
+		{name: "trim", text: "transport:\n  trim: minid 0s\n", environ: []string{"EDR_SENSOR_TRANSPORT__TRIM=maxlen"}, want: []string{
+			`edr-sensor.yaml:2:9: transport.trim: "minid 0s" is no policy for trimming; write none, maxlen 1000000 or minid 1h`,
+			`environment EDR_SENSOR_TRANSPORT__TRIM: transport.trim: "maxlen" is no policy for trimming; write none, maxlen 1000000 or minid 1h`,
+		}},
+		{name: "several servers", text: "transport:\n  address: h:1,h:2\n  sentinel: {master: m, username: u}\n", want: []string{
+			`edr-sensor.yaml:2:12: transport.address: names several servers, and transport.topology is standalone; set transport.topology to cluster or sentinel, or name one`,
+			`edr-sensor.yaml:3:22: transport.sentinel.master: is "m", and transport.topology is standalone; set both for Redis behind sentinels, or neither`,
+			`edr-sensor.yaml:3:35: transport.sentinel.username: is set without a password; put the password in a file named by transport.sentinel.password_file`,
+		}},
+		{name: "cluster", text: "transport:\n  topology: cluster\n  address: h:1, :2,\n  db: 1\n", want: []string{
+			`edr-sensor.yaml:3:12: transport.address: "h:1, :2," names no host; write host:port, such as 127.0.0.1:2`,
+			`edr-sensor.yaml:4:7: transport.db: is not 0, and a cluster has no other; remove it`,
+		}},
 		{name: "lists", text: `
 sensor:
   file:
@@ -440,8 +463,8 @@ func TestDecisionsKeysFollowTheFirst(t *testing.T) {
 func TestAdoptTakesWhatIsLive(t *testing.T) {
 	base, next := Default(), Default()
 	other := map[string]string{
-		"log.level": "debug", "log.format": "json", "sensor.scope": "tree:1", "transport.address": "h:1", "transport.prefix": "p", "transport.shard": "s1",
-		"http.listen": "h:2", "sensor.priority_ring": "32MiB", "sensor.bulk_ring": "32MiB",
+		"log.level": "debug", "log.format": "json", "sensor.scope": "tree:1", "transport.topology": "cluster", "transport.ack": "fsync", "transport.trim": "minid 1h", "transport.address": "h:1", "transport.prefix": "p", "transport.shard": "s1", "transport.encoding": "zstd-batch",
+		"http.listen": "h:2", "buffer.compression": "zstd", "sensor.priority_ring": "32MiB", "sensor.bulk_ring": "32MiB",
 	}
 	for _, s := range table(&next) {
 		was := s.show()

@@ -255,6 +255,7 @@ func (l *loader) finish() (Config, error) {
 		}
 	}
 	c.Transport.PasswordFile = l.secretFile(c.Transport.PasswordFile)
+	c.Transport.Sentinel.PasswordFile = l.secretFile(c.Transport.Sentinel.PasswordFile)
 	c.Transport.TLS.KeyFile = l.secretFile(c.Transport.TLS.KeyFile)
 	if _, ok := l.set["buffer.retain_bytes"]; !ok {
 		// A small cap alone must be a valid configuration.

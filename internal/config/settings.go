@@ -2,7 +2,11 @@
 
 package config
 
-import "time"
+import (
+	"strconv"
+	"strings"
+	"time"
+)
 
 // table lists every setting once, in the order of the default file. It is the
 // only place that connects keys with fields and says what they may hold. Zero is
@@ -48,13 +52,19 @@ func table(c *Config) []setting {
 		integer("guard.cpu_percent", &c.Guard.CPUPercent, 0, 100000),
 
 		text("buffer.dir", &b.Dir, required(absolute)),
-		size("buffer.cap", &b.Cap, 16*MiB, TiB, nil),
+		live(size("buffer.cap", &b.Cap, 16*MiB, TiB, nil)),
 		size("buffer.commit_bytes", &b.CommitBytes, 4*KiB, 8*MiB, nil),
 		duration("buffer.commit_interval", &b.CommitInterval, time.Millisecond, 5*time.Second),
-		duration("buffer.retain_age", &b.RetainAge, time.Second, 24*time.Hour),
-		size("buffer.retain_bytes", &b.RetainBytes, KiB, TiB, nil),
+		live(duration("buffer.retain_age", &b.RetainAge, time.Second, 24*time.Hour)),
+		live(size("buffer.retain_bytes", &b.RetainBytes, KiB, TiB, nil)),
+		text("buffer.compression", &b.Compression, oneOf("none", "s2", "zstd")),
+		boolean("buffer.allow_unsafe", &b.AllowUnsafe),
 
-		text("transport.address", &t.Address, redisAddress),
+		text("transport.topology", &t.Topology, topology),
+		text("transport.address", &t.Address, redisAddresses),
+		text("transport.sentinel.master", &t.Sentinel.Master, identifier),
+		text("transport.sentinel.username", &t.Sentinel.Username, anyText),
+		text("transport.sentinel.password_file", &t.Sentinel.PasswordFile, printable),
 		text("transport.username", &t.Username, anyText),
 		text("transport.password_file", &t.PasswordFile, printable),
 		integer("transport.db", &t.DB, 0, 65535),
@@ -65,16 +75,21 @@ func table(c *Config) []setting {
 		text("transport.tls.server_name", &t.TLS.ServerName, identifier),
 		text("transport.prefix", &t.Prefix, required(keyPart)),
 		text("transport.shard", &t.Shard, required(keyPart)),
+		integer("transport.shards", &t.Shards, 1, 256),
 		text("transport.decisions_key", &t.DecisionsKey, required(streamKey)),
 		text("transport.agents_key", &t.AgentsKey, required(streamKey)),
 		text("transport.approvals_key", &t.ApprovalsKey, required(streamKey)),
 		integer("transport.decisions_maxlen", &t.DecisionsMaxLen, 0, 100000000),
+		text("transport.encoding", &t.Encoding, oneOf("json", "zstd-batch")),
+		text("transport.trim", &t.Trim, trimPolicy),
+		text("transport.ack", &t.Ack, oneOf("reply", "replica", "fsync")),
 		integer("transport.batch_records", &t.BatchRecords, 1, 10000),
 		size("transport.batch_bytes", &t.BatchBytes, KiB, MiB, nil),
 		duration("transport.linger", &t.Linger, time.Millisecond, 10*time.Second),
 		duration("transport.timeout", &t.Timeout, 100*time.Millisecond, time.Minute),
 		duration("transport.backoff_base", &t.BackoffBase, 10*time.Millisecond, time.Minute),
 		duration("transport.backoff_limit", &t.BackoffLimit, 100*time.Millisecond, 10*time.Minute),
+		duration("transport.reconnect_spread", &t.ReconnectSpread, time.Millisecond, 5*time.Minute),
 	}
 }
 
@@ -108,6 +123,21 @@ func contradictions(c *Config) []contradiction {
 	bad(!t.TLS.Enabled && t.TLS != TLS{},
 		"is false, but other keys of transport.tls are set", "set it to true, or remove them: the connection would not be encrypted",
 		"transport.tls.enabled", "transport.tls.ca_file", "transport.tls.cert_file", "transport.tls.key_file", "transport.tls.server_name")
+	several := strings.Contains(t.Address, ",")
+	bad(t.Topology == "standalone" && several,
+		"names several servers, and transport.topology is standalone", "set transport.topology to cluster or sentinel, or name one", "transport.address", "transport.topology")
+	bad(t.Topology != "standalone" && strings.HasPrefix(t.Address, "unix://"),
+		"is a socket, and transport.topology is "+t.Topology, "write host:port, or set transport.topology to standalone", "transport.address", "transport.topology")
+	bad((t.Topology == "sentinel") != (t.Sentinel.Master != ""),
+		"is "+quoteOr(t.Sentinel.Master, "empty")+", and transport.topology is "+t.Topology, "set both for Redis behind sentinels, or neither", "transport.sentinel.master", "transport.topology")
+	bad(t.Sentinel.Username != "" && t.Sentinel.PasswordFile == "",
+		"is set without a password", "put the password in a file named by transport.sentinel.password_file", "transport.sentinel.username")
+	bad(t.Topology == "cluster" && t.DB != 0,
+		"is not 0, and a cluster has no other", "remove it", "transport.db", "transport.topology")
+	bad(t.Shards&(t.Shards-1) != 0,
+		strconv.Itoa(t.Shards)+" is no power of two", "set 1, or 2, 4, ... 256, the same for every sensor of the fleet", "transport.shards")
+	bad(t.Shards > 1 && t.Shard != Default().Transport.Shard,
+		"is set, and with more than one of transport.shards it follows from the agent's id", "remove one of them", "transport.shard", "transport.shards")
 	bad(t.Username != "" && t.PasswordFile == "",
 		"is set without a password", "put the password in a file named by transport.password_file", "transport.username")
 	return out

@@ -447,6 +447,63 @@ func redisAddress(s string) *fault {
 	return printable(s)
 }
 
+// redisAddresses accepts what redisAddress does, and several host:port.
+func redisAddresses(s string) *fault {
+	for a := range strings.SplitSeq(s, ",") {
+		a = strings.TrimSpace(a)
+		if f := redisAddress(a); f != nil {
+			return f
+		}
+		if a == "" && s != "" {
+			return faultf("write host:port,host:port", "has an empty element")
+		}
+	}
+	return nil
+}
+
+// topology explains why the one that other programs have besides is missing.
+func topology(s string) *fault {
+	if s == "ring" {
+		return faultf("use cluster or sentinel", "is not offered: keys that move when a server fails lose track of what was delivered")
+	}
+	return oneOf("standalone", "sentinel", "cluster")(s)
+}
+
+// ParseTrim reads the policy of transport.trim: "none", "maxlen N" or "minid AGE". Both
+// results are 0 with none.
+func ParseTrim(s string) (length int, age time.Duration, err error) {
+	kind, arg, _ := strings.Cut(s, " ")
+	switch kind {
+	case "none":
+		if arg == "" {
+			return 0, 0, nil
+		}
+	case "maxlen":
+		if length, err = strconv.Atoi(arg); err == nil && length > 0 {
+			return length, 0, nil
+		}
+	case "minid":
+		if age, err = time.ParseDuration(arg); err == nil && age >= time.Second {
+			return 0, age.Truncate(time.Millisecond), nil
+		}
+	}
+	return 0, 0, fmt.Errorf("%q is no policy", s)
+}
+
+func trimPolicy(s string) *fault {
+	if _, _, err := ParseTrim(s); err != nil {
+		return faultf("write none, maxlen 1000000 or minid 1h", "is no policy for trimming")
+	}
+	return nil
+}
+
+func quoteOr(s, empty string) string {
+	if s == "" {
+		return empty
+	}
+	return strconv.Quote(s)
+}
+
 // ringSize is what the kernel accepts for a ring buffer.
 func ringSize(n int64) *fault {
 	page := int64(os.Getpagesize())

@@ -3,6 +3,7 @@
 package redistest
 
 import (
+	"bytes"
 	"math/rand/v2"
 	"net"
 	"strings"
@@ -19,6 +20,12 @@ type Faults struct {
 	Stall     float64       // the reply is held back for StallFor, then the connection is reset
 	StallFor  time.Duration // choose it longer than the client's timeout
 	Seed      uint64
+	Delay     time.Duration // of each reply, as by a network with such a round trip
+
+	// What has more bytes than Limit, or Word in it, is reset each time, and what is not
+	// longer than Spare never.
+	Limit, Spare int
+	Word         string
 }
 
 // Proxy passes TCP connections on to a server and injects faults. It takes what
@@ -34,8 +41,8 @@ type Proxy struct {
 	faults Faults
 	open   map[net.Conn]struct{}
 
-	// Dropped, Resets and Stalls count the faults injected.
-	Dropped, Resets, Stalls atomic.Int64
+	// Dropped, Resets and Stalls count the faults injected, Refused those of Limit and Word.
+	Dropped, Resets, Stalls, Refused atomic.Int64
 }
 
 // StartProxy listens on a free loopback port for connections to addr, in the
@@ -124,6 +131,40 @@ func (p *Proxy) draw() (fate, time.Duration) {
 	return pass, 0
 }
 
+// refuses reports whether a request is one that never passes, by how long it is so far and
+// by what came last of it.
+func (p *Proxy) refuses(size int, part []byte) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	f := p.faults
+	return f.Limit > 0 && size > f.Limit || f.Word != "" && bytes.Contains(part, []byte(f.Word))
+}
+
+func (p *Proxy) spare() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.faults.Spare
+}
+
+func (p *Proxy) delay() time.Duration {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.faults.Delay
+}
+
+// wait returns at the latest when the proxy ends.
+func (p *Proxy) wait(d time.Duration) {
+	if d <= 0 {
+		return
+	}
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-p.done:
+	}
+}
+
 // link is one client's connection through the proxy.
 type link struct {
 	p              *Proxy
@@ -131,6 +172,7 @@ type link struct {
 
 	mu      sync.Mutex
 	pending bool // a request was begun and not answered
+	size    int  // of it so far
 	fate    fate
 	stall   time.Duration
 }
@@ -143,12 +185,17 @@ func (l *link) requests() {
 		if n > 0 {
 			l.mu.Lock()
 			if !l.pending {
-				l.pending = true
+				l.pending, l.size = true, 0
 				l.fate, l.stall = l.p.draw()
 			}
-			f := l.fate
+			l.size += n
+			f, size := l.fate, l.size
 			l.mu.Unlock()
-			if f == resetRequest {
+			if l.p.refuses(size, buf[:n]) {
+				l.p.Refused.Add(1)
+				return
+			}
+			if f == resetRequest && size > l.p.spare() {
 				l.p.Resets.Add(1)
 				_, _ = l.server.Write(buf[:n/2])
 				return
@@ -170,21 +217,20 @@ func (l *link) replies() {
 		n, err := l.server.Read(buf)
 		if n > 0 {
 			l.mu.Lock()
-			f, stall := l.fate, l.stall
+			f, stall, delay := l.fate, l.stall, time.Duration(0)
+			if l.pending {
+				delay = l.p.delay()
+			}
 			l.pending = false
 			l.mu.Unlock()
+			l.p.wait(delay)
 			switch f {
 			case dropReply:
 				l.p.Dropped.Add(1)
 				return
 			case stallReply:
 				l.p.Stalls.Add(1)
-				t := time.NewTimer(stall)
-				select {
-				case <-t.C:
-				case <-l.p.done:
-				}
-				t.Stop()
+				l.p.wait(stall)
 				return
 			}
 			if _, err := l.client.Write(buf[:n]); err != nil {
@@ -213,15 +259,4 @@ func reset(c net.Conn) {
 		_ = t.SetLinger(0)
 	}
 	_ = c.Close()
-}
-
-// FreePort returns a TCP port on loopback that was free a moment ago.
-func FreePort(tb testing.TB) int {
-	tb.Helper()
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		tb.Fatal(err)
-	}
-	defer ln.Close()
-	return ln.Addr().(*net.TCPAddr).Port
 }

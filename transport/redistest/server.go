@@ -31,8 +31,12 @@ type Options struct {
 	TCP bool
 	// Config are further settings, as in redis.conf: "maxmemory" -> "8mb".
 	Config map[string]string
+	// Program is the server to run, where it is not redis-server or EDR_REDIS_SERVER.
+	Program string
 	// Username and Password are what [Server.Client] logs in with.
 	Username, Password string
+
+	sentinel string // the configuration of a sentinel, which has no other
 }
 
 // Server is one redis-server process with its data in a test's directory.
@@ -50,7 +54,7 @@ type Server struct {
 // EDR_REQUIRE_ALL=1.
 func Start(tb testing.TB, o Options) *Server {
 	tb.Helper()
-	if _, err := exec.LookPath("redis-server"); err != nil {
+	if _, err := exec.LookPath(o.program()); err != nil {
 		if os.Getenv("EDR_REQUIRE_ALL") == "1" {
 			tb.Fatalf("redis-server is required: %v", err)
 		}
@@ -71,6 +75,17 @@ func Start(tb testing.TB, o Options) *Server {
 	})
 	s.Restart()
 	return s
+}
+
+// program is the server that is run: EDR_REDIS_SERVER names another one.
+func (o Options) program() string {
+	if o.Program != "" {
+		return o.Program
+	}
+	if path := os.Getenv("EDR_REDIS_SERVER"); path != "" {
+		return path
+	}
+	return "redis-server"
 }
 
 // Addr is the server's address as transport.Options takes it. It stays the same
@@ -146,6 +161,15 @@ func (s *Server) Launch() {
 		args = append(args, "--"+k)
 		args = append(args, strings.Fields(v)...)
 	}
+	if s.o.sentinel != "" {
+		// It writes its state into the file.
+		file := filepath.Join(s.dir, "sentinel.conf")
+		text := fmt.Sprintf("port %d\nbind 127.0.0.1\ndir %s\nlogfile %s\n%s", s.port, s.dir, filepath.Join(s.dir, "redis.log"), s.o.sentinel)
+		if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+			s.tb.Fatal(err)
+		}
+		args = []string{file, "--sentinel"}
+	}
 	started := make(chan error, 1)
 	gone := make(chan struct{})
 	// A test binary that dies must not leave the server behind. The signal is
@@ -153,7 +177,7 @@ func (s *Server) Launch() {
 	go func() {
 		defer close(gone)
 		runtime.LockOSThread()
-		cmd := exec.Command("redis-server", args...)
+		cmd := exec.Command(s.o.program(), args...)
 		cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 		err := cmd.Start()
 		s.proc = cmd.Process
@@ -171,7 +195,7 @@ func (s *Server) Launch() {
 // Ready waits until the server answers commands.
 func (s *Server) Ready() {
 	s.tb.Helper()
-	deadline := time.NewTimer(30 * time.Second)
+	deadline := time.NewTimer(3 * time.Minute) // a large log loads slowly on a busy machine
 	defer deadline.Stop()
 	tick := time.NewTicker(5 * time.Millisecond)
 	defer tick.Stop()
@@ -223,13 +247,23 @@ func (s *Server) Log() string {
 	return string(bytes.TrimSpace(b))
 }
 
+// ClientName is what the connections of [Server.Client] call themselves, so that a test
+// can tell them from those that it tests.
+const ClientName = "redistest"
+
 // Client returns a new plain client of the server; the caller closes it. It does
 // not retry.
 func (s *Server) Client() *redis.Client {
 	o := &redis.Options{
 		Network: "unix", Addr: s.socket(),
 		Username: s.o.Username, Password: s.o.Password,
-		MaxRetries: -1, DialerRetries: 1, PoolSize: 8, PipelinePoolSize: -1, DisableIdentity: true, Protocol: 2,
+		MaxRetries: -1, DialerRetries: 1, PipelinePoolSize: -1, DisableIdentity: true, Protocol: 2,
+		// After so many refused dials it would dial in a goroutine that outlives Close.
+		PoolSize:    1 << 12,
+		ReadTimeout: time.Minute, // a busy machine is no fault of the server
+	}
+	if s.o.Username == "" { // another user may not be allowed to
+		o.ClientName = ClientName
 	}
 	if s.o.TCP {
 		o.Network, o.Addr = "tcp", s.Addr()

@@ -1,0 +1,318 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package consumer
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/redis/go-redis/v9"
+
+	"github.com/aurorasoc/edr-sensor/transport/redistest"
+)
+
+// collector is a Sink that keeps what it gets until Flush.
+type collector struct {
+	seqs    []uint64
+	foreign int
+	bad     []error
+	flushes int
+	refuse  error // of Flush
+}
+
+func (c *collector) Records(_ context.Context, recs []Record) error {
+	for i := range recs {
+		if recs[i].Foreign() {
+			c.foreign++
+			continue
+		}
+		c.seqs = append(c.seqs, recs[i].Seq)
+	}
+	return nil
+}
+
+func (c *collector) Malformed(_ context.Context, e *EntryError) error {
+	c.bad = append(c.bad, e)
+	return nil
+}
+
+func (c *collector) Flush(context.Context) error {
+	c.flushes++
+	return c.refuse
+}
+
+func put(t *testing.T, c *redis.Client, key string, values map[string]any) string {
+	t.Helper()
+	id, err := c.XAdd(t.Context(), &redis.XAddArgs{Stream: key, Values: values}).Result()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return id
+}
+
+func group(t *testing.T, c *redis.Client, name string) *Group {
+	t.Helper()
+	g, err := New(c, Options{
+		Group: "soc", Name: name, Streams: []string{stream, "decisions:system"},
+		Count: 4, Block: 5 * time.Millisecond, ClaimAfter: 200 * time.Millisecond,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return g
+}
+
+// drain reads until nothing comes any more.
+func drain(t *testing.T, g *Group, sink *collector) {
+	t.Helper()
+	for {
+		n := sink.flushes
+		if err := g.Read(t.Context(), sink); err != nil {
+			t.Fatal(err)
+		}
+		if sink.flushes == n {
+			return
+		}
+	}
+}
+
+func upTo(first, last uint64) (out []uint64) {
+	for seq := first; seq <= last; seq++ {
+		out = append(out, seq)
+	}
+	return out
+}
+
+func TestGroup(t *testing.T) {
+	srv := redistest.Start(t, redistest.Options{})
+	c := srv.Client()
+	defer c.Close()
+	put(t, c, stream, jsonEntry(1, "{}"))
+	put(t, c, stream, packedEntry(t, 2, "{}", "{}", "{}"))
+	put(t, c, stream, packedEntry(t, 3, "{}", "{}", "{}")) // 3 and 4 are there already
+	put(t, c, stream, jsonEntry(5, "{}"))
+	put(t, c, stream, jsonEntry(0, "{}")) // malformed
+	put(t, c, stream, map[string]any{"data": "of another"})
+	put(t, c, stream, jsonEntry(6, "{}"))
+	sink := &collector{}
+	g := group(t, c, "one")
+	drain(t, g, sink)
+	if d := cmp.Diff(upTo(1, 6), sink.seqs); d != "" {
+		t.Errorf("seqs (-want +got):\n%s", d)
+	}
+	if sink.foreign != 1 || len(sink.bad) != 1 || !errors.Is(sink.bad[0], ErrField) || g.Dropped() != 3 {
+		t.Errorf("%d foreign, bad %v, dropped %d", sink.foreign, sink.bad, g.Dropped())
+	}
+	if p, err := c.XPending(t.Context(), stream, "soc").Result(); err != nil || p.Count != 0 {
+		t.Errorf("pending %+v, %v", p, err)
+	}
+
+	// The next start goes on where this one ended, and knows what was seen.
+	put(t, c, stream, jsonEntry(6, "{}"))
+	put(t, c, stream, jsonEntry(7, "{}"))
+	put(t, c, "decisions:system", jsonEntry(8, "{}"))
+	sink = &collector{}
+	drain(t, group(t, c, "one"), sink)
+	if d := cmp.Diff(upTo(7, 8), sink.seqs); d != "" {
+		t.Errorf("after a restart (-want +got):\n%s", d)
+	}
+}
+
+// TestGroupHasUnacknowledgedAgain ends members at each point at which something
+// was read and not acknowledged.
+func TestGroupHasUnacknowledgedAgain(t *testing.T) {
+	srv := redistest.Start(t, redistest.Options{})
+	c := srv.Client()
+	defer c.Close()
+	for seq := range uint64(20) {
+		put(t, c, stream, jsonEntry(seq+1, "{}"))
+	}
+	// A sink that fails: the same member again.
+	broken := errors.New("disk full")
+	if err := group(t, c, "one").Read(t.Context(), &collector{refuse: broken}); !errors.Is(err, broken) {
+		t.Errorf("Read: %v", err)
+	}
+	sink := &collector{refuse: broken}
+	g := group(t, c, "one")
+	for range 3 { // or the same Group
+		sink.seqs = nil
+		if err := g.Read(t.Context(), sink); !errors.Is(err, broken) {
+			t.Errorf("Read: %v", err)
+		}
+	}
+	sink = &collector{}
+	if err := g.Read(t.Context(), sink); err != nil {
+		t.Fatal(err)
+	}
+	if d := cmp.Diff(upTo(1, 4), sink.seqs); d != "" || g.Dropped() != 0 {
+		t.Errorf("again (-want +got):\n%s", d)
+	}
+	// A member that dies with entries, one of which is deleted meanwhile; another
+	// one takes them over, and does so before it reads new ones.
+	if err := group(t, c, "one").Read(t.Context(), &collector{refuse: broken}); err == nil {
+		t.Error("no error")
+	}
+	other := group(t, c, "two")
+	sink = &collector{}
+	start := time.Now()
+	drain(t, other, sink)
+	if d := cmp.Diff(upTo(5, 20), sink.seqs); d != "" {
+		t.Errorf("taken over (-want +got):\n%s", d)
+	}
+	if waited := time.Since(start); waited < 100*time.Millisecond {
+		t.Errorf("took entries over after %v, when the other one could be alive", waited)
+	}
+	// Entries that are gone when they are asked for again are named.
+	put(t, c, stream, jsonEntry(21, "{}"))
+	id := put(t, c, stream, jsonEntry(22, "{}"))
+	if err := group(t, c, "two").Read(t.Context(), &collector{refuse: broken}); err == nil {
+		t.Error("no error")
+	}
+	if err := c.XDel(t.Context(), stream, id).Err(); err != nil {
+		t.Fatal(err)
+	}
+	sink = &collector{}
+	drain(t, group(t, c, "two"), sink)
+	if d := cmp.Diff(upTo(21, 21), sink.seqs); d != "" || len(sink.bad) != 1 || !errors.Is(sink.bad[0], ErrGone) {
+		t.Errorf("bad %v, seqs (-want +got):\n%s", sink.bad, d)
+	}
+}
+
+func TestGroupRefusesCompany(t *testing.T) {
+	srv := redistest.Start(t, redistest.Options{})
+	c := srv.Client()
+	defer c.Close()
+	sink := &collector{}
+	g := group(t, c, "one")
+	drain(t, g, sink)
+	for seq := range uint64(6) {
+		put(t, c, stream, jsonEntry(seq+1, "{}"))
+	}
+	// Somebody reads as another member of the same group.
+	if err := c.XReadGroup(t.Context(), &redis.XReadGroupArgs{Group: "soc", Consumer: "stranger", Streams: []string{stream, ">"}, Count: 2}).Err(); err != nil {
+		t.Fatal(err)
+	}
+	if err := g.Read(t.Context(), sink); !errors.Is(err, ErrShared) {
+		t.Errorf("Read: %v", err)
+	}
+	if sink.seqs != nil {
+		t.Errorf("got %v out of order", sink.seqs)
+	}
+	// The stranger is gone: all of it, in order.
+	drain(t, g, sink)
+	if d := cmp.Diff(upTo(1, 6), sink.seqs); d != "" {
+		t.Errorf("seqs (-want +got):\n%s", d)
+	}
+}
+
+func TestGroupOutlivesTheServer(t *testing.T) {
+	srv := redistest.Start(t, redistest.Options{AOF: "always"})
+	c := srv.Client()
+	defer c.Close()
+	sink := &collector{}
+	g := group(t, c, "one")
+	put(t, c, stream, jsonEntry(1, "{}"))
+	drain(t, g, sink)
+	srv.Kill9()
+	if err := g.Read(t.Context(), sink); err == nil {
+		t.Error("no error without a server")
+	}
+	srv.Restart()
+	put(t, c, stream, jsonEntry(2, "{}"))
+	drain(t, g, sink)
+	// Emptied: the sensor sends what it has kept once more.
+	if err := c.FlushAll(t.Context()).Err(); err != nil {
+		t.Fatal(err)
+	}
+	if err := g.Read(t.Context(), sink); !redis.HasErrorPrefix(err, "NOGROUP") {
+		t.Errorf("Read: %v", err)
+	}
+	for seq := range uint64(3) {
+		put(t, c, stream, jsonEntry(seq+1, "{}"))
+	}
+	drain(t, g, sink)
+	if d := cmp.Diff(upTo(1, 3), sink.seqs); d != "" {
+		t.Errorf("seqs (-want +got):\n%s", d)
+	}
+}
+
+// TestGroupThroughLossyProxy loses replies to reads and acknowledgements: nothing
+// may be missing or come twice.
+func TestGroupThroughLossyProxy(t *testing.T) {
+	srv := redistest.Start(t, redistest.Options{})
+	c := srv.Client()
+	defer c.Close()
+	const total = 800
+	pipe := c.Pipeline()
+	for seq := range uint64(total) {
+		pipe.XAdd(t.Context(), &redis.XAddArgs{Stream: stream, Values: jsonEntry(seq+1, "{}")})
+	}
+	if _, err := pipe.Exec(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	proxy := redistest.StartProxy(t, srv.Addr(), redistest.Faults{DropReply: 0.1, Reset: 0.05, Seed: 3})
+	o := c.Options()
+	o.Network, o.Addr, o.Dialer = "tcp", proxy.Addr(), nil
+	for _, retries := range []int{-1, 3} { // by the client, unseen by the Group
+		t.Run(fmt.Sprint(retries), func(t *testing.T) { groupThrough(t, *o, retries, total) })
+	}
+}
+
+func groupThrough(t *testing.T, o redis.Options, retries, total int) {
+	o.MaxRetries = retries
+	lossy := redis.NewClient(&o)
+	defer lossy.Close()
+	g, err := New(lossy, Options{Group: fmt.Sprint("soc", retries), Name: "one", Streams: []string{stream}, Count: 10, Block: 5 * time.Millisecond})
+	if err != nil {
+		t.Fatal(err)
+	}
+	sink := &collector{}
+	failures := 0
+	for len(sink.seqs) < total && failures < 10*total {
+		if err := g.Read(t.Context(), sink); err != nil {
+			failures++
+		}
+	}
+	if d := cmp.Diff(upTo(1, uint64(total)), sink.seqs); d != "" {
+		t.Errorf("seqs (-want +got):\n%s", d)
+	}
+	if failures < 10 {
+		t.Errorf("%d failures: the proxy does not bite", failures)
+	}
+	t.Logf("%d failures, %d dropped by the rule", failures, g.Dropped())
+}
+
+func TestGroupRefusesSpoiltPosition(t *testing.T) {
+	srv := redistest.Start(t, redistest.Options{})
+	c := srv.Client()
+	defer c.Close()
+	put(t, c, stream, jsonEntry(1, "{}"))
+	c.HSet(t.Context(), PositionsKey(stream, "soc"), "a", "nonsense")
+	if err := group(t, c, "one").Read(t.Context(), &collector{}); !errors.Is(err, ErrField) {
+		t.Errorf("Read: %v", err)
+	}
+}
+
+func TestPositionsKey(t *testing.T) {
+	for key, want := range map[string]string{
+		"edr:{s000}:events": "edr:{s000}:events:positions:g",
+		"decisions:system":  "{decisions:system}:positions:g",
+		"odd{}key":          "{odd{}key}:positions:g",
+	} {
+		if got := PositionsKey(key, "g"); got != want {
+			t.Errorf("%s: %s, want %s", key, got, want)
+		}
+	}
+}
+
+func TestNewRefusesBadOptions(t *testing.T) {
+	for i, o := range []Options{{}, {Group: "g", Name: "n"}, {Group: "g", Name: "n", Streams: []string{"s"}, Limits: Limits{Bytes: -1}}} {
+		if _, err := New(nil, o); err == nil {
+			t.Errorf("options %d accepted: %v", i, fmt.Sprint(o))
+		}
+	}
+}

@@ -97,7 +97,7 @@ Exit codes: 0 good, 1 failed, 2 wrong usage, 69 Redis cannot be reached,
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error { return usage(cmd, "%w", err) })
 	root.PersistentFlags().StringVar(&a.configPath, "config", "", "configuration file (default "+config.DefaultPath+" where it exists)")
 	_ = root.MarkPersistentFlagFilename("config", "yaml", "yml")
-	root.AddCommand(a.runCommand(), a.checkCommand(), a.doctorCommand(), a.statusCommand(), a.topCommand(), a.eventsCommand(), a.decisionsCommand(), a.caseCommand(), a.reloadCommand(), a.logCommand(), a.reportCommand(), a.versionCommand(), a.completionCommand(), a.manCommand())
+	root.AddCommand(a.runCommand(), a.checkCommand(), a.doctorCommand(), a.statusCommand(), a.topCommand(), a.eventsCommand(), a.decisionsCommand(), a.bufferCommand(), a.caseCommand(), a.reloadCommand(), a.logCommand(), a.reportCommand(), a.versionCommand(), a.completionCommand(), a.manCommand())
 	return root
 }
 
@@ -137,9 +137,14 @@ func (a *app) configFile() string {
 func (a *app) load() (config.Config, error) {
 	c, err := config.Load(a.configFile(), a.environ)
 	if err != nil {
-		return config.Config{}, &exit{exitConfig, fmt.Errorf("configuration:\n%w", err), "edr-sensor check" + a.configFlag()}
+		return config.Config{}, a.configError(err)
 	}
 	return c, nil
+}
+
+// configError is how a command ends that the configuration's problems hinder.
+func (a *app) configError(err error) error {
+	return &exit{exitConfig, fmt.Errorf("configuration:\n%w", err), "edr-sensor check" + a.configFlag()}
 }
 
 // configFlag repeats --config in a hint.

@@ -3,7 +3,6 @@
 package main
 
 import (
-	"encoding/json"
 	"fmt"
 	"io"
 	"net/http"
@@ -216,9 +215,7 @@ func (a *app) caseCloseCommand(f *caseFlags) *cobra.Command {
 // show writes an answer as JSON, or as text for people.
 func (a *app) show(f *caseFlags, answer any, text func(now time.Time) string) error {
 	if f.asJSON {
-		enc := json.NewEncoder(a.stdout)
-		enc.SetIndent("", "  ")
-		return enc.Encode(answer)
+		return a.writeJSON(answer)
 	}
 	_, err := io.WriteString(a.stdout, a.printable(text(time.Now())))
 	return err

@@ -11,6 +11,8 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/aurorasoc/edr-sensor/buffer"
+	"github.com/aurorasoc/edr-sensor/internal/agent"
 	"github.com/aurorasoc/edr-sensor/internal/config"
 )
 
@@ -65,10 +67,23 @@ func missingFiles(c config.Config) []*config.Problem {
 			out = append(out, &config.Problem{Key: key, What: strings.TrimPrefix(err.Error(), "open "), Remedy: remedy})
 		}
 	}
+	// A directory that does not exist here may be meant for another host.
+	if _, err := os.Stat(c.Buffer.Dir); err == nil && !c.Buffer.AllowUnsafe {
+		hazards, _ := buffer.Hazards(c.Buffer.Dir) // one that cannot be looked at is the start's to refuse
+		for _, h := range hazards {
+			if h.Unsafe {
+				out = append(out, &config.Problem{Key: "buffer.dir", What: fmt.Sprintf("%s is on %s: %s", h.Dir, h.FS, h.What), Remedy: h.Remedy})
+			}
+		}
+	}
 	t := c.Transport
 	if t.PasswordFile != "" {
 		_, err := readSecret(t.PasswordFile)
 		bad("transport.password_file", t.PasswordFile, err, "write the password into it, one line, readable only by the sensor")
+	}
+	if t.Sentinel.PasswordFile != "" {
+		_, err := readSecret(t.Sentinel.PasswordFile)
+		bad("transport.sentinel.password_file", t.Sentinel.PasswordFile, err, "write the password of the sentinels into it, one line, readable only by the sensor")
 	}
 	if t.TLS.CAFile != "" {
 		pem, err := os.ReadFile(t.TLS.CAFile)
@@ -113,7 +128,7 @@ func (a *app) summarise(path string, c config.Config, settings []config.Setting)
 	}
 	row("watches", "%s", watch)
 	row("keeps", "at most %s in %s", config.FormatSize(c.Buffer.Cap), c.Buffer.Dir)
-	if t := c.Transport; t.Address == "" {
+	if t := agent.Placed(c); t.Address == "" {
 		row("sends", "nothing: transport.address is not set")
 	} else {
 		secure := "without TLS"

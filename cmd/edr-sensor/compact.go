@@ -12,6 +12,8 @@ import (
 	"strings"
 	"time"
 	"unicode"
+
+	"github.com/aurorasoc/edr-sensor/internal/evidence"
 )
 
 // record is the part of an OCSF event that a line of output, or a filter, needs.
@@ -195,26 +197,7 @@ func (r *record) subject() *process {
 }
 
 // kind is the short name of the event code.
-func (r *record) kind() string {
-	code := r.Metadata.EventCode
-	switch code {
-	case "net.connect_failed":
-		return "failed"
-	case "sensor.lost_events":
-		return "lost"
-	case "sensor.mode_change":
-		return "mode"
-	case "sensor.suppressed":
-		return "left out"
-	case "file.timestomp":
-		return "times"
-	case "file.move_mount":
-		return "move"
-	case "file.open_write":
-		return "open"
-	}
-	return code[strings.LastIndexByte(code, '.')+1:]
-}
+func (r *record) kind() string { return evidence.ShortKind(r.Metadata.EventCode) }
 
 // filter selects events; what is empty selects all. Alternatives of one field
 // are joined by or, fields by and.
@@ -226,24 +209,13 @@ type filter struct {
 
 func (f *filter) match(r *record) bool {
 	subject := r.subject()
-	return (len(f.kinds) == 0 || slices.ContainsFunc(f.kinds, func(k string) bool { return matchKind(k, r) })) &&
+	return (len(f.kinds) == 0 || slices.ContainsFunc(f.kinds, func(k string) bool { return evidence.MatchKind(k, r.Metadata.EventCode) })) &&
 		(len(f.pids) == 0 || slices.Contains(f.pids, subject.PID) || r.Actor.Process != nil && slices.Contains(f.pids, r.Actor.Process.PID)) &&
 		(len(f.exes) == 0 || slices.ContainsFunc(f.exes, func(e string) bool { return matchExe(e, subject.Path) }))
 }
 
 // everything reports whether no event has to be parsed to be selected.
 func (f *filter) everything() bool { return len(f.kinds)+len(f.pids)+len(f.exes) == 0 }
-
-func matchKind(want string, r *record) bool {
-	code := r.Metadata.EventCode
-	family, last, _ := strings.Cut(code, ".")
-	for _, name := range []string{code, family, last, r.kind()} {
-		if ok, err := path.Match(want, name); err == nil && ok {
-			return true
-		}
-	}
-	return false
-}
 
 // matchExe compares whole path elements: "curl" and "bin/curl" match
 // /usr/bin/curl, "url" does not. A pattern without a slash is for the base name.

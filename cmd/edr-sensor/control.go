@@ -12,6 +12,7 @@ import (
 	"io/fs"
 	"net"
 	"net/http"
+	"slices"
 	"strings"
 	"time"
 
@@ -24,29 +25,35 @@ import (
 type control struct {
 	socket string
 	client http.Client
+	wrong  error // the configuration's problems, in which the socket's name may be
 }
 
-// control finds the socket: the one named, else the configured one. Who may use
-// the socket need not be allowed to read the configuration, so then the default
-// is tried.
+// control finds the socket: the one named, else the configured one. Who may use the socket
+// need not be allowed to read the configuration, so then the default is tried. Problems of
+// the configuration are the running sensor's to judge: it is told of a reload that it has to
+// refuse, and answers while somebody edits.
 func (a *app) control(socket string) (*control, error) {
-	if socket == "" {
-		socket = config.Default().Control.Socket
-		c, err := config.Load(a.configFile(), a.environ)
-		switch {
-		case err == nil:
-			socket = c.Control.Socket
-		case a.configPath != "" || !unreadable(a.configFile()):
-			return nil, &exit{exitConfig, fmt.Errorf("configuration:\n%w", err), "edr-sensor check" + a.configFlag()}
-		}
+	if socket != "" {
+		return newControl(socket), nil
 	}
-	return newControl(socket), nil
+	path := a.configFile()
+	conf, settings, err := config.Explain(path, a.environ)
+	c := newControl(conf.Control.Socket)
+	switch {
+	case err == nil, a.configPath == "" && unreadable(path):
+	case path == config.DefaultPath, slices.ContainsFunc(settings, func(s config.Setting) bool { return s.Key == "control.socket" && s.Source != "default" }):
+		c.wrong = a.configError(err)
+	default: // the socket may be that of another sensor
+		return nil, a.configError(err)
+	}
+	return c, nil
 }
 
 func newControl(socket string) *control {
 	var d net.Dialer
-	return &control{socket, http.Client{Transport: &http.Transport{
-		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) { return d.DialContext(ctx, "unix", socket) },
+	return &control{socket: socket, client: http.Client{Transport: &http.Transport{
+		ReadBufferSize: 64 << 10, // a trailer has to fit
+		DialContext:    func(ctx context.Context, _, _ string) (net.Conn, error) { return d.DialContext(ctx, "unix", socket) },
 	}}}
 }
 
@@ -76,7 +83,34 @@ func (c *control) ask(ctx context.Context, method, path string, request, answer 
 	return nil
 }
 
+// read reads an answer as JSON within a time; 0: as long as it takes.
+func (c *control) read(ctx context.Context, path string, within time.Duration, answer any) error {
+	if within > 0 {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, within)
+		defer cancel()
+	}
+	body, err := c.get(ctx, path)
+	if err != nil {
+		return err
+	}
+	defer body.Close()
+	if err := json.NewDecoder(io.LimitReader(body, 1<<20)).Decode(answer); err != nil {
+		return fmt.Errorf("read the sensor's answer: %w", err)
+	}
+	return nil
+}
+
 func (c *control) do(ctx context.Context, method, path string, send io.Reader) (io.ReadCloser, error) {
+	resp, err := c.open(ctx, method, path, send)
+	if err != nil {
+		return nil, err
+	}
+	return resp.Body, nil
+}
+
+// open asks; the caller closes the body of the answer.
+func (c *control) open(ctx context.Context, method, path string, send io.Reader) (*http.Response, error) {
 	req, err := http.NewRequestWithContext(ctx, method, "http://sensor"+path, send)
 	if err != nil {
 		return nil, err
@@ -89,7 +123,7 @@ func (c *control) do(ctx context.Context, method, path string, send io.Reader) (
 		text, _ := io.ReadAll(io.LimitReader(resp.Body, 4096))
 		return nil, errors.Join(refusal(path, resp, strings.TrimSpace(string(text))), resp.Body.Close())
 	}
-	return resp.Body, nil
+	return resp, nil
 }
 
 // refusal says what the sensor said, as far as that is meant for people.
@@ -105,11 +139,19 @@ func refusal(path string, resp *http.Response, text string) error {
 	return &exit{exitFailure, fmt.Errorf("ask the sensor for %s: %s: %s", path, resp.Status, text), ""}
 }
 
+// errNoSensor is what the error matches when nobody listens on the socket.
+var errNoSensor = errors.New("no sensor answers")
+
+func isReset(err error) bool { return errors.Is(err, unix.ECONNRESET) || errors.Is(err, unix.EPIPE) }
+
 // explain turns the three ways in which a socket refuses into what to do.
 func (c *control) explain(err error) error {
 	switch {
 	case errors.Is(err, fs.ErrNotExist), errors.Is(err, unix.ECONNREFUSED):
-		return &exit{exitFailure, fmt.Errorf("no sensor answers on %s", c.socket), "systemctl status edr-sensor, or name its socket with --socket"}
+		if c.wrong != nil {
+			return c.wrong
+		}
+		return &exit{exitFailure, fmt.Errorf("%w on %s", errNoSensor, c.socket), "systemctl status edr-sensor, or name its socket with --socket"}
 	case errors.Is(err, fs.ErrPermission):
 		return &exit{exitPrivilege, fmt.Errorf("this user may not use %s", c.socket), "sudo edr-sensor, or join the group named by control.group"}
 	}

@@ -17,6 +17,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/aurorasoc/edr-sensor/internal/agent"
 	"github.com/aurorasoc/edr-sensor/internal/config"
 	"github.com/aurorasoc/edr-sensor/sensor/event"
 )
@@ -153,7 +154,7 @@ func (a *app) decisions(ctx context.Context, f *decisionsFlags, since *time.Time
 	if c.Transport.Address == "" {
 		return a.tapDecisions(ctx, f, since, p, say)
 	}
-	err = a.redisDecisions(ctx, c.Transport, since, f.follow, p, say)
+	err = a.redisDecisions(ctx, agent.Placed(c), since, f.follow, p, say)
 	var e *exit
 	if !errors.As(err, &e) || e.code != exitUnavailable || p.shown > 0 {
 		return err
@@ -357,7 +358,7 @@ func (d *decision) notes() string {
 			out = append(out, fmt.Sprintf("%s=%t", key, v))
 		case []any:
 			for _, item := range v {
-				if text := evidence(item); text != "" {
+				if text := evidenceText(item); text != "" {
 					out = append(out, key+": "+text)
 				}
 			}
@@ -370,9 +371,9 @@ func (d *decision) notes() string {
 	return strings.Join(out, " ")
 }
 
-// evidence is an element of a list: a text, or a change of a setting. Others need
+// evidenceText is an element of a list: a text, or a change of a setting. Others need
 // --json.
-func evidence(v any) string {
+func evidenceText(v any) string {
 	m, ok := v.(map[string]any)
 	switch {
 	case !ok:

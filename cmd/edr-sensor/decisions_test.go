@@ -162,11 +162,15 @@ func TestDecisionsExplain(t *testing.T) {
 	code, out, _ := run(t, "decisions", "--explain", "fenced")
 	want := `FENCED: Fenced, on the stream decisions:system
 
-Another process writes under this agent's id, so delivery has stopped: a cloned
-machine, or a buffer that was copied or restored.
+Another process writes under this agent's id, so delivery has stopped. A clone
+or a restored buffer alone does not lead here, for the sensor then goes on in a
+new epoch (IDENTITY_NEW); it stops when it is fenced again within ten minutes,
+or cannot write down the new epoch.
 
-What to do: Give one of the two a new id: remove ` + "`agent_id`" + ` in its state directory and empty
-its buffer.
+What to do: Find both hosts by their agent id: two with the same ` + "`agent.id`" + ` in their
+configuration, or a machine that is put back again and again. Give each its own
+id, then restart the one that stopped: it goes on in a new epoch with all that
+waits in its buffer.
 `
 	if d := cmp.Diff(want, out); d != "" || code != 0 {
 		t.Errorf("exit code %d (-want +got):\n%s", code, d)

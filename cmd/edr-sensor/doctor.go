@@ -4,11 +4,11 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -20,6 +20,8 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
+	"github.com/aurorasoc/edr-sensor/buffer"
+	"github.com/aurorasoc/edr-sensor/internal/agent"
 	"github.com/aurorasoc/edr-sensor/internal/config"
 	"github.com/aurorasoc/edr-sensor/sensor"
 )
@@ -68,9 +70,7 @@ Exit codes: 0 without a FAIL, 1 with one, 2 wrong usage.`,
 			d := a.newDoctor()
 			d.examine(cmd.Context())
 			if asJSON {
-				enc := json.NewEncoder(a.stdout)
-				enc.SetIndent("", "  ")
-				if err := enc.Encode(map[string]any{"version": thisBuild().Version, "checks": d.findings}); err != nil {
+				if err := a.writeJSON(map[string]any{"version": thisBuild().Version, "checks": d.findings}); err != nil {
 					return err
 				}
 			} else if _, err := io.WriteString(a.stdout, a.printable(d.report(a.colour(when)))); err != nil {
@@ -122,7 +122,7 @@ func (d *doctor) examine(ctx context.Context) {
 	}
 	d.configuration(c)
 	d.state(c)
-	d.findings = append(d.findings, d.redis(ctx, c.Transport)...)
+	d.findings = append(d.findings, d.redis(ctx, agent.Placed(c))...)
 	if err := d.answers(ctx, c.Control.Socket); err != nil {
 		d.add("sensor.running", warn, err.Error(), "start it: systemctl start edr-sensor, or edr-sensor run")
 	} else {
@@ -265,7 +265,7 @@ func (d *doctor) configuration(c config.Config) {
 		d.add("config.valid", pass, d.file, "")
 	}
 	var loose []string
-	for _, path := range []string{d.file, c.Transport.PasswordFile, c.Transport.TLS.KeyFile} {
+	for _, path := range append([]string{d.file}, slices.Sorted(maps.Values(c.Transport.SecretFiles()))...) {
 		if path == "" {
 			continue
 		}
@@ -302,6 +302,7 @@ func (d *doctor) state(c config.Config) {
 	} else {
 		d.add("state.writable", pass, dir, "")
 	}
+	d.place(c)
 	var st unix.Statfs_t
 	if err := unix.Statfs(dir, &st); err != nil {
 		d.add("state.space", warn, fmt.Sprintf("%s: %v", dir, err), "")
@@ -314,6 +315,25 @@ func (d *doctor) state(c config.Config) {
 		d.add("state.space", fail, found, "make room, or lower buffer.cap: the buffer must be able to grow to it")
 	} else {
 		d.add("state.space", pass, found, "")
+	}
+}
+
+// place says whether what the buffer has synced is safe there.
+func (d *doctor) place(c config.Config) {
+	hazards, err := buffer.Hazards(c.Buffer.Dir)
+	if err != nil {
+		d.add("state.place", warn, err.Error(), "")
+		return
+	}
+	for _, h := range hazards {
+		state := warn
+		if h.Unsafe && !c.Buffer.AllowUnsafe {
+			state = fail
+		}
+		d.add("state.place", state, fmt.Sprintf("%s is on %s: %s", h.Dir, h.FS, h.What), h.Remedy)
+	}
+	if len(hazards) == 0 {
+		d.add("state.place", pass, c.Buffer.Dir, "")
 	}
 }
 

@@ -84,7 +84,7 @@ func TestDoctorOfAGoodHost(t *testing.T) {
 	// Scripts and documents refer to these.
 	want := []string{
 		"config.files", "config.permissions", "config.valid", "hooks.net.close", "hooks.process.exec", "kernel.bpf", "kernel.btf", "kernel.cgroup", "kernel.io_uring",
-		"kernel.lockdown", "kernel.lsm", "kernel.perf_event_paranoid", "kernel.release", "privileges.capabilities", "redis.reachable", "sensor.running", "state.space", "state.writable",
+		"kernel.lockdown", "kernel.lsm", "kernel.perf_event_paranoid", "kernel.release", "privileges.capabilities", "redis.reachable", "sensor.running", "state.place", "state.space", "state.writable",
 	}
 	if d := cmp.Diff(want, ids); d != "" {
 		t.Errorf("checks (-want +got):\n%s", d)
@@ -176,6 +176,7 @@ func TestDoctorFindings(t *testing.T) {
 			d.explain = func() (config.Config, error) { return config.Load("/nonexistent.yaml", nil) }
 		}, "config.valid", fail, "1 problem; the first: /nonexistent.yaml: no such file"},
 		{"missing password", func(_ *doctor, _ fstest.MapFS, c *config.Config) { c.Transport.PasswordFile = "/nonexistent" }, "config.files", fail, "/nonexistent: no such file"},
+		{"a place in memory", func(_ *doctor, _ fstest.MapFS, c *config.Config) { c.Buffer.Dir = "/dev/shm/buffer" }, "state.place", fail, "set buffer.dir to a directory on a local disk"},
 		{"no room", func(_ *doctor, _ fstest.MapFS, c *config.Config) { c.Buffer.Cap = 1 << 60 }, "state.space", fail, "lower buffer.cap"},
 		{"no sensor", func(d *doctor, _ fstest.MapFS, _ *config.Config) {
 			d.answers = func(context.Context, string) error { return errors.New("no sensor answers") }

@@ -16,6 +16,7 @@ import (
 	"github.com/redis/go-redis/v9"
 	"github.com/spf13/cobra"
 
+	"github.com/aurorasoc/edr-sensor/internal/agent"
 	"github.com/aurorasoc/edr-sensor/internal/config"
 )
 
@@ -32,6 +33,8 @@ type eventsFlags struct {
 	number    int
 	tap       bool
 	socket    string
+	verify    bool
+	json      bool
 }
 
 func (a *app) eventsCommand() *cobra.Command {
@@ -48,11 +51,18 @@ only new events are shown, until Ctrl-C.
   edr-sensor events --kind exec --exe curl        executions of any curl
   edr-sensor events --kind net --pid 4711         connections of one process
   edr-sensor events --kind rename,delete          files renamed or deleted
-  edr-sensor events --since 10m -o json | jq .    the last ten minutes, complete`,
+  edr-sensor events --since 10m -o json | jq .    the last ten minutes, complete
+
+With --verify it shows no events but reads all that the streams hold and tells of
+each agent what is missing, there twice or out of order, and what of the missing a
+loss record names. It exits 1 when anything is, but for what is named as lost.`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := f.validate(cmd); err != nil {
 				return err
+			}
+			if f.verify {
+				return a.verify(cmd.Context(), cmd, f.json)
 			}
 			return a.events(cmd.Context(), cmd, &f)
 		},
@@ -68,15 +78,21 @@ only new events are shown, until Ctrl-C.
 	fl.IntVarP(&f.number, "number", "n", 0, "end after this many events were shown")
 	fl.BoolVar(&f.tap, "tap", false, "read live from the sensor instead of Redis")
 	fl.StringVar(&f.socket, "socket", "", "control socket for --tap (default: control.socket)")
+	fl.BoolVar(&f.verify, "verify", false, "audit the streams: what is missing, duplicate, out of order or named as lost")
+	fl.BoolVar(&f.json, "json", false, "with --verify: the findings as JSON")
 	addColourFlag(cmd, &f.colour)
 	_ = cmd.RegisterFlagCompletionFunc("output", cobra.FixedCompletions([]string{"compact", "json"}, cobra.ShellCompDirectiveNoFileComp))
-	_ = cmd.RegisterFlagCompletionFunc("kind", cobra.FixedCompletions(
-		[]string{
-			"process", "exec", "fork", "exit", "snapshot", "net", "connect", "connect_failed", "accept", "listen", "close",
-			"file", "create", "write", "open_write", "delete", "rename", "link", "symlink", "mkdir", "chmod", "chown", "truncate", "xattr", "timestomp",
-			"mount", "umount", "move_mount", "sensor",
-		}, cobra.ShellCompDirectiveNoFileComp))
+	_ = cmd.RegisterFlagCompletionFunc("kind", cobra.FixedCompletions(eventKinds(), cobra.ShellCompDirectiveNoFileComp))
 	return cmd
+}
+
+// eventKinds are the words for --kind.
+func eventKinds() []string {
+	return []string{
+		"process", "exec", "fork", "exit", "snapshot", "net", "connect", "connect_failed", "accept", "listen", "close",
+		"file", "create", "write", "open_write", "delete", "rename", "link", "symlink", "mkdir", "chmod", "chown", "truncate", "xattr", "timestomp",
+		"mount", "umount", "move_mount", "sensor",
+	}
 }
 
 func addColourFlag(cmd *cobra.Command, when *string) {
@@ -108,6 +124,16 @@ func (f *eventsFlags) validate(cmd *cobra.Command) error {
 	}
 	if f.tap && (f.since != "" || f.fromStart) {
 		return usage(cmd, "--since and --from-start need Redis; --tap shows only what happens now")
+	}
+	if f.json && !f.verify {
+		return usage(cmd, "--json belongs to --verify; for events write -o json")
+	}
+	if f.verify {
+		for _, name := range []string{"tap", "socket", "since", "from-start", "follow", "number", "kind", "pid", "exe", "output"} {
+			if cmd.Flags().Changed(name) {
+				return usage(cmd, "--verify and --%s exclude each other: it reads all that the streams hold", name)
+			}
+		}
 	}
 	for _, list := range [][]string{f.kinds, f.exes} {
 		for _, pattern := range list {
@@ -168,7 +194,7 @@ func (a *app) events(ctx context.Context, cmd *cobra.Command, f *eventsFlags) er
 		}
 		return a.tapEvents(ctx, c.Control.Socket, p, say)
 	}
-	return a.redisEvents(ctx, c.Transport, f, p, say)
+	return a.redisEvents(ctx, agent.Placed(c), f, p, say)
 }
 
 // tapEvents shows what the sensor appends, live.
@@ -279,6 +305,7 @@ func (a *app) redisView(ctx context.Context, t config.Transport, keys []string, 
 	}
 	say("%s at %s; Ctrl-C ends", joinAnd(keys), t.Address)
 	away := false
+	told := make(map[string]bool) // streams of which a malformed entry was reported
 	for {
 		batch, err := s.next(ctx, wait)
 		switch {
@@ -302,12 +329,19 @@ func (a *app) redisView(ctx context.Context, t config.Transport, keys []string, 
 			fmt.Fprintf(a.stderr, "redis at %s is back\n", t.Address)
 			away = false
 		}
-		for _, line := range batch {
-			if err := p.show(line); err != nil {
-				return err
+		for _, e := range batch {
+			recs, err := s.records(e)
+			if err != nil && !told[e.key] {
+				told[e.key] = true
+				fmt.Fprintf(a.stderr, "%s: left out, as are further ones of this stream that are malformed\n", safe(err.Error()))
 			}
-			if p.done() {
-				return p.flush()
+			for i := range recs {
+				if err := p.show(recs[i].Data); err != nil {
+					return err
+				}
+				if p.done() {
+					return p.flush()
+				}
 			}
 		}
 		if err := p.flush(); err != nil {

@@ -3,7 +3,6 @@
 package main
 
 import (
-	"encoding/json"
 	"fmt"
 	"io"
 	"net/http"
@@ -81,22 +80,14 @@ Each change is a record on the decisions stream.
 			}
 			var l logLevels
 			if len(args) == 0 {
-				body, err := c.get(cmd.Context(), "/log")
-				if err != nil {
+				if err := c.read(cmd.Context(), "/log", 10*time.Second, &l); err != nil {
 					return err
-				}
-				defer body.Close()
-				err = json.NewDecoder(io.LimitReader(body, 1<<20)).Decode(&l)
-				if err != nil {
-					return fmt.Errorf("read the sensor's answer: %w", err)
 				}
 			} else if err := c.ask(cmd.Context(), http.MethodPost, "/log", q, &l); err != nil {
 				return err
 			}
 			if asJSON {
-				enc := json.NewEncoder(a.stdout)
-				enc.SetIndent("", "  ")
-				return enc.Encode(l)
+				return a.writeJSON(l)
 			}
 			return l.print(a.stdout, time.Now())
 		},

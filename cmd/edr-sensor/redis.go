@@ -19,19 +19,18 @@ import (
 
 	"github.com/aurorasoc/edr-sensor/internal/agent"
 	"github.com/aurorasoc/edr-sensor/internal/config"
+	"github.com/aurorasoc/edr-sensor/transport"
+	"github.com/aurorasoc/edr-sensor/transport/consumer"
 )
 
 // newRedis makes a client for reading: no connection yet.
 func newRedis(t config.Transport) (*redis.Client, error) {
 	redislog.Disable() // errors are returned; the library would print them too
 	o := &redis.Options{
-		Network: "tcp", Addr: t.Address, Username: t.Username, DB: t.DB,
+		Addr: t.Address, Username: t.Username, DB: t.DB,
 		Protocol: 2, MaxRetries: -1, ContextTimeoutEnabled: true, DialTimeout: 5 * time.Second, DialerRetries: 1,
 		ReadTimeout: t.Timeout, WriteTimeout: t.Timeout, PoolSize: 1, PipelinePoolSize: -1, DisableIdentity: true,
 		MaintNotificationsConfig: &maintnotifications.Config{Mode: maintnotifications.ModeDisabled},
-	}
-	if path, ok := strings.CutPrefix(t.Address, "unix://"); ok {
-		o.Network, o.Addr = "unix", path
 	}
 	var err error
 	if t.PasswordFile != "" {
@@ -39,12 +38,11 @@ func newRedis(t config.Transport) (*redis.Client, error) {
 			return nil, fmt.Errorf("transport.password_file: %w", err)
 		}
 	}
-	if o.TLSConfig, err = agent.ClientTLS(t.TLS); err != nil {
-		return nil, fmt.Errorf("transport.tls: %w", err)
+	to, err := agent.Destination(t, "reader")
+	if err != nil {
+		return nil, err
 	}
-	if host, _, err := net.SplitHostPort(t.Address); err == nil && o.TLSConfig != nil && o.TLSConfig.ServerName == "" {
-		o.TLSConfig.ServerName = host
-	}
+	o.Dialer = func(ctx context.Context, _, _ string) (net.Conn, error) { return transport.Dial(ctx, to) }
 	return redis.NewClient(o), nil
 }
 
@@ -72,15 +70,25 @@ func isReply(err error) bool {
 // streams reads the events and the decisions of a Redis server in the order in
 // which they arrived there.
 type streams struct {
-	client *redis.Client
-	keys   []string
-	last   map[string]string // id of the last entry seen, by key
+	client  redis.UniversalClient
+	keys    []string
+	last    map[string]string // id of the last entry seen, by key
+	decoder *consumer.Decoder
+	seen    *consumer.Positions
+	recs    []consumer.Record
 }
+
+// rememberAgents is of how many agents a view knows what it has shown.
+const rememberAgents = 1 << 16
 
 // openStreams starts after the entries that are there when since is nil, else
 // at that time.
-func openStreams(ctx context.Context, client *redis.Client, keys []string, since *time.Time) (*streams, error) {
-	s := &streams{client, keys, map[string]string{}}
+func openStreams(ctx context.Context, client redis.UniversalClient, keys []string, since *time.Time) (*streams, error) {
+	decoder, err := consumer.NewDecoder(consumer.Limits{})
+	if err != nil {
+		return nil, err
+	}
+	s := &streams{client: client, keys: keys, last: map[string]string{}, decoder: decoder, seen: consumer.NewPositions(rememberAgents)}
 	for _, key := range s.keys {
 		switch {
 		case since == nil:
@@ -105,9 +113,9 @@ func openStreams(ctx context.Context, client *redis.Client, keys []string, since
 
 const readCount = 512 // entries of each stream at a time
 
-// next returns the payloads of the entries that come next, waiting for one if
-// wait is positive; none means that there are none.
-func (s *streams) next(ctx context.Context, wait time.Duration) ([][]byte, error) {
+// next returns the entries that come next, waiting for one if wait is positive;
+// none means that there are none.
+func (s *streams) next(ctx context.Context, wait time.Duration) ([]streamEntry, error) {
 	if wait <= 0 {
 		wait = -1 // go-redis: do not block
 	}
@@ -128,17 +136,12 @@ func (s *streams) next(ctx context.Context, wait time.Duration) ([][]byte, error
 // merge orders the entries of the streams by their ids. When one stream
 // returned as much as was asked for, entries of the others that are newer than
 // its last one wait for the next read: more older ones may follow.
-func (s *streams) merge(reply []redis.XStream) [][]byte {
-	type item struct {
-		key string
-		id  streamID
-		msg redis.XMessage
-	}
-	var all []item
+func (s *streams) merge(reply []redis.XStream) []streamEntry {
+	var all []streamEntry
 	limit := streamID{math.MaxUint64, math.MaxUint64}
 	for _, st := range reply {
 		for _, m := range st.Messages {
-			all = append(all, item{st.Stream, parseID(m.ID), m})
+			all = append(all, streamEntry{st.Stream, parseID(m.ID), m})
 		}
 		if n := len(st.Messages); n >= readCount {
 			if last := parseID(st.Messages[n-1].ID); last.compare(limit) < 0 {
@@ -146,18 +149,38 @@ func (s *streams) merge(reply []redis.XStream) [][]byte {
 			}
 		}
 	}
-	slices.SortStableFunc(all, func(a, b item) int { return a.id.compare(b.id) })
-	var out [][]byte
-	for _, it := range all {
+	slices.SortStableFunc(all, func(a, b streamEntry) int { return a.id.compare(b.id) })
+	for i, it := range all {
 		if it.id.compare(limit) > 0 {
-			break
+			return all[:i]
 		}
 		s.last[it.key] = it.msg.ID
-		if data, ok := it.msg.Values["data"].(string); ok {
-			out = append(out, []byte(data))
+	}
+	return all
+}
+
+// streamEntry is one entry, of either encoding.
+type streamEntry struct {
+	key string
+	id  streamID
+	msg redis.XMessage
+}
+
+// records returns what an entry holds, without what was seen before. It is valid
+// until the next call.
+func (s *streams) records(e streamEntry) ([]consumer.Record, error) {
+	recs, err := s.decoder.Decode(e.key, e.msg, s.recs[:0])
+	if err != nil {
+		return nil, err
+	}
+	s.recs = recs
+	fresh := recs[:0]
+	for i := range recs {
+		if s.seen.Fresh(&recs[i]) {
+			fresh = append(fresh, recs[i])
 		}
 	}
-	return out
+	return fresh, nil
 }
 
 // streamID is the id of an entry: milliseconds and a counter.

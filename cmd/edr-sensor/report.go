@@ -13,6 +13,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net/url"
 	"os"
 	"os/exec"
@@ -23,6 +24,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/aurorasoc/edr-sensor/internal/agent"
 	"github.com/aurorasoc/edr-sensor/internal/config"
 )
 
@@ -193,7 +195,7 @@ func (a *app) collect(ctx context.Context, f *reportFlags, now time.Time, b *bun
 	if err != nil {
 		cfg = config.Default()
 	}
-	b.secretFiles(cfg.Transport.PasswordFile, cfg.Transport.TLS.KeyFile)
+	b.secretFiles(slices.Collect(maps.Values(cfg.Transport.SecretFiles()))...)
 	if f.socket == "" {
 		f.socket = cfg.Control.Socket
 	}
@@ -207,7 +209,7 @@ func (a *app) collect(ctx context.Context, f *reportFlags, now time.Time, b *bun
 		b.omit("process.txt", "no sensor answers")
 	}
 	if !up {
-		a.collectStreams(ctx, cfg.Transport, f, now, b)
+		a.collectStreams(ctx, agent.Placed(cfg), f, now, b)
 	}
 	d := a.newDoctor()
 	d.examine(ctx)
@@ -278,7 +280,7 @@ func (a *app) collectSensor(ctx context.Context, f *reportFlags, c *control, now
 	var inForce struct{ Settings []config.Setting }
 	if json.Unmarshal(running, &inForce) == nil {
 		for _, s := range inForce.Settings {
-			if s.Key == "transport.password_file" || s.Key == "transport.tls.key_file" {
+			if _, secret := (config.Transport{}).SecretFiles()[s.Key]; secret {
 				b.secretFiles(s.Value)
 			}
 		}

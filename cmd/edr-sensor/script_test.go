@@ -5,6 +5,7 @@ package main
 import (
 	"fmt"
 	"os"
+	"strconv"
 	"testing"
 
 	"github.com/rogpeppe/go-internal/testscript"
@@ -34,7 +35,7 @@ func TestScripts(t *testing.T) {
 		Condition: func(cond string) (bool, error) {
 			return cond == "root" && os.Geteuid() == 0, nil
 		},
-		Cmds: map[string]func(*testscript.TestScript, bool, []string){"exits": exits},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){"exits": exits, "buffer": buffers},
 	})
 }
 
@@ -46,4 +47,18 @@ func exits(ts *testscript.TestScript, _ bool, args []string) {
 	// A shell makes the code visible; testscript only tells success from failure.
 	script := append([]string{"-c", `"$@"; code=$?; [ $code = "$0" ] || { echo "exit code $code, want $0" >&2; exit 1; }`}, args...)
 	ts.Check(ts.Exec("sh", script...))
+}
+
+// buffers makes a buffer of a stopped sensor, or harms the chunk that has a seq.
+func buffers(ts *testscript.TestScript, _ bool, args []string) {
+	switch {
+	case len(args) == 2 && args[0] == "make":
+		ts.Check(makeBuffer(ts.MkAbs(args[1])))
+	case len(args) == 3 && args[0] == "harm":
+		seq, err := strconv.ParseUint(args[2], 10, 64)
+		ts.Check(err)
+		ts.Check(harmBuffer(ts.MkAbs(args[1]), seq))
+	default:
+		ts.Fatalf("usage: buffer make DIR, buffer harm DIR SEQ")
+	}
 }

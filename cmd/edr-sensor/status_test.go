@@ -40,7 +40,7 @@ func statuses() map[string]string {
   {"event":"process.exec","hook":"tp_btf/sched_process_exec","required":true},{"event":"net.close","hook":"","errors":["load on_inet_sock_set_state: permission denied"]}],
  "sensor":{"events":` + kinds(123457) + `,"lost":{"process.exec":12,"file.write":1},"suppressed":{"file.write":93120},"rings":{"priority":{"used":8388608,"size":16777216},"bulk":{"used":0,"size":8388608}}},
  "rates":{"events":{"process.exec":12.34,"file.write":4211.7},"delivered":0,"fill_bytes":98304},
- "buffer":{"records":120000,"unsent":90000,"last":130000,"bytes":536870912,"unsent_bytes":530870912,"cap":536870912,"truncated":77,"oldest_unsent":"2026-11-23T15:29:00Z","full_in_seconds":61.2},
+ "buffer":{"records":120000,"unsent":90000,"last":130000,"bytes":536870912,"unsent_bytes":530870912,"cap":536870912,"truncated":77,"recovery":{"at":"2026-11-20T17:15:00Z","cause":"buffer file is damaged: preflight: page 7: used twice","exact":true,"salvaged":1234567,"lost":300},"quarantined_bytes":536870912,"oldest_unsent":"2026-11-23T15:29:00Z","full_in_seconds":61.2},
  "warnings":[{"time":"2026-11-23T15:30:01Z","level":"warn","msg":"Delivery Held","code":"DELIVERY_HELD","reason":"OOM command not allowed"},{"time":"2026-11-23T16:30:01Z","level":"error","msg":"\u001b]0;owned\u0007 the buffer is full","error":"no space"}],
  "transport":{"state":"held","address":"redis:6379","since":"2026-11-23T15:30:00Z","error_class":"oom","error":"OOM command not allowed when used memory > 'maxmemory'","hint":"raise maxmemory, or trim the streams","acked":40000}}`,
 		"well": `{"version":"1","agent_id":"a","mode":"online","reason":"all events are seen, kept and delivered","since":"2026-11-23T17:14:58.5Z","scope":"tree:1",
@@ -49,7 +49,7 @@ func statuses() map[string]string {
  "transport":{"state":"connected","address":"unix:///r","since":"2026-11-20T17:15:00Z","acked":5},"buffer":{"last":5,"records":5,"bytes":40,"unsent_bytes":1,"cap":100,"oldest_unsent":"2026-11-23T17:14:59.9Z"}}`,
 		"drains": `{"version":"1","agent_id":"a","mode":"online","since":"2026-11-23T17:14:58.5Z","rates":{"delivered":4000,"fill_bytes":-2000000},
  "transport":{"state":"connected","address":"h:1","since":"2026-11-23T17:14:00Z","acked":5},"buffer":{"unsent":90,"last":95,"records":95,"bytes":400000000,"unsent_bytes":300000000,"cap":500000000,"oldest_unsent":"2026-11-23T16:14:59.9Z"}}`,
-		"without-redis": `{"version":"1","agent_id":"a","mode":"buffering","transport":{"state":"off"}}`,
+		"without-redis": `{"version":"1","agent_id":"a","mode":"buffering","transport":{"state":"off"},"buffer":{"oldest_unsent":"2026-11-20T17:14:59Z"}}`,
 		// Everything that has a bound reaches it, and somebody has names for it.
 		"worst": `{"version":"1.2.3-345-gabcdef","agent_id":"` + strings.Repeat("i", 128) + `","mode":"degraded","scope":"cgroup:/` + strings.Repeat("ü日", 99) + `",
  "problems":[{"reason":"` + strings.Repeat("long words ", 30) + `"},{"reason":"the kernel lost events","metric":"sensor_lost_events_total"}],
@@ -58,7 +58,7 @@ func statuses() map[string]string {
  "cases":[` + strings.Repeat(`{"case_id":"`+strings.Repeat("c", 100)+`","scope":{"kind":"path","value":"/\u001b[2J\u009b31m日本語"}},`, 9) + `{}],
  "errors":["` + strings.Repeat("e", 500) + `"],
  "warnings":[` + strings.Repeat(`{"msg":"`+strings.Repeat("w ", 100)+`"},`, 4) + `{}],
- "buffer":{"error":"no space left on device","quarantined":"/var/lib/x","cap":1,"truncated":1},
+ "buffer":{"error":"no space left on device","recovery":{"at":"2026-11-23T17:10:00Z","cause":"preflight","salvaged":12},"quarantined_bytes":5368709120,"resize_error":"no space","hazards":["/b is on tmpfs: its content is gone"],"cap":1,"truncated":1},
  "transport":{"state":"retrying","address":"` + strings.Repeat("h", 200) + `:1","error":"` + strings.Repeat("dial ", 60) + `","hint":"` + strings.Repeat("check ", 60) + `","warning":"` + strings.Repeat("evict ", 60) + `"}}`,
 	}
 }

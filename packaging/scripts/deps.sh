@@ -6,15 +6,15 @@ set -euo pipefail
 
 want=("$@")
 if [ ${#want[@]} -eq 0 ]; then
-	want=(redis-server:redis-server redis-benchmark:redis-tools promtool:prometheus gcc:gcc
-		clang-19:clang-19 llvm-strip-19:llvm-19 clang-format-19:clang-format-19
-		qemu-system-x86_64:qemu-system-x86 qemu-system-aarch64:qemu-system-arm cpio:cpio xz:xz-utils systemd-analyze:systemd
+	want=(redis-server:redis-server redis-benchmark:redis-tools promtool:prometheus gcc:gcc strace:strace mkfs.xfs:xfsprogs
+		clang-19:clang-19 llvm-strip-19:llvm-19 clang-format-19:clang-format-19 /usr/include/bpf/bpf_core_read.h:libbpf-dev
+		qemu-system-x86_64:qemu-system-x86 qemu-system-aarch64:qemu-system-arm cpio:cpio xz:xz-utils mmdebstrap:mmdebstrap systemd-analyze:systemd
 		lintian:lintian rpmlint:rpmlint rpm:rpm man:man-db zsh:zsh fish:fish)
 fi
 
 missing=()
 for w in "${want[@]}"; do
-	command -v "${w%%:*}" >/dev/null || missing+=("${w##*:}")
+	[[ ${w%%:*} == /* && -e ${w%%:*} ]] || command -v "${w%%:*}" >/dev/null || missing+=("${w##*:}")
 done
 [ ${#missing[@]} -gt 0 ] || exit 0
 

@@ -24,6 +24,7 @@ import (
 
 	"github.com/redis/go-redis/v9"
 
+	"github.com/aurorasoc/edr-sensor/buffer"
 	"github.com/aurorasoc/edr-sensor/internal/agent"
 	"github.com/aurorasoc/edr-sensor/sensor/ocsf/ocsftest"
 	"github.com/aurorasoc/edr-sensor/transport"
@@ -63,7 +64,7 @@ var build struct {
 func binary(t *testing.T) string {
 	t.Helper()
 	build.once.Do(func() {
-		dir, err := os.MkdirTemp("", "edr-e2e-")
+		dir, err := scratchDir()
 		if err != nil {
 			build.err = err
 			return
@@ -128,6 +129,19 @@ transport: {address: "%[3]s"}
 // start runs the sensor and waits until it sees events.
 func (h *host) start() {
 	h.t.Helper()
+	h.launch()
+	eventually(h.t, 60*time.Second, "the sensor is attached", func() bool {
+		if h.proc.ProcessState != nil {
+			return false
+		}
+		s, err := h.status()
+		return err == nil && s.Mode != agent.Starting && !s.Sensor.Beat.IsZero()
+	})
+}
+
+// launch runs it.
+func (h *host) launch() {
+	h.t.Helper()
 	path := h.binary
 	if path == "" {
 		path = binary(h.t)
@@ -137,6 +151,9 @@ func (h *host) start() {
 	} else {
 		h.proc = exec.Command(path, "run", "--config", h.config)
 		h.proc.Env = os.Environ()
+	}
+	if hazards, err := buffer.Hazards(h.dir); err == nil && len(hazards) > 0 { // temporary files may be in memory
+		h.proc.Env = append(h.proc.Env, "EDR_SENSOR_BUFFER__ALLOW_UNSAFE=true")
 	}
 	h.proc.Env = append(h.proc.Env, h.env...)
 	h.proc.Stderr = h.log
@@ -151,13 +168,6 @@ func (h *host) start() {
 	if err := start(); err != nil {
 		h.t.Fatal(err)
 	}
-	eventually(h.t, 60*time.Second, "the sensor is attached", func() bool {
-		if h.proc.ProcessState != nil {
-			return false
-		}
-		s, err := h.status()
-		return err == nil && s.Mode != agent.Starting && !s.Sensor.Beat.IsZero()
-	})
 }
 
 func (h *host) kill9() {
@@ -330,9 +340,13 @@ type ocsfEvent struct {
 		Sequence    uint64                         `json:"sequence"`
 		UID         string                         `json:"uid"`
 	} `json:"metadata"`
+	Time         int64   `json:"time"`
+	From         int64   `json:"start_time"`
+	To           int64   `json:"end_time"`
 	ActivityID   int     `json:"activity_id"`
 	ActivityName string  `json:"activity_name"`
 	StatusCode   string  `json:"status_code"`
+	Message      string  `json:"message"`
 	ExitCode     int     `json:"exit_code"`
 	Count        uint64  `json:"count"`
 	Process      process `json:"process"`

@@ -8,16 +8,18 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/aurorasoc/edr-sensor/internal/metricstest"
+	"github.com/aurorasoc/edr-sensor/transport"
 	"github.com/aurorasoc/edr-sensor/transport/redistest"
 )
 
-const smallBuffer = `buffer: {dir: "%s", cap: 16MiB, retain_bytes: 1MiB}`
+const smallBuffer = `buffer: {dir: "%s", cap: 16MiB, retain_bytes: 1MiB, compression: none}`
 
 // TestTruncation lets the buffer overflow while Redis is away: the file keeps
 // its size, and afterwards what was received and what was truncated are
@@ -100,7 +102,7 @@ func TestDiskStall(t *testing.T) {
 	mount := loopMount(t)
 	w := startWorkload(t)
 	server := redistest.Start(t, redistest.Options{AOF: "everysec"})
-	h := newHost(t, w, server.Addr(), fmt.Sprintf(`buffer: {dir: "%s/buffer", cap: 64MiB}`, mount))
+	h := newHost(t, w, server.Addr(), fmt.Sprintf(`buffer: {dir: "%s/buffer", cap: 64MiB, compression: none}`, mount))
 	h.start()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -195,4 +197,65 @@ func freeze(t *testing.T, mount string) (thaw func()) {
 	}
 	t.Cleanup(thaw)
 	return thaw
+}
+
+// TestRefusedRecord has something before Redis that breaks every request with a certain word
+// in it, as what inspects traffic does. The one event with it is named as lost, in the stream and
+// in the log, with its copy on disk; all others arrive. It stays lost when the word is free to
+// pass, through a kill and a Redis that has to be given everything again.
+func TestRefusedRecord(t *testing.T) {
+	requireHost(t)
+	const word = "EICAR-STANDARD-ANTIVIRUS"
+	w := startWorkload(t)
+	server := redistest.Start(t, redistest.Options{AOF: "everysec"})
+	c := server.Client()
+	defer c.Close()
+	proxy := redistest.StartProxy(t, server.Addr(), redistest.Faults{})
+	h := newHost(t, w, proxy.Addr(), "buffer: {retain_age: 1h}")
+	h.env = []string{"EDR_SENSOR_TRANSPORT__BACKOFF_BASE=10ms", "EDR_SENSOR_TRANSPORT__BACKOFF_LIMIT=100ms"}
+	h.start()
+	h.delivered(30 * time.Second)
+	proxy.SetFaults(redistest.Faults{Word: word})
+	dir := filepath.Join(t.TempDir(), word)
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	w.do(order{Op: "exec", From: 1, N: 50})
+	w.do(order{Op: "create", Dir: dir, N: 1})
+	w.do(order{Op: "exec", From: 51, N: 50})
+	eventually(t, 60*time.Second, "the decision is delivered", func() bool {
+		return len(decisions(t, readStreams(t, c, decisionsKey), decisionsKey, "RECORD_REFUSED")) > 0 && h.mustStatus().Transport.State == string(transport.Connected)
+	})
+	s := h.delivered(60 * time.Second)
+	refusal := s.Transport.Refusal
+	if refusal == nil {
+		t.Fatalf("status tells of no refusal: %+v", s.Transport)
+	}
+	if held, err := os.ReadFile(refusal.Path); err != nil || !strings.Contains(string(held), word) {
+		t.Errorf("the copy is %d bytes, %v", len(held), err)
+	}
+
+	h.kill9()
+	proxy.SetFaults(redistest.Faults{})
+	if err := c.FlushAll(t.Context()).Err(); err != nil {
+		t.Fatal(err)
+	}
+	h.start()
+	w.do(order{Op: "exec", From: 101, N: 50})
+	h.delivered(60 * time.Second)
+	eventually(t, 30*time.Second, "no loss is unnamed", func() bool { return h.mustStatus().Buffer.Losses == 0 })
+	h.delivered(30 * time.Second)
+	h.stop()
+	recs := readStreams(t, c)
+	told := decisions(t, recs, decisionsKey, "RECORD_REFUSED")
+	if lost := verify(t, recs); lost != uint64(len(told)) || lost == 0 {
+		t.Errorf("%d seqs are named lost, %d were refused", lost, len(told))
+	}
+	for _, r := range recs {
+		if strings.Contains(string(r.data), word) && r.stream == eventsKey {
+			t.Errorf("seq %d is delivered, which was refused", r.seq)
+		}
+	}
+	checkTold(t, recs, h.log.all(), "START", "MODE", "RECORD_REFUSED")
+	t.Logf("%d records refused by %d resets, seq %d of %d bytes", len(told), proxy.Refused.Load(), refusal.Seq, refusal.Bytes)
 }

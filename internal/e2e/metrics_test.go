@@ -142,12 +142,15 @@ const maxSeries = 400
 // closedSets are all values that a label can have. What describes the build or the
 // configuration has one value at a time, in one series.
 func closedSets() map[string][]string {
-	var kinds, classes []string
+	var kinds, classes, risks []string
 	for k := event.None + 1; int(k) < event.Kinds; k++ {
 		kinds = append(kinds, k.String())
 	}
 	for _, c := range transport.Classes() {
 		classes = append(classes, string(c))
+	}
+	for _, r := range transport.Risks() {
+		risks = append(risks, string(r))
 	}
 	return map[string][]string{
 		"kind": kinds, "event": kinds, "class": classes,
@@ -157,6 +160,7 @@ func closedSets() map[string][]string {
 		"op":     {"commit", "reopen", "read", "note"},
 		"result": {"ok", "dup", "gap", "overlap", "fenced", "error", "pending", "rate", "size", "gone", "changed", "shed"},
 		"ring":   {"priority", "bulk"},
+		"risk":   risks,
 		"state":  {"running", "exited"},
 		"stream": {"events", "decisions_system", "decisions_agents", "decisions_approvals"},
 	}
@@ -333,7 +337,7 @@ func TestMetricsMove(t *testing.T) {
 	mount := loopMount(t)
 	w := startWorkload(t)
 	server := redistest.Start(t, redistest.Options{AOF: "everysec"})
-	const settings = "buffer: {dir: %q, cap: %s}\nsensor: {scope: \"tree:%d\", priority_ring: %s, bulk_ring: 64KiB, file: {per_process: 50}}"
+	const settings = "buffer: {dir: %q, cap: %s, compression: none}\nsensor: {scope: \"tree:%d\", priority_ring: %s, bulk_ring: 64KiB, file: {per_process: 50}}"
 	dir := filepath.Join(mount, "buffer")
 	h := newHost(t, w, server.Addr(), fmt.Sprintf(settings, dir, "16MiB", w.pid(), "64KiB"))
 	scrape := func() metricstest.Page {

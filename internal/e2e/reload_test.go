@@ -96,7 +96,7 @@ func TestReload(t *testing.T) {
 	bad := strings.Replace(string(good), "level: debug}", "level: error}", 1) + "buffer: {cap: 1MiB}\nredis: {password: " + secret + "}\n"
 	write(bad)
 	hangup("CONFIG_REJECTED", 1)
-	out, err := exec.Command(binary(t), "reload", "--socket", filepath.Join(h.dir, "control.sock")).CombinedOutput()
+	out, err := exec.Command(binary(t), "reload", "--config", h.config).CombinedOutput() // as the unit does
 	if code := exitCode(err); code != 78 || !strings.Contains(string(out), "buffer.cap") || strings.Contains(string(out), secret) {
 		t.Errorf("reload of a bad file: exit code %d, %s", code, out)
 	}
@@ -107,8 +107,12 @@ func TestReload(t *testing.T) {
 	}
 	better := strings.Replace(string(good), "sensor: {", fmt.Sprintf("sensor: {file: {per_process: 7, exclude_executables: [%q, /no/such/file]}, process_table: 4096, ", exe), 1)
 	better = strings.Replace(better, "level: debug}", "level: info, components: {sensor: warn}}", 1)
-	write(better)
+	write(better + "buffer: {cap: 48MiB}\n")
 	hangup("CONFIG_RELOADED", 1)
+	eventually(t, 30*time.Second, "the buffer was made smaller", func() bool { return counted("BUFFER_RESIZED") == 1 })
+	if st, err := os.Stat(filepath.Join(h.dir, "state", "buffer", "q.db")); err != nil || st.Size() != 48<<20 {
+		t.Errorf("%v, %v", st, err)
+	}
 	dir := t.TempDir()
 	close(stop)
 	execs := <-done

@@ -108,7 +108,7 @@ func TestStatusWhileRedisIsAway(t *testing.T) {
 	requireHost(t)
 	w := startWorkload(t)
 	server := redistest.Start(t, redistest.Options{})
-	h := newHost(t, w, server.Addr(), "buffer: {cap: 16MiB}")
+	h := newHost(t, w, server.Addr(), "buffer: {cap: 16MiB, compression: none}")
 	h.env = []string{"EDR_SENSOR_TRANSPORT__TIMEOUT=500ms"}
 	h.start()
 	h.delivered(30 * time.Second)

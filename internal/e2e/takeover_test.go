@@ -156,9 +156,12 @@ func (m *manager) command(path string, args ...string) *exec.Cmd {
 
 // otherBinary is the sensor built with another object: the same programs, whose file has
 // bytes behind its end.
-func otherBinary(t *testing.T) string {
+func otherBinary(t *testing.T, version string) string {
 	t.Helper()
-	dir := t.TempDir()
+	dir, err := scratchDir()
+	if err != nil {
+		t.Fatal(err)
+	}
 	replace := map[string]string{}
 	for _, name := range []string{"sensor_x86_bpfel.o", "sensor_arm64_bpfel.o"} {
 		path, err := filepath.Abs(filepath.Join(moduleRoot, "bpf", name))
@@ -182,7 +185,7 @@ func otherBinary(t *testing.T) string {
 		t.Fatal(err)
 	}
 	path := filepath.Join(dir, "edr-sensor")
-	cmd := exec.Command("go", "build", "-trimpath", "-overlay", filepath.Join(dir, "overlay.json"), "-o", path, "github.com/aurorasoc/edr-sensor/cmd/edr-sensor")
+	cmd := exec.Command("go", "build", "-trimpath", "-overlay", filepath.Join(dir, "overlay.json"), "-ldflags", "-s -w -X main.version="+version, "-o", path, "github.com/aurorasoc/edr-sensor/cmd/edr-sensor")
 	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("go build: %v\n%s", err, out)
@@ -241,7 +244,7 @@ func TestTakeOver(t *testing.T) {
 	h := newHost(t, w, server.Addr(), "")
 	m := startManager(t)
 	h.manager = m
-	other := otherBinary(t)
+	other := otherBinary(t, "2")
 	h.start()
 	_, page := h.get("/metrics")
 	first := metricstest.Parse(page)
@@ -299,7 +302,62 @@ func TestTakeOver(t *testing.T) {
 	t.Logf("%d execs and twice %d connections through %d kills and %d swaps, %d descriptors kept", s.execs, s.connections, kills, swaps, kept)
 }
 
-// TestTakeOverControl does the same without what was kept: the gap is there, and named.
+// TestTakeOverInterrupted ends the sensor, by SIGTERM and by SIGKILL in turns, while it takes
+// over from a version with other kernel programs: nothing of what those saw may be passed over
+// by the one that did not live to read it.
+func TestTakeOverInterrupted(t *testing.T) {
+	requireHost(t)
+	const rounds = 20
+	w := startWorkload(t)
+	server := redistest.Start(t, redistest.Options{AOF: "everysec"})
+	h := newHost(t, w, server.Addr(), "")
+	h.manager = startManager(t)
+	versions := []string{binary(t), otherBinary(t, "2")}
+	h.binary = versions[0]
+	h.start()
+	h.delivered(30 * time.Second)
+	end := numberedExecs(w)
+	for i := range rounds {
+		h.kill9()
+		h.binary = versions[(i+1)%2]
+		h.launch()
+		// From where it opens the buffer to where it lets go of the old programs.
+		pause := time.NewTimer(50*time.Millisecond + time.Duration(i*37%400)*time.Millisecond)
+		<-pause.C
+		if i%2 == 0 {
+			_ = h.proc.Process.Signal(unix.SIGTERM)
+			_ = h.proc.Wait()
+		}
+		h.kill9()
+		h.start()
+	}
+	made := end()
+	h.delivered(30 * time.Second)
+	h.stop()
+	recs := readStreams(t, server.Client())
+	verify(t, recs)
+	missing, twice := numbersOf(recs, 1, made)
+	if len(missing)+len(twice) > 0 {
+		t.Errorf("of %d execs %d are missing: %v; %d are there again: %v", made, len(missing), missing, len(twice), twice)
+	}
+	explain(t, recs, missing)
+	codes := decisionCodes(recs)
+	if codes["BLIND_KILLED"]+codes["BLIND_STOPPED"]+codes["KEEP_FAILED"] != 0 {
+		t.Errorf("decisions by code %v, want none that is blind", codes)
+	}
+	replaced, stopped := 0, codes["STOP"]
+	for _, r := range recs {
+		if r.event.StatusCode == "TAKEN_OVER" && strings.Contains(string(r.data), `"after":"replaced"`) {
+			replaced++
+		}
+	}
+	if replaced < rounds/4 || stopped == 0 {
+		t.Errorf("%d runs replaced programs, %d were stopped in order: too few to tell", replaced, stopped)
+	}
+	t.Logf("%d execs through %d rounds, %d runs replaced programs, %d were stopped in order", made, rounds, replaced, stopped)
+}
+
+// TestTakeOverControl restarts without what was kept: the gap is there, and named.
 func TestTakeOverControl(t *testing.T) {
 	requireHost(t)
 	w := startWorkload(t)
@@ -334,7 +392,7 @@ func TestWatchdog(t *testing.T) {
 	mount := loopMount(t)
 	w := startWorkload(t)
 	server := redistest.Start(t, redistest.Options{AOF: "everysec"})
-	h := newHost(t, w, server.Addr(), fmt.Sprintf(`buffer: {dir: "%s/buffer", cap: 64MiB}`, mount))
+	h := newHost(t, w, server.Addr(), fmt.Sprintf(`buffer: {dir: "%s/buffer", cap: 64MiB, compression: none}`, mount))
 	h.manager = startManager(t)
 	h.start()
 	grows := func() {

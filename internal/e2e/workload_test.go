@@ -51,7 +51,23 @@ func TestMain(m *testing.M) {
 		runWorkload()
 		return
 	}
-	os.Exit(m.Run())
+	code := m.Run()
+	if dir, err := scratch(); err == nil {
+		_ = os.RemoveAll(dir)
+	}
+	os.Exit(code)
+}
+
+// scratch is for what more than one test uses. It goes when all have ended.
+var scratch = sync.OnceValues(func() (string, error) { return os.MkdirTemp("", "edr-e2e-") })
+
+// scratchDir makes a directory in it.
+func scratchDir() (string, error) {
+	dir, err := scratch()
+	if err != nil {
+		return "", err
+	}
+	return os.MkdirTemp(dir, "")
 }
 
 func marker(i int) string { return fmt.Sprintf("edr-e2e-%06d", i) }
@@ -225,7 +241,7 @@ func connect(addr string, i int) error {
 }
 
 func dialer() *net.Dialer {
-	d := &net.Dialer{Timeout: 10 * time.Second}
+	d := &net.Dialer{Timeout: time.Minute}
 	d.SetMultipathTCP(false)
 	return d
 }
@@ -259,8 +275,14 @@ type workload struct {
 
 func startWorkload(t *testing.T) *workload {
 	t.Helper()
-	w := &workload{t: t, cmd: exec.Command(os.Args[0])}
-	w.cmd.Env = append(os.Environ(), workloadEnv+"=1")
+	cmd := exec.Command(os.Args[0])
+	cmd.Env = append(os.Environ(), workloadEnv+"=1")
+	return runWorkloadAs(t, cmd)
+}
+
+func runWorkloadAs(t *testing.T, cmd *exec.Cmd) *workload {
+	t.Helper()
+	w := &workload{t: t, cmd: cmd}
 	w.cmd.Stderr = os.Stderr
 	var err error
 	if w.in, err = w.cmd.StdinPipe(); err != nil {

@@ -35,18 +35,29 @@ run: build
 ## test: every test on the real kernel and a real Redis (root installs what is missing)
 .PHONY: test
 test: deps lint
-	CGO_ENABLED=1 $(GO) test -race -timeout 25m $$($(GO) list ./... | grep -v /internal/vmtest)
-	$(GO) test -count=1 -timeout 25m -parallel $$(($$(nproc)+1)) ./internal/vmtest # alone: emulated kernels want the whole machine
+	CGO_ENABLED=1 $(GO) test -race -timeout 40m $$($(GO) list ./... | grep -v /internal/vmtest)
+	$(GO) -C bench test ./...
+	$(GO) test -count=1 -timeout 35m -parallel $$(($$(nproc)+1)) ./internal/vmtest # alone: emulated kernels want the whole machine
 
 ## test-vm: the kernel programs' tests on every supported kernel, in virtual machines; KERNEL=6.1 (or 6.12-arm64) for one only
 .PHONY: test-vm
 test-vm: deps
 	KERNEL=$(KERNEL) $(GO) test -count=1 -v -timeout 25m -run TestVM ./internal/vmtest
 
+## test-systemd: the packages' lives on Debian 11, 12 and 13 under systemd, in virtual machines (root); RELEASE=bookworm-rpm for one only
+.PHONY: test-systemd
+test-systemd: deps
+	RELEASE=$(RELEASE) $(GO) test -count=1 -v -timeout 60m -run TestSystemd ./internal/vmtest
+
 ## test-short: the tests that need neither root nor servers, quickly
 .PHONY: test-short
 test-short:
 	$(GO) test -short ./...
+
+## test-long: the whole of the buffer's proofs of which make test runs a share: a million operations, 1,200 kills, 12,000 power cuts (root)
+.PHONY: test-long
+test-long: deps
+	EDR_LONG=1 $(GO) test -count=1 -v -timeout 60m -run '^Test(Model|Kill|PowerCut)$$' ./buffer
 
 ## fuzz: every fuzz target for FUZZTIME each
 .PHONY: fuzz
@@ -61,7 +72,33 @@ fuzz:
 .PHONY: bench
 bench: deps
 	$(GO) test -run "^$$" -bench . -benchmem ./...
-	EDR_FOOTPRINT=1 $(GO) test -count=1 -v -run TestFootprint ./internal/e2e
+	EDR_FOOTPRINT=1 $(GO) test -count=1 -v -run 'Test(Service)?Footprint' ./internal/e2e
+	$(MAKE) bench-buffer
+
+## bench-buffer: the buffer beside others, into docs/buffer.md, from where the last run was ended; BENCH=-fresh anew
+.PHONY: bench-buffer
+bench-buffer:
+	$(GO) -C bench run . -docs ../docs $(BENCH)
+
+## bench-fleet: what many sensors cost a Redis and how they come back to it, into docs/operations.md; FLEET="-sensors 10,10000"
+.PHONY: bench-fleet
+bench-fleet: deps
+	$(GO) -C bench run ./fleet -docs ../docs $(FLEET)
+
+## soak: 30 minutes of every fault and failover at 5,000 events a second, and the long forms of the proofs of exactly-once delivery
+.PHONY: soak
+soak: deps
+	EDR_LONG=1 $(GO) test -count=1 -v -timeout 60m -parallel 4 -run 'TestT[0-9]|TestModel|TestSoak|TestCompatibility' ./transport
+
+## generate-compatibility: run the proofs against the servers of other Debian suites, and write docs/compatibility.md
+.PHONY: generate-compatibility
+generate-compatibility: deps
+	$(GO) test -count=1 -v -timeout 25m -run TestCompatibility ./transport -args -update
+
+## test-storm: 20 minutes of events under the shipped unit, with Redis down and up (root)
+.PHONY: test-storm
+test-storm: deps
+	EDR_LONG=1 $(GO) test -count=1 -v -timeout 60m -run TestServiceStorm ./internal/e2e
 
 ## lint: formatting, vet, staticcheck, golangci-lint (import rules), drift of go.mod
 .PHONY: lint
@@ -70,6 +107,9 @@ lint:
 	$(GO) vet ./...
 	$(GO) tool -modfile=golangci.mod golangci-lint run ./...
 	$(GO) mod tidy -diff
+	$(GO) -C bench vet ./...
+	$(GO) -C bench mod tidy -diff
+	cd bench && $(GO) tool -modfile=../golangci.mod golangci-lint run --config ../.golangci.yml ./...
 
 ## format: rewrite Go and C sources in the project's format
 .PHONY: format

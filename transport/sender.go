@@ -211,7 +211,7 @@ func (s *Sender) serve(ctx context.Context, until uint64) error {
 			return err
 		}
 	}
-	for until == 0 || s.from(s.acked) < until {
+	for until == 0 || !s.has(until) {
 		s.limiter.Settle()
 		recs, err := s.next(ctx, until == 0)
 		switch {
@@ -239,6 +239,15 @@ func (s *Sender) serve(ctx context.Context, until uint64) error {
 		}
 	}
 	return nil
+}
+
+// has reports whether the server has everything up to until that the queue can give it.
+func (s *Sender) has(until uint64) bool {
+	if s.from(s.acked) < until {
+		return false
+	}
+	// After a rewind the server is behind what it had confirmed.
+	return max(s.from(s.pos), s.q.Bounds().First-1) >= until
 }
 
 // connect dials, unless there is a connection, and learns from the server what it has.

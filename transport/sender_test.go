@@ -343,6 +343,22 @@ func TestSenderDrain(t *testing.T) {
 		t.Fatal(err)
 	}
 	exactlyOnce(t, c, 700)
+	lose := func() {
+		s.disconnect()
+		if err := c.FlushAll(t.Context()).Err(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	lose()
+	if err := s.Drain(quiet(t)); err != nil { // what the server had confirmed
+		t.Fatal(err)
+	}
+	exactlyOnce(t, c, 700)
+	lose()
+	q.drop(1, 700)
+	if err := s.Drain(quiet(t)); err != nil { // and there is nothing to send again
+		t.Fatal(err)
+	}
 
 	q.add(5, buffer.Events, false)
 	srv.Kill9()

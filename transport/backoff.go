@@ -15,13 +15,29 @@ type backoff struct {
 	healthy          time.Duration
 
 	failures int
+	taken    int // batches since the last failure that was forgiven
+}
+
+// forgiving is how many batches that the server takes make up for one failure. A
+// network that resets one request in twenty does not slow delivery down for long; a
+// server that takes a batch or two and is gone again is still left alone.
+const forgiving = 8
+
+// delivered counts a batch that the server has taken.
+func (b *backoff) delivered() {
+	if b.failures == 0 {
+		return
+	}
+	if b.taken++; b.taken == forgiving {
+		b.failures, b.taken = b.failures-1, 0
+	}
 }
 
 // next counts a failure and returns how long to wait before the next attempt.
 // up is how long the connection that failed had worked, zero when it never did.
 func (b *backoff) next(up time.Duration, slow bool) time.Duration {
 	if up >= b.healthy {
-		b.failures = 0
+		b.failures, b.taken = 0, 0
 	}
 	limit, top := b.base, b.cap
 	if slow {

@@ -129,6 +129,7 @@ func (s *Sender) send(ctx context.Context, recs []buffer.Record) error {
 			return nil
 		}
 		s.breaks.taken(s.o.HealthyAfter, s.o.BatchRecords)
+		s.back.delivered()
 		recs = recs[n:]
 	}
 	return nil

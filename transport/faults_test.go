@@ -488,6 +488,20 @@ func TestBackoff(t *testing.T) {
 	near("slow class", limit(b, 0, true), 60*time.Second)
 	near("a connect alone proves nothing", limit(b, 59*time.Second, false), b.cap)
 	near("healthy traffic does", limit(b, time.Minute, false), b.first)
+
+	for range (b.failures - 1) * forgiving {
+		b.delivered()
+	}
+	near("batches do, but for the last failure", limit(b, time.Second, false), b.base)
+	for range forgiving {
+		b.delivered()
+	}
+	near("batches do", limit(b, time.Second, false), b.first)
+	for range 100 { // a server that flaps
+		b.next(time.Second, false)
+		b.delivered()
+	}
+	near("a batch for each failure does not", limit(b, time.Second, false), b.cap)
 }
 
 // TestSenderKnowsLastWords: what a server answered to something earlier is not why a

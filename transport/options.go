@@ -86,8 +86,9 @@ type Options struct {
 	// After a failure the Sender waits a random time below a limit. The limit is
 	// FirstReconnect (500 ms) when a healthy connection broke, then BackoffBase
 	// (250 ms), doubled at each failure up to BackoffCap (30 s; twice that for
-	// refused credentials, TLS and a full server). It starts over after
-	// HealthyAfter (60 s) without failure: a connect alone proves nothing.
+	// refused credentials, TLS and a full server). Each eight batches that are taken make
+	// up for one failure, and HealthyAfter (60 s) without any for all of them: a connect
+	// alone proves nothing.
 	FirstReconnect          time.Duration
 	BackoffBase, BackoffCap time.Duration
 	HealthyAfter            time.Duration

@@ -56,17 +56,7 @@ func encodings(t *testing.T, f func(t *testing.T, e Encoding)) {
 // eventually is delivered for what takes a while on a busy machine.
 func (r *running) eventually(t testing.TB, seq uint64) {
 	t.Helper()
-	deadline := time.NewTimer(2 * time.Minute)
-	defer deadline.Stop()
-	tick := time.NewTicker(5 * time.Millisecond)
-	defer tick.Stop()
-	for r.State().Acked < seq {
-		select {
-		case <-tick.C:
-		case <-deadline.C:
-			t.Fatalf("timed out waiting for seq %d, state %+v", seq, r.State())
-		}
-	}
+	awaitLong(t, lazy(func() string { return fmt.Sprintf("seq %d, state %+v", seq, r.State()) }), func() bool { return r.State().Acked >= seq })
 }
 
 func TestT1LossyProxy(t *testing.T) {

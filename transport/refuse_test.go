@@ -321,7 +321,7 @@ func TestDrainPassesWhatWasSetAside(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer s.Close()
-	ctx, cancel := context.WithTimeout(quiet(t), 10*time.Second)
+	ctx, cancel := context.WithTimeout(quiet(t), time.Minute) // else it waits for ever
 	defer cancel()
 	if err := s.Drain(ctx); err != nil {
 		t.Error(err)

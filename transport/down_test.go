@@ -75,8 +75,7 @@ func TestSenderWhileClusterIsDown(t *testing.T) {
 		defer c.Close()
 		awaitLong(t, text("the cluster to be down"), func() bool { return strings.Contains(c.ClusterInfo(t.Context()).Val(), "cluster_state:fail") })
 		last := q.add(10, buffer.Events, false)
-		s.reaches(t, Retrying, ClassCluster)
-		if st := s.State(); st.Acked != 10 || !strings.Contains(st.Error, "CLUSTERDOWN The cluster is down") {
+		if st := s.reaches(t, Retrying, ClassCluster); st.Acked != 10 || !strings.Contains(st.Error, "CLUSTERDOWN The cluster is down") {
 			t.Errorf("state %+v", st)
 		}
 		g.Masters[0].Restart()

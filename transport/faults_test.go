@@ -135,7 +135,7 @@ func TestSenderHoldsAndRecovers(t *testing.T) {
 			before := testutil.ToFloat64(s.m.errors[tt.class])
 			s.reaches(t, tt.phase, tt.class)
 			await(t, text("further attempts"), func() bool { return testutil.ToFloat64(s.m.errors[tt.class]) >= before+2 })
-			st := s.State()
+			st := s.reaches(t, tt.phase, tt.class)
 			said := strings.Contains(st.Error, ": "+tt.says) || old && strings.Contains(st.Error, ": -"+tt.says)
 			if st.Acked != 10 || !said || st.Hint == "" {
 				t.Errorf("state %+v", st)

@@ -124,8 +124,7 @@ func TestEchoedPassword(t *testing.T) {
 	o := fast(srv.Addr())
 	o.Username, o.PasswordFile = "edr-sensor", writePassword(t, "", secret)
 	s := start(t, o, newMemQueue())
-	s.reaches(t, Held, ClassScripting)
-	if st := s.State(); !strings.Contains(st.Error, "unknown command 'auth'") || strings.Contains(fmt.Sprintf("%+v", st), secret) {
+	if st := s.reaches(t, Held, ClassScripting); !strings.Contains(st.Error, "unknown command 'auth'") || strings.Contains(fmt.Sprintf("%+v", st), secret) {
 		t.Errorf("state %+v", st)
 	}
 	echo := "-ERR unknown command `HELLO`, with args beginning with: `2`, `AUTH`, `" + secret + "`\r\n+OK\r\n"

@@ -280,9 +280,11 @@ func (r *running) delivered(t testing.TB, seq uint64) {
 	await(t, lazy(func() string { return fmt.Sprintf("seq %d, state %+v", seq, r.State()) }), func() bool { return r.State().Acked >= seq })
 }
 
-func (r *running) reaches(t testing.TB, p Phase, c Class) {
+// reaches returns the state that was waited for: a later one can be of another attempt.
+func (r *running) reaches(t testing.TB, p Phase, c Class) (st State) {
 	t.Helper()
-	await(t, lazy(func() string { return fmt.Sprintf("phase %s class %q, state %+v", p, c, r.State()) }), func() bool { st := r.State(); return st.Phase == p && st.Class == c })
+	await(t, lazy(func() string { return fmt.Sprintf("phase %s class %q, state %+v", p, c, r.State()) }), func() bool { st = r.State(); return st.Phase == p && st.Class == c })
+	return st
 }
 
 // entry is what a consumer sees.

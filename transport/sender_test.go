@@ -312,9 +312,8 @@ func TestSenderRefusesServerAheadOfQueue(t *testing.T) {
 	}
 	s.stop(t)
 	s = start(t, fast(srv.Addr()), q)
-	s.reaches(t, Fenced, ClassFenced)
-	if !strings.Contains(s.State().Error, newer) {
-		t.Errorf("error %q does not name epoch %s", s.State().Error, newer)
+	if st := s.reaches(t, Fenced, ClassFenced); !strings.Contains(st.Error, newer) {
+		t.Errorf("error %q does not name epoch %s", st.Error, newer)
 	}
 }
 

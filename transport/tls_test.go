@@ -100,8 +100,7 @@ func TestTLSRotation(t *testing.T) {
 			t.Fatal(err)
 		}
 		last := q.add(10, buffer.Events, false)
-		s.reaches(t, Held, ClassTLS)
-		if st := s.State(); st.Acked != before || !strings.Contains(st.Error, tt.says) {
+		if st := s.reaches(t, Held, ClassTLS); st.Acked != before || !strings.Contains(st.Error, tt.says) {
 			t.Errorf("%s: %+v", tt.name, st)
 		}
 		tt.repair()

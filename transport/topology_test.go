@@ -304,8 +304,7 @@ func TestTopologyMismatch(t *testing.T) {
 		q := newMemQueue()
 		s := start(t, fast(srv.Addr()), q)
 		last := q.add(3, buffer.Events, false)
-		s.reaches(t, Held, ClassTopology)
-		if st := s.State(); !strings.Contains(st.Error, `edr:meta says shards "8", this sensor has 1`) {
+		if st := s.reaches(t, Held, ClassTopology); !strings.Contains(st.Error, `edr:meta says shards "8", this sensor has 1`) {
 			t.Errorf("error %s", st.Error)
 		}
 		if n := c.Exists(t.Context(), eventsKey).Val(); n != 0 {

@@ -164,7 +164,7 @@ func TestSenderSurvivesStalledServer(t *testing.T) {
 	defer c.Close()
 	q := newMemQueue()
 	o := fast(srv.Addr())
-	o.Timeout = 20 * time.Millisecond
+	o.Timeout = 200 * time.Millisecond // for a server that runs; a dial takes a dozen replies in a row
 	o.BatchRecords = 32
 	s := start(t, o, q)
 	var last uint64
@@ -259,11 +259,11 @@ func TestSenderAccountsForEverything(t *testing.T) {
 	t.Logf("seed %d", seed)
 	rng := rand.New(rand.NewPCG(seed, 0))
 	proxy := redistest.StartProxy(t, srv.Addr(), redistest.Faults{
-		DropReply: 0.10, Reset: 0.05, Stall: 0.02, StallFor: 60 * time.Millisecond, Seed: seed,
+		DropReply: 0.10, Reset: 0.05, Stall: 0.02, StallFor: 250 * time.Millisecond, Seed: seed,
 	})
 	q := newMemQueue()
 	o := fast(proxy.Addr())
-	o.Timeout = 50 * time.Millisecond
+	o.Timeout = 200 * time.Millisecond
 	o.BatchRecords = 16
 	s := start(t, o, q)
 	dropped := make(map[uint64]bool) // by the queue, never delivered

@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -209,14 +210,23 @@ func TestSenderWithoutScripting(t *testing.T) {
 // TestSenderWaitsWhileServerLoads: it asks again and again, on one connection.
 func TestSenderWaitsWhileServerLoads(t *testing.T) {
 	t.Parallel()
-	srv := redistest.Start(t, redistest.Options{AOF: "always"})
+	srv := redistest.Start(t, redistest.Options{AOF: "always", Config: map[string]string{"rdbcompression": "no"}})
 	c := srv.Client()
 	defer c.Close()
 	q := newMemQueue()
-	s := start(t, fast(srv.Addr()), q)
+	o := fast(srv.Addr())
+	var told []State
+	o.OnChange = func(st State) { told = append(told, st) }
+	s := start(t, o, q)
 	s.delivered(t, q.add(1000, buffer.Events, false))
-	for i := range 50 {
-		c.Set(t.Context(), fmt.Sprintf("ballast-%d", i), strings.Repeat("x", 4096), 0)
+	// Two seconds of loading, with a look at the clients four times in each key.
+	if _, err := c.Pipelined(t.Context(), func(p redis.Pipeliner) error {
+		for i := range 200 {
+			p.Set(t.Context(), fmt.Sprintf("ballast-%d", i), strings.Repeat("x", 4096), 0)
+		}
+		return nil
+	}); err != nil {
+		t.Fatal(err)
 	}
 	// A base file in RDB form, which loads as slowly as we want.
 	if err := c.BgRewriteAOF(t.Context()).Err(); err != nil {
@@ -231,7 +241,6 @@ func TestSenderWaitsWhileServerLoads(t *testing.T) {
 	srv.SetConfig("loading-process-events-interval-bytes", "1024")
 	srv.Launch()
 	last := q.add(10, buffer.Events, false)
-	s.reaches(t, Retrying, ClassLoading)
 	s.delivered(t, last)
 	exactlyOnce(t, c, last)
 	asked := testutil.ToFloat64(s.m.errors[ClassLoading])
@@ -243,6 +252,10 @@ func TestSenderWaitsWhileServerLoads(t *testing.T) {
 	}
 	if asked < 3 || made == 0 || made > 1+2 {
 		t.Errorf("asked %v times while it loaded, on %v connections, of which at most two are the test's", asked, made)
+	}
+	s.stop(t)
+	if !slices.ContainsFunc(told, func(st State) bool { return st.Phase == Retrying && st.Class == ClassLoading }) {
+		t.Errorf("told %+v", told)
 	}
 }
 

@@ -189,6 +189,8 @@ func TestRiskReplica(t *testing.T) {
 	q := newMemQueue()
 	o := fast(master.Addr())
 	o.Ack, o.ProbeInterval = AckReplica, 20*time.Millisecond
+	// A replica that takes long for its copy is a risk, too.
+	await(t, text("the replica"), func() bool { return strings.Contains(c.Info(t.Context(), "replication").Val(), "state=online") })
 	s := start(t, o, q)
 	s.delivered(t, q.add(10, buffer.Events, false))
 	risk := func() bool {

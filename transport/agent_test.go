@@ -33,7 +33,7 @@ import (
 type agentSpec struct {
 	Dir, Addr  string
 	Encoding   Encoding
-	Rate       int           // events a second; 0: as many as the buffer takes
+	Rate       int           // events a second; 0: as many as are delivered, and some
 	Total      uint64        // 0: until SIGTERM
 	Clock      time.Duration // how wrong the clock of the process is
 	Retain     int64         // bytes of acknowledged records kept; 0: the default
@@ -111,6 +111,10 @@ func (a *agentSpec) run(term context.Context) error {
 	return q.Close(ctx)
 }
 
+// maxUnsent is how many records an agent without a rate lets wait: enough to be amid a batch
+// at any time, and far from what overruns its buffer, whatever starts are slow.
+const maxUnsent = 10_000
+
 // produce appends events, each with its own seq in it, until term ends or the total
 // is reached.
 func (a *agentSpec) produce(term, ctx context.Context, q *buffer.Queue) error {
@@ -122,6 +126,8 @@ func (a *agentSpec) produce(term, ctx context.Context, q *buffer.Queue) error {
 		n := 50
 		if a.Rate > 0 {
 			n = min(200, int(time.Since(began).Seconds()*float64(a.Rate))-made)
+		} else if q.Stats().Unsent > maxUnsent {
+			n = 0
 		}
 		if a.Total > 0 {
 			if q.Next() > a.Total {

@@ -57,7 +57,7 @@ func TestSenderWhileClusterIsDown(t *testing.T) {
 	})
 	t.Run("coverage", func(t *testing.T) {
 		t.Parallel()
-		g := redistest.StartCluster(t, 3, failTimeout, redistest.Options{Config: map[string]string{"cluster-require-full-coverage": "yes"}})
+		g := redistest.StartCluster(t, 3, steadyTimeout, redistest.Options{Config: map[string]string{"cluster-require-full-coverage": "yes"}})
 		o := fast(g.Addr())
 		o.Topology, o.Shards = Cluster, 16
 		for i := 0; ; i++ { // one whose shard is not on the master that goes

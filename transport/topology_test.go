@@ -198,13 +198,19 @@ func plainFailover(t *testing.T, c redis.UniversalClient, g *redistest.Group, ma
 	}
 }
 
-const failTimeout = time.Second // of the tests' clusters and sentinels
+// How long a master of the tests may be silent: of those where any may take over, and of
+// those where none may but the one that the test kills. A node syncs its configuration
+// before it goes on, all of them at the same time.
+const (
+	failTimeout   = time.Second
+	steadyTimeout = 3 * time.Second
+)
 
 // TestClusterFailover is T4: once with a replica that is behind, which must cost a
 // rewind, and once where nobody ever says MOVED.
 func TestClusterFailover(t *testing.T) {
 	t.Parallel()
-	g := redistest.StartCluster(t, 3, failTimeout, limited(t))
+	g := redistest.StartCluster(t, 3, steadyTimeout, limited(t))
 	o := as(t, fast(g.Masters[0].Addr())) // one seed: it learns the others
 	o.Topology, o.Shards = Cluster, 16
 	o.FirstReconnect, o.BackoffCap = 100*time.Millisecond, 30*time.Second
@@ -247,7 +253,7 @@ func TestSentinelFailover(t *testing.T) {
 	for _, lag := range []int{3000, 0} {
 		t.Run(fmt.Sprintf("lag %d", lag), func(t *testing.T) {
 			t.Parallel()
-			g := redistest.StartSentinel(t, failTimeout, limited(t))
+			g := redistest.StartSentinel(t, steadyTimeout, limited(t))
 			o := asToo(t, g, as(t, fast(g.Addr())))
 			o.Topology, o.Master = Sentinel, redistest.MasterName
 			o.FirstReconnect, o.BackoffCap = 100*time.Millisecond, 30*time.Second
@@ -256,7 +262,7 @@ func TestSentinelFailover(t *testing.T) {
 	}
 	t.Run("control", func(t *testing.T) {
 		t.Parallel()
-		g := redistest.StartSentinel(t, failTimeout, redistest.Options{})
+		g := redistest.StartSentinel(t, steadyTimeout, redistest.Options{})
 		c := redis.NewFailoverClient(&redis.FailoverOptions{
 			MasterName: redistest.MasterName, SentinelAddrs: strings.Split(g.Addr(), ","), MaxRetries: -1, DialTimeout: time.Second, ReadTimeout: time.Second, PoolSize: 1,
 		})

@@ -153,12 +153,12 @@ func TestGroupHasUnacknowledgedAgain(t *testing.T) {
 	}
 	// A member that dies with entries, one of which is deleted meanwhile; another
 	// one takes them over, and does so before it reads new ones.
+	start := time.Now() // it was alive after that
 	if err := group(t, c, "one").Read(t.Context(), &collector{refuse: broken}); err == nil {
 		t.Error("no error")
 	}
 	other := group(t, c, "two")
 	sink = &collector{}
-	start := time.Now()
 	drain(t, other, sink)
 	if d := cmp.Diff(upTo(5, 20), sink.seqs); d != "" {
 		t.Errorf("taken over (-want +got):\n%s", d)

@@ -222,6 +222,7 @@ func TestSealIsRefused(t *testing.T) {
 // since: it is given up as any other, and the chunk is found by the reader.
 func TestSealOverDamagedChunk(t *testing.T) {
 	o := small(fastDir(t))
+	o.CommitInterval = time.Hour // each Flush is one transaction
 	s := &sim{t: t, led: newLedger(), rng: rand.New(rand.NewPCG(8, 8))}
 	s.q = open(t, o)
 	for range 20 {

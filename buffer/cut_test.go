@@ -139,6 +139,12 @@ func cutLifeChild(spec string) {
 		}
 	}
 	if s.must(s.q.Flush(s.t.Context())); life.Rot {
+		s.connect()
+		for range 3 { // so that there is a chunk for it at least once
+			s.produce(5, 2000, false)
+			s.must(s.q.Flush(s.t.Context()))
+		}
+		s.rot()
 		for s.connect(); s.pos < s.q.Bounds().Last; { // so that it is found
 			s.deliver(100, 1<<20, 0)
 		}

@@ -360,7 +360,7 @@ func TestDamageCorpus(t *testing.T) {
 			case s.stale && r.Err == "" && r.Recovery == nil && r.Stats.Acked < s.sp.stats.Acked:
 				// Damage to the last transaction, beside a sidecar that may be a second old,
 				// looks like a power cut amid it, see seal.go: it is given up.
-				if gaveUp++; gaveUp > files/100 {
+				if gaveUp++; gaveUp > files/100+2 { // of a hundred files it can be two
 					t.Errorf("%s: the last transaction is given up, for the %d. time", s.name, gaveUp)
 				}
 				continue

@@ -192,7 +192,7 @@ func TestResizeUnderReader(t *testing.T) {
 	o := small(fastDir(t))
 	o.Cap = 6 * mib
 	q := open(t, o)
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Minute)
 	defer cancel()
 	const total = 20_000
 	errs := make(chan error, 2)

@@ -69,6 +69,11 @@ func payload(seq uint64) string {
 func (q *memQueue) add(n int, s buffer.Stream, urgent bool) uint64 {
 	q.mu.Lock()
 	defer q.mu.Unlock()
+	return q.append(n, s, urgent)
+}
+
+// append is add with the lock held.
+func (q *memQueue) append(n int, s buffer.Stream, urgent bool) uint64 {
 	for range n {
 		q.last++
 		q.recs = append(q.recs, buffer.Record{Seq: q.last, Stream: s, Urgent: urgent, Data: []byte(payload(q.last))})

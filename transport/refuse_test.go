@@ -234,12 +234,12 @@ func TestRefusedByProxy(t *testing.T) {
 			s := start(t, o, q)
 			s.reaches(t, Connected, ClassNone) // the script is loaded
 			proxy.SetFaults(tt.faults)
-			q.add(total, buffer.Events, false)
+			q.mu.Lock()
+			q.append(total, buffer.Events, false)
 			if tt.spoil != nil {
-				q.mu.Lock()
 				tt.spoil(q)
-				q.mu.Unlock()
 			}
+			q.mu.Unlock()
 			if tt.class == ClassNone {
 				// The last one counts as acknowledged when something follows it.
 				await(t, lazy(func() string { return fmt.Sprintf("the end, state %+v", s.State()) }), func() bool { return len(q.setAside()) == len(tt.aside) })

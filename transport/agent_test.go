@@ -56,6 +56,7 @@ func agentMain(spec string) int {
 	}
 	term, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM)
 	defer stop()
+	fmt.Println("ready") // for a SIGTERM
 	if err := a.run(term); err != nil {
 		fmt.Fprintln(os.Stderr, err)
 		return 1
@@ -174,9 +175,10 @@ func (a *agentSpec) name(ctx context.Context, q *buffer.Queue) error {
 
 // agentProcess is a running agentMain.
 type agentProcess struct {
-	cmd  *exec.Cmd
-	last chan uint64 // what it said at its end; closed without when it was killed
-	errs *strings.Builder
+	cmd   *exec.Cmd
+	ready chan struct{} // closed when a SIGTERM has it finish
+	last  chan uint64   // what it said at its end; closed without when it was killed
+	errs  *strings.Builder
 }
 
 // startAgent runs a process. It ends with the test at the latest, and does not
@@ -187,7 +189,7 @@ func startAgent(t testing.TB, a agentSpec) *agentProcess {
 	if err != nil {
 		t.Fatal(err)
 	}
-	p := &agentProcess{cmd: exec.Command(os.Args[0], "-test.run=^$"), last: make(chan uint64, 1), errs: &strings.Builder{}}
+	p := &agentProcess{cmd: exec.Command(os.Args[0], "-test.run=^$"), ready: make(chan struct{}), last: make(chan uint64, 1), errs: &strings.Builder{}}
 	p.cmd.Env = append(os.Environ(), agentEnv+"="+string(spec))
 	p.cmd.Stderr = p.errs
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
@@ -205,6 +207,10 @@ func startAgent(t testing.TB, a agentSpec) *agentProcess {
 			return
 		}
 		for lines := bufio.NewScanner(out); lines.Scan(); {
+			if lines.Text() == "ready" {
+				close(p.ready)
+				continue
+			}
 			var last uint64
 			if _, err := fmt.Sscanf(lines.Text(), "last %d", &last); err == nil {
 				p.last <- last
@@ -229,13 +235,20 @@ func (p *agentProcess) kill() {
 // finish waits until the process has delivered everything and returns the last seq.
 func (p *agentProcess) finish(t testing.TB, terminate bool) uint64 {
 	t.Helper()
+	deadline := time.NewTimer(3 * time.Minute)
+	defer deadline.Stop()
 	if terminate {
+		select {
+		case <-p.ready: // it may have been started just now
+		case <-p.last:
+			t.Fatalf("the agent ended: %s", p.errs)
+		case <-deadline.C:
+			t.Fatal("the agent does not begin")
+		}
 		if err := p.cmd.Process.Signal(syscall.SIGTERM); err != nil {
 			t.Fatal(err)
 		}
 	}
-	deadline := time.NewTimer(3 * time.Minute)
-	defer deadline.Stop()
 	select {
 	case last, said := <-p.last:
 		if !said {

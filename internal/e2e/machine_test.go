@@ -22,7 +22,6 @@ import (
 
 	"github.com/aurorasoc/edr-sensor/internal/agent"
 	"github.com/aurorasoc/edr-sensor/internal/debian"
-	"github.com/aurorasoc/edr-sensor/transport"
 )
 
 // machine is a Debian 12 with systemd as its first process and a redis-server, in
@@ -365,16 +364,16 @@ func (m *machine) goesOn(within time.Duration) {
 	})
 }
 
-// delivered waits until Redis has everything.
-func (m *machine) delivered(within time.Duration) (s agent.Status) {
+// delivered waits until Redis has everything, and the names of what is lost.
+func (m *machine) delivered(within time.Duration) agent.Status {
 	m.t.Helper()
-	eventually(m.t, within, "everything is delivered", func() bool {
-		var err error
-		s, err = m.status()
-		return err == nil && s.Transport.State == string(transport.Connected) && s.Transport.Acked == s.Buffer.Last && s.Buffer.Losses == 0 &&
-			s.Sensor.Rings["priority"].Used == 0 && s.Sensor.Rings["bulk"].Used == 0
+	return allDelivered(m.t, within, func() (agent.Status, error) {
+		s, err := m.status()
+		if err == nil && s.Buffer.Losses > 0 {
+			err = fmt.Errorf("%d losses are unnamed", s.Buffer.Losses)
+		}
+		return s, err
 	})
-	return s
 }
 
 const redisSocket = "/run/redis/redis-server.sock"

@@ -140,8 +140,8 @@ func TestIncident(t *testing.T) {
 	shell("/bin/true edr-e2e-seen")
 	h.delivered(30 * time.Second)
 
-	killed := time.Now()
 	h.kill9()
+	killed := time.Now()
 	shell("/bin/true edr-e2e-unseen")
 	unseen := time.Now()
 	h.start()

@@ -189,7 +189,7 @@ func (h *host) stop() int {
 }
 
 func (h *host) control() *http.Client {
-	return &http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+	return &http.Client{Timeout: 30 * time.Second, Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		var d net.Dialer
 		return d.DialContext(ctx, "unix", filepath.Join(h.dir, "control.sock"))
 	}}}
@@ -217,7 +217,7 @@ func (h *host) mustStatus() agent.Status {
 func (h *host) get(path string) (int, string) {
 	h.t.Helper()
 	addr := ""
-	eventually(h.t, 10*time.Second, "the log tells the HTTP address", func() bool {
+	eventually(h.t, 30*time.Second, "the log tells the HTTP address", func() bool {
 		for _, l := range h.log.all() {
 			var line struct{ Msg, HTTP string }
 			if json.Unmarshal(l, &line) == nil && line.HTTP != "" {

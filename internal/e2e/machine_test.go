@@ -163,7 +163,7 @@ func startMachine(t *testing.T) *machine {
 		require(t, false, "this host makes no machine with systemd: "+says.tail(20))
 	}
 	state := ""
-	eventually(t, time.Minute, "systemd is up", func() bool {
+	eventually(t, 3*time.Minute, "systemd is up", func() bool {
 		state, _ = m.try("systemctl", "is-system-running") // fails until it is
 		return state == "running" || state == "degraded"
 	})
@@ -260,7 +260,7 @@ func groupMount(mounts, controllers string) string {
 // removeGroup removes a group and those below it, once all processes in them have gone.
 func removeGroup(t *testing.T, dir string) {
 	t.Helper()
-	eventually(t, 20*time.Second, dir+" is empty", func() bool {
+	eventually(t, time.Minute, dir+" is empty", func() bool {
 		var all []string
 		_ = filepath.WalkDir(dir, func(path string, d os.DirEntry, err error) error {
 			if err == nil && d.IsDir() {
@@ -278,7 +278,7 @@ func removeGroup(t *testing.T, dir string) {
 
 // remove deletes what the machine had, once its last process, and its mounts with it, have gone.
 func (m *machine) remove(dir string) {
-	eventually(m.t, 20*time.Second, "the machine has gone", func() bool { return os.RemoveAll(dir) == nil })
+	eventually(m.t, time.Minute, "the machine has gone", func() bool { return os.RemoveAll(dir) == nil })
 }
 
 // path is where a file of the machine can be reached.
@@ -338,7 +338,7 @@ func (m *machine) unit(property string) string {
 }
 
 func (m *machine) status() (s agent.Status, err error) {
-	c := http.Client{Timeout: 5 * time.Second, Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+	c := http.Client{Timeout: 30 * time.Second, Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		var d net.Dialer
 		return d.DialContext(ctx, "unix", m.path("/run/edr-sensor/control.sock"))
 	}}}

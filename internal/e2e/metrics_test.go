@@ -219,7 +219,7 @@ func checkLatency(t *testing.T, h *host) {
 	const name = "transport_end_to_end_latency_seconds"
 	h.delivered(30 * time.Second)
 	var n, sum float64
-	eventually(t, 10*time.Second, "each delivered record has its latency", func() bool {
+	eventually(t, 30*time.Second, "each delivered record has its latency", func() bool {
 		_, page := h.get("/metrics")
 		var delivered float64
 		for _, stream := range closedSets()["stream"] {
@@ -349,10 +349,10 @@ func TestMetricsMove(t *testing.T) {
 	w.do(order{Op: "exec", From: 1, N: 20})
 	w.do(order{Op: "create", Dir: t.TempDir(), N: 500})
 	h.delivered(30 * time.Second)
-	eventually(t, 10*time.Second, "what was left out is counted", func() bool {
+	eventually(t, 30*time.Second, "what was left out is counted", func() bool {
 		return h.mustStatus().Sensor.Suppressed["file.create"] > 0 && h.mustStatus().Ready
 	})
-	eventually(t, 10*time.Second, "the tick after it", func() bool {
+	eventually(t, 30*time.Second, "the tick after it", func() bool {
 		return !cmp.Equal(fresh["sensor_suppressed_events_total"], scrape()["sensor_suppressed_events_total"])
 	})
 	worked := scrape()
@@ -371,7 +371,7 @@ func TestMetricsMove(t *testing.T) {
 
 	thaw := freeze(t, mount)
 	w.do(order{Op: "exec", From: 100, N: 120, ArgSize: 60 << 10})
-	eventually(t, 10*time.Second, "the ring is full", func() bool { return h.mustStatus().Sensor.Lost["process.exec"] > 0 })
+	eventually(t, 30*time.Second, "the ring is full", func() bool { return h.mustStatus().Sensor.Lost["process.exec"] > 0 })
 	metricstest.Moved(t, away, scrape(), "sensor_ring_used_bytes")
 	thaw()
 	h.readyz(503, "(sensor_lost_events_total")

@@ -309,18 +309,18 @@ func TestSecondSignal(t *testing.T) {
 	h.delivered(30 * time.Second)
 	server.Stall()
 	w.do(order{Op: "exec", From: 21, N: 20})
-	eventually(t, 10*time.Second, "the last events are durable", func() bool {
+	eventually(t, 30*time.Second, "the last events are durable", func() bool {
 		s := h.mustStatus()
 		return s.Buffer.Last > s.Transport.Acked && s.Sensor.Rings["priority"].Used == 0
 	})
 	for i, done := range []func() bool{
-		func() bool { return bytes.Contains([]byte(h.log.tail(5)), []byte(`"stopping"`)) },
+		func() bool { return bytes.Contains([]byte(h.log.tail(20)), []byte(`"stopping"`)) },
 		func() bool { return true },
 	} {
 		if err := h.proc.Process.Signal(syscall.SIGTERM); err != nil {
 			t.Fatalf("signal %d: %v", i+1, err)
 		}
-		eventually(t, 10*time.Second, "the stop begins", done)
+		eventually(t, 30*time.Second, "the stop begins", done)
 	}
 	_ = h.proc.Wait()
 	if status := h.proc.ProcessState.Sys().(syscall.WaitStatus); !status.Signaled() || status.Signal() != syscall.SIGTERM {

@@ -278,7 +278,7 @@ func TestTakeOver(t *testing.T) {
 	if err := s.end(); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, 10*time.Second, "no more is kept than before", func() bool { return m.kept() == kept })
+	eventually(t, 30*time.Second, "no more is kept than before", func() bool { return m.kept() == kept })
 	h.delivered(30 * time.Second)
 	_, page = h.get("/metrics")
 	metricstest.Moved(t, first, metricstest.Parse(page), "sensor_takeovers_total")
@@ -398,7 +398,7 @@ func TestWatchdog(t *testing.T) {
 	grows := func() {
 		t.Helper()
 		n := h.manager.fed()
-		eventually(t, 10*time.Second, "the watchdog is fed", func() bool { return h.manager.fed() > n+1 })
+		eventually(t, 30*time.Second, "the watchdog is fed", func() bool { return h.manager.fed() > n+1 })
 	}
 	h.readyz(200, "ready: online")
 	grows()

@@ -29,11 +29,11 @@ import (
 // unix socket.
 
 const (
-	actorEnv  = "EDR_ACTOR"      // path of the test's socket
-	memfdEnv  = "EDR_FEXECVE"    // become a memfd of this program
-	acceptEnv = "EDR_ACCEPT"     // accept a connection of the listener that is descriptor 3
-	threadEnv = "EDR_THREADS"    // end with so many threads alive
-	patience  = 20 * time.Second // far more than anything here takes
+	actorEnv  = "EDR_ACTOR"   // path of the test's socket
+	memfdEnv  = "EDR_FEXECVE" // become a memfd of this program
+	acceptEnv = "EDR_ACCEPT"  // accept a connection of the listener that is descriptor 3
+	threadEnv = "EDR_THREADS" // end with so many threads alive
+	patience  = time.Minute   // far more than anything here takes, on an emulated machine, too
 )
 
 func TestMain(m *testing.M) {

@@ -79,7 +79,7 @@ func TestLostHookIsADecision(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
 	go func() { done <- a.Run(ctx) }()
-	limit := time.After(20 * time.Second)
+	limit := time.After(time.Minute)
 	for said := ""; !strings.Contains(said, "HOOK_LOST"); {
 		select {
 		case line := <-view.lines:

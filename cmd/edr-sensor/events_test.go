@@ -204,7 +204,7 @@ func TestEventsFollowsAcrossARestart(t *testing.T) {
 	// The view starts at an unknown moment, so markers are added until it shows one.
 	see := func(pid int) {
 		t.Helper()
-		timeout := time.After(20 * time.Second)
+		timeout := time.After(time.Minute)
 		tick := time.NewTicker(20 * time.Millisecond)
 		defer tick.Stop()
 		client := server.Client()
@@ -283,7 +283,7 @@ func fakeSensor(t *testing.T, status string, tap func(io.Writer)) string {
 		}
 		tap(w)
 	})
-	server := http.Server{Handler: mux, ReadHeaderTimeout: time.Second}
+	server := http.Server{Handler: mux, ReadHeaderTimeout: time.Minute}
 	go func() { _ = server.Serve(l) }()
 	t.Cleanup(func() { server.Close() })
 	return socket

@@ -139,7 +139,7 @@ func TestReportHasNoSecrets(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	server := http.Server{Handler: mux, ReadHeaderTimeout: time.Second}
+	server := http.Server{Handler: mux, ReadHeaderTimeout: time.Minute}
 	go func() { _ = server.Serve(l) }()
 	t.Cleanup(func() { server.Close() })
 

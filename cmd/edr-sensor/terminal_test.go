@@ -124,7 +124,7 @@ func newDemo(t *testing.T) *demoSensor {
 		d.tapped <- struct{}{}
 		<-r.Context().Done()
 	})
-	server := http.Server{Handler: mux, ReadHeaderTimeout: time.Second}
+	server := http.Server{Handler: mux, ReadHeaderTimeout: time.Minute}
 	go func() { _ = server.Serve(l) }()
 	t.Cleanup(func() { server.Close() })
 	return d

@@ -28,7 +28,7 @@ func TestGuard(t *testing.T) {
 		return decisions(t, readStreams(t, c, decisionsKey), decisionsKey, code)
 	}
 	first := 1 // 0 has very long arguments
-	eventually(t, 60*time.Second, "it gives up something", func() bool {
+	eventually(t, 3*time.Minute, "it gives up something", func() bool {
 		w.do(order{Op: "exec", From: first, N: 300})
 		first += 300
 		return len(shed("LOAD_SHED")) > 0
@@ -39,7 +39,7 @@ func TestGuard(t *testing.T) {
 	}
 	_, busy := h.get("/metrics")
 	metricstest.Moved(t, metricstest.Parse(calm), metricstest.Parse(busy), "agent_shed_level")
-	eventually(t, 120*time.Second, "it takes up something again", func() bool { return len(shed("LOAD_RESTORED")) > 0 })
+	eventually(t, 5*time.Minute, "it takes up something again", func() bool { return len(shed("LOAD_RESTORED")) > 0 })
 	if d := shed("LOAD_RESTORED")[0].Unmapped.Sensor; d["not_hashed"] == 0.0 {
 		t.Errorf("%v", d)
 	}

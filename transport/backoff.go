@@ -4,7 +4,10 @@ package transport
 
 import (
 	"context"
+	"errors"
+	"io"
 	"math/rand/v2"
+	"syscall"
 	"time"
 )
 
@@ -15,16 +18,24 @@ type backoff struct {
 	healthy          time.Duration
 
 	failures int
-	taken    int // batches since the last failure that was forgiven
+	taken    int       // batches since the last failure that was forgiven
+	last     time.Time // when the server took a batch
 }
 
-// forgiving is how many batches that the server takes make up for one failure. A
-// network that resets one request in twenty does not slow delivery down for long; a
+// A network that resets one request in twenty must not slow delivery down for long; a
 // server that takes a batch or two and is gone again is still left alone.
-const forgiving = 8
+const (
+	// forgiving is how many batches that the server takes make up for one failure.
+	forgiving = 8
+	// grace is for how long after a batch attempts that were reset do not count. A
+	// connect is a dozen requests: such a network lets every other one through. Those
+	// that are refused or time out count, as a server that is down or overloaded has them.
+	grace = 5 * time.Second
+)
 
 // delivered counts a batch that the server has taken.
 func (b *backoff) delivered() {
+	b.last = time.Now()
 	if b.failures == 0 {
 		return
 	}
@@ -34,8 +45,12 @@ func (b *backoff) delivered() {
 }
 
 // next counts a failure and returns how long to wait before the next attempt.
-// up is how long the connection that failed had worked, zero when it never did.
-func (b *backoff) next(up time.Duration, slow bool) time.Duration {
+// up is how long the connection that failed had worked, zero when it never did; torn
+// says that it was reset.
+func (b *backoff) next(up time.Duration, slow, torn bool) time.Duration {
+	if torn && up == 0 && time.Since(b.last) < grace {
+		return rand.N(b.first + 1)
+	}
 	if up >= b.healthy {
 		b.failures, b.taken = 0, 0
 	}
@@ -51,6 +66,11 @@ func (b *backoff) next(up time.Duration, slow bool) time.Duration {
 	}
 	b.failures++
 	return rand.N(min(limit, top) + 1)
+}
+
+// torn reports whether err is a connection that the other side, or the network, reset.
+func torn(err error) bool {
+	return errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.ECONNRESET) || errors.Is(err, syscall.EPIPE)
 }
 
 // jitter returns d give or take a quarter.

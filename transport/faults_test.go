@@ -481,7 +481,7 @@ func TestBackoff(t *testing.T) {
 	limit := func(b backoff, up time.Duration, slow bool) (top time.Duration) {
 		for range 2000 {
 			b := b
-			top = max(top, b.next(up, slow))
+			top = max(top, b.next(up, slow, false))
 		}
 		return top
 	}
@@ -496,7 +496,7 @@ func TestBackoff(t *testing.T) {
 	near("first reconnect", limit(b, time.Hour, false), b.first)
 	for _, want := range []time.Duration{250, 250, 500, 1000, 2000, 4000, 8000, 16000, 30000, 30000} {
 		near(fmt.Sprintf("failure %d", b.failures), limit(b, 0, false), want*time.Millisecond)
-		b.next(0, false)
+		b.next(0, false, false)
 	}
 	near("slow class", limit(b, 0, true), 60*time.Second)
 	near("a connect alone proves nothing", limit(b, 59*time.Second, false), b.cap)
@@ -511,10 +511,21 @@ func TestBackoff(t *testing.T) {
 	}
 	near("batches do", limit(b, time.Second, false), b.first)
 	for range 100 { // a server that flaps
-		b.next(time.Second, false)
+		b.next(time.Second, false, false)
 		b.delivered()
 	}
 	near("a batch for each failure does not", limit(b, time.Second, false), b.cap)
+
+	longest, failures := time.Duration(0), b.failures
+	for range 2000 {
+		longest = max(longest, b.next(0, false, true))
+	}
+	near("attempts that are reset just after a batch", longest, b.first)
+	b.last = b.last.Add(-grace)
+	b.next(0, false, true)
+	if b.failures != failures+1 {
+		t.Errorf("%d failures, want %d and one that was reset long after a batch", b.failures, failures)
+	}
 }
 
 // TestSenderKnowsLastWords: what a server answered to something earlier is not why a

@@ -88,7 +88,8 @@ type Options struct {
 	// (250 ms), doubled at each failure up to BackoffCap (30 s; twice that for
 	// refused credentials, TLS and a full server). Each eight batches that are taken make
 	// up for one failure, and HealthyAfter (60 s) without any for all of them: a connect
-	// alone proves nothing.
+	// alone proves nothing. For five seconds after a batch attempts that are reset do not
+	// count, and wait below FirstReconnect.
 	FirstReconnect          time.Duration
 	BackoffBase, BackoffCap time.Duration
 	HealthyAfter            time.Duration

@@ -101,7 +101,7 @@ func (s *Sender) fail(ctx context.Context, err error) time.Duration {
 	if prev.Phase == Connected || prev.Phase == Connecting && s.failed == 1 {
 		s.lost = time.Now()
 	}
-	wait := s.back.next(up, p.slow)
+	wait := s.back.next(up, p.slow, torn(err))
 	if s.finder.moves() {
 		s.finder.moved(err, s.node)
 		if p.phase == Retrying && !p.slow && time.Since(s.lost) < failoverTime {

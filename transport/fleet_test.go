@@ -182,17 +182,19 @@ func TestStorm(t *testing.T) {
 	}})
 	cfg := &tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS12}
 
-	// What a handshake takes here and now is the measure of all times below.
-	const probes = 20
-	began := time.Now()
-	for range probes {
+	// What a handshake takes here is the measure of all times below: the quickest one, as
+	// others may have waited for the CPU.
+	quickest := time.Hour
+	for range 20 {
+		began := time.Now()
 		c, err := tls.Dial("tcp", addr, cfg)
 		if err != nil {
 			t.Fatal(err)
 		}
+		quickest = min(quickest, time.Since(began))
 		c.Close()
 	}
-	all := time.Since(began) / probes * fleet
+	all := quickest * fleet
 	patience := all / 4
 
 	var dials atomic.Int64

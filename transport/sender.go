@@ -184,7 +184,7 @@ func (s *Sender) Drain(ctx context.Context) error {
 		if ctx.Err() == nil {
 			s.fail(ctx, err)
 		}
-		return fmt.Errorf("drain: %d records not delivered: %w", until-min(s.acked, until), err)
+		return fmt.Errorf("drain: %d records not delivered: %w", until-min(s.reached(), until), err)
 	}
 	return nil
 }
@@ -211,7 +211,7 @@ func (s *Sender) serve(ctx context.Context, until uint64) error {
 			return err
 		}
 	}
-	for until == 0 || !s.has(until) {
+	for until == 0 || s.reached() < until {
 		s.limiter.Settle()
 		recs, err := s.next(ctx, until == 0)
 		switch {
@@ -241,13 +241,10 @@ func (s *Sender) serve(ctx context.Context, until uint64) error {
 	return nil
 }
 
-// has reports whether the server has everything up to until that the queue can give it.
-func (s *Sender) has(until uint64) bool {
-	if s.from(s.acked) < until {
-		return false
-	}
-	// After a rewind the server is behind what it had confirmed.
-	return max(s.from(s.pos), s.q.Bounds().First-1) >= until
+// reached is how far the server has everything that the queue can give it. After a rewind
+// that is less than it had confirmed.
+func (s *Sender) reached() uint64 {
+	return min(s.from(s.acked), max(s.from(s.pos), s.q.Bounds().First-1))
 }
 
 // connect dials, unless there is a connection, and learns from the server what it has.

@@ -24,7 +24,7 @@ struct file_slot {
 
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
-	__uint(max_entries, FILE_SLOTS); /* loader: slot_count times that */
+	__uint(max_entries, FILE_SLOTS); /* loader: file_slot_cpus times that */
 	__type(key, __u32);
 	__type(value, struct file_slot);
 } file_slots SEC(".maps");
@@ -46,6 +46,8 @@ struct {
 	__type(value, struct bucket);
 } file_buckets SEC(".maps");
 
+const volatile __u32 file_slot_cpus = 1;
+
 static __always_inline struct file_slot *file_slot_at(__u32 index)
 {
 	return bpf_map_lookup_elem(&file_slots, &index);
@@ -58,7 +60,7 @@ static __always_inline int file_slot_claim(void)
 	__u32 index, i;
 
 	for (i = 0; i < FILE_SLOTS; i++) {
-		index = cpu % slot_count * FILE_SLOTS + i;
+		index = cpu % file_slot_cpus * FILE_SLOTS + i;
 		slot = file_slot_at(index);
 		if (slot && slot_take(&slot->users))
 			return index;

@@ -320,15 +320,6 @@ static __always_inline long emit_exec(struct exec_slot *slot)
 	return bpf_ringbuf_output(&priority_ring, &slot->event, size, 0);
 }
 
-/*
- * How many times each program on a tracepoint is attached. Since 7.0 a task can be
- * preempted inside of one, and until it goes on the kernel leaves that program out for
- * whoever else comes by on the same CPU. It does so for each attached program by itself:
- * so there are several of the same code, and the first that runs reports.
- */
-const volatile __u32 copies = 1;
-const volatile __u32 copy = 0; /* of them this one, in the order in which they run */
-
 struct report_key {
 	__u64 object; /* what does not occur twice at the same time */
 	__u32 pid;

@@ -458,6 +458,7 @@ const (
 	SensorVarCopies                   = "copies"
 	SensorVarCopy                     = "copy"
 	SensorVarEarlyFiles               = "early_files"
+	SensorVarFileSlotCpus             = "file_slot_cpus"
 	SensorVarLsmProbePid              = "lsm_probe_pid"
 	SensorVarScopeCgroupId            = "scope_cgroup_id"
 	SensorVarScopeMode                = "scope_mode"
@@ -627,6 +628,7 @@ type SensorVariableSpecs struct {
 	Copies        *ebpf.VariableSpec `ebpf:"copies"`
 	Copy          *ebpf.VariableSpec `ebpf:"copy"`
 	EarlyFiles    *ebpf.VariableSpec `ebpf:"early_files"`
+	FileSlotCpus  *ebpf.VariableSpec `ebpf:"file_slot_cpus"`
 	LsmProbePid   *ebpf.VariableSpec `ebpf:"lsm_probe_pid"`
 	ScopeCgroupId *ebpf.VariableSpec `ebpf:"scope_cgroup_id"`
 	ScopeMode     *ebpf.VariableSpec `ebpf:"scope_mode"`
@@ -712,6 +714,7 @@ type SensorVariables struct {
 	Copies        *ebpf.Variable `ebpf:"copies"`
 	Copy          *ebpf.Variable `ebpf:"copy"`
 	EarlyFiles    *ebpf.Variable `ebpf:"early_files"`
+	FileSlotCpus  *ebpf.Variable `ebpf:"file_slot_cpus"`
 	LsmProbePid   *ebpf.Variable `ebpf:"lsm_probe_pid"`
 	ScopeCgroupId *ebpf.Variable `ebpf:"scope_cgroup_id"`
 	ScopeMode     *ebpf.Variable `ebpf:"scope_mode"`

@@ -36,9 +36,19 @@ struct exec_slot {
 };
 
 /*
- * A plain array: per-CPU values end at 32 KiB. One slot for each CPU that is
- * online and a last one for the iterator; values of 280 KiB for each possible
- * CPU would cost a small virtual machine tens of megabytes.
+ * How many times each program on a tracepoint is attached. Since 7.0 a task can be
+ * preempted inside of one, and until it goes on the kernel leaves that program out for
+ * whoever else comes by on the same CPU. It does so for each attached program by itself:
+ * so there are several of the same code, and the first that runs reports.
+ */
+const volatile __u32 copies = 1;
+const volatile __u32 copy = 0; /* of them this one, in the order in which they run */
+
+/*
+ * A plain array: per-CPU values end at 32 KiB. As many slots for each CPU that is
+ * online as there are copies, any of which may be preempted while it holds one, and a
+ * last one for the iterator; values of 280 KiB for each possible CPU would cost a small
+ * virtual machine tens of megabytes.
  */
 struct {
 	__uint(type, BPF_MAP_TYPE_ARRAY);
@@ -74,9 +84,8 @@ static __always_inline void slot_release(__u64 *users)
 }
 
 /*
- * slot_claim returns the index of a slot for this CPU, or -1. It is contended only
- * when CPU numbers have gaps, or on kernels since 7.0, where a task may be
- * preempted inside a tracepoint: then the neighbour's slot is tried.
+ * slot_claim returns the index of a slot for this CPU, or -1. CPUs share slots only
+ * when their numbers have gaps or when they are very many: then the neighbour's is tried.
  */
 static __always_inline int slot_claim(void)
 {
@@ -85,7 +94,7 @@ static __always_inline int slot_claim(void)
 	__u32 index, i;
 
 	for (i = 0; i < 4; i++) {
-		index = (cpu + i) % slot_count;
+		index = (cpu * copies + i) % slot_count;
 		slot = slot_at(index);
 		if (slot && slot_take(&slot->users))
 			return index;

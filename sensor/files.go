@@ -37,8 +37,8 @@ type FileOptions struct {
 const fileSlots = 4
 
 // configureFiles puts the options into the maps' sizes.
-func configureFiles(spec *ebpf.CollectionSpec, o FileOptions, slots uint32) {
-	spec.Maps["file_slots"].MaxEntries = slots * fileSlots
+func configureFiles(spec *ebpf.CollectionSpec, o FileOptions, cpus uint32) {
+	spec.Maps["file_slots"].MaxEntries = cpus * fileSlots
 	if !o.On {
 		for _, name := range []string{"file_slots", "written_files", "file_buckets"} {
 			spec.Maps[name].MaxEntries = 1

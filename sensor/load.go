@@ -186,19 +186,20 @@ func configure(spec *ebpf.CollectionSpec, o kernelOptions) error {
 	if o.Scope.Mode != ScopeTree {
 		spec.Maps["scope_pids"].MaxEntries = 1
 	}
-	slots, err := onlineCPUs()
+	cpus, err := onlineCPUs()
 	if err != nil {
 		return fmt.Errorf("count CPUs: %w", err)
 	}
-	slots = min(slots, maxSlots)
+	cpus = min(cpus, maxSlots)
+	slots := min(cpus*uint32(o.Copies), maxSlots)
 	spec.Maps["exec_slots"].MaxEntries = slots + 1
 	if o.Copies > 1 {
 		// Each event has an entry, which its other copies have to find. A CPU may hold
 		// back as many as a hundred free ones.
-		spec.Maps["reported"].MaxEntries = 8192 + slots*256
+		spec.Maps["reported"].MaxEntries = 8192 + cpus*256
 	}
-	configureFiles(spec, o.Files, slots)
-	constants := map[string]any{"scope_mode": uint32(o.Scope.Mode), "scope_cgroup_id": o.Scope.CgroupID, "slot_count": slots}
+	configureFiles(spec, o.Files, cpus)
+	constants := map[string]any{"scope_mode": uint32(o.Scope.Mode), "scope_cgroup_id": o.Scope.CgroupID, "slot_count": slots, "file_slot_cpus": cpus}
 	constants["lsm_probe_pid"] = uint32(os.Getpid())
 	constants["copies"] = uint32(o.Copies)
 	for name, value := range constants {

@@ -250,6 +250,30 @@ func one(t testing.TB, records []record, kind event.Kind, pid int) record {
 	return found[0]
 }
 
+// Tasks of a CPU that are preempted inside of all copies of a program have a slot each.
+func TestSlots(t *testing.T) {
+	online, err := onlineCPUs()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for copies, want := range map[int]uint32{1: min(online, maxSlots), 3: min(3*online, maxSlots)} {
+		spec, err := bpf.LoadSensor()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := configure(spec, kernelOptions{PriorityBytes: 1 << 20, BulkBytes: 1 << 20, Copies: copies}); err != nil {
+			t.Fatal(err)
+		}
+		var count uint32
+		if err := spec.Variables["slot_count"].Get(&count); err != nil {
+			t.Fatal(err)
+		}
+		if n := spec.Maps["exec_slots"].MaxEntries; count != want || n != want+1 {
+			t.Errorf("%d copies on %d CPUs: %d slots of %d, want %d and the iterator's", copies, online, count, n, want)
+		}
+	}
+}
+
 func TestRootCoverage(t *testing.T) {
 	a := startActor(t)
 	k := watch(t, a)

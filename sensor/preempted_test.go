@@ -115,6 +115,16 @@ func TestRootCopies(t *testing.T) {
 	if err != nil || unseen > int(missed) {
 		t.Errorf("%d events are unseen, %d are told to be; %v", unseen, missed, err)
 	}
+	// Each of the copies that are preempted at the same time has room for its record.
+	counters, err := k.counters()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for kind, c := range counters {
+		if c.Lost > 0 {
+			t.Errorf("%s: %d of %d lost", event.Kind(kind), c.Lost, c.Attempts)
+		}
+	}
 	if preempts && n[0] == 0 {
 		t.Error("nothing was left out: this shows nothing")
 	}

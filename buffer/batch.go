@@ -84,8 +84,8 @@ func (b *Batch) End(rec []byte, urgent bool) error {
 }
 
 // Name declares that the record ended last is the loss record that names l, as
-// obtained from [Queue.Unnamed]. They stay named until that record is
-// acknowledged, or become unnamed again when it is lost itself.
+// obtained from [Queue.Unnamed]. They become unnamed again when that record is lost
+// itself: undelivered, or with a server that goes back, see [Queue.Forfeit].
 func (b *Batch) Name(l []Loss) {
 	if b.count == 0 || len(l) == 0 {
 		return

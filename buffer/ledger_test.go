@@ -62,12 +62,13 @@ type ledger struct {
 	last  uint64            // highest seq taken
 	items map[uint64]uint64 // seq to item, 0 for a loss record
 	lost  []Loss            // named by loss records taken
+	tells map[uint64][]Loss // by which
 	errs  []error
 
 	told func([]Record) // instead of take, where the server is elsewhere
 }
 
-func newLedger() *ledger { return &ledger{items: map[uint64]uint64{}} }
+func newLedger() *ledger { return &ledger{items: map[uint64]uint64{}, tells: map[uint64][]Loss{}} }
 
 // take applies a batch in which a hole is legal: the queue has no more.
 func (l *ledger) take(recs []Record) {
@@ -111,6 +112,7 @@ func (l *ledger) apply(r Record) {
 				}
 			}
 			l.lost = append(l.lost, x)
+			l.tells[r.Seq] = append(l.tells[r.Seq], x)
 		}
 	default:
 		l.fail("seq %d: payload %.20q", r.Seq, d)
@@ -251,11 +253,16 @@ func (s *sim) connect() {
 	s.q.Ack(s.pos)
 }
 
-// rollback is a server that loses what it took last, up to n records.
+// rollback is a server that loses what it took last, up to n records, with what they told.
 func (s *sim) rollback(n int) {
 	for ; n > 0 && s.led.last > 0; s.led.last-- {
 		if _, ok := s.led.items[s.led.last]; ok {
 			delete(s.led.items, s.led.last)
+			for _, x := range s.led.tells[s.led.last] {
+				i := slices.Index(s.led.lost, x)
+				s.led.lost = slices.Delete(s.led.lost, i, i+1)
+			}
+			delete(s.led.tells, s.led.last)
 			s.gone[s.led.last] = true
 			n--
 		}

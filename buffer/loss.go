@@ -34,9 +34,14 @@ type loss struct {
 	by uint64
 }
 
-// losses is the list of losses that are not yet known to be reported: ordered
-// by cause, then seq; neighbours that are both unnamed are joined.
+// losses is the list of losses that are not yet known to be reported, and of the newest
+// that are: ordered by cause, then seq; neighbours that are both unnamed are joined.
 type losses []loss
+
+// maxReported bounds those that are reported. They matter only for a server that goes back
+// to between such a loss and the record that names it: when it is further back, all that
+// it lacks is named anyway.
+const maxReported = 64
 
 // add records a new, unnamed loss.
 func (s *losses) add(l Loss) {
@@ -86,9 +91,31 @@ func (s *losses) unname(r span) {
 	}
 }
 
-// delivered forgets what is named by records up to seq.
+// delivered forgets what is named by records up to seq, but for the newest.
 func (s *losses) delivered(seq uint64) {
-	*s = slices.DeleteFunc(*s, func(e loss) bool { return e.by != 0 && e.by <= seq })
+	var by []uint64
+	for _, e := range *s {
+		if e.reported(seq) {
+			by = append(by, e.by)
+		}
+	}
+	if n := len(by) - maxReported; n > 0 {
+		slices.Sort(by)
+		*s = slices.DeleteFunc(*s, func(e loss) bool { return e.reported(by[n-1]) })
+	}
+}
+
+// reported reports whether a record up to seq names it.
+func (e loss) reported(seq uint64) bool { return e.by != 0 && e.by <= seq }
+
+// pending returns the losses that no record up to seq names.
+func (s losses) pending(seq uint64) (out losses) {
+	for _, e := range s {
+		if !e.reported(seq) {
+			out = append(out, e)
+		}
+	}
+	return out
 }
 
 // unnamed appends the losses that no record names to dst.

@@ -41,13 +41,30 @@ func TestLosses(t *testing.T) {
 			l.add(tr(1, 9))
 			l.name(tr(4, 6), 10)
 		}, []Loss{tr(1, 3), tr(7, 9)}, 3},
-		{"delivered is forgotten", func(l *losses) {
+		{"delivered is reported", func(l *losses) {
 			l.add(tr(1, 3))
 			l.name(tr(1, 3), 10)
-			l.delivered(9)
 			l.add(tr(5, 6))
+			l.delivered(9)
+			*l = l.pending(9)
 			l.delivered(10)
+			*l = l.pending(10)
 		}, []Loss{tr(5, 6)}, 1},
+		{"the naming record is lost after it was delivered", func(l *losses) {
+			l.add(tr(1, 3))
+			l.name(tr(1, 3), 10)
+			l.delivered(20)
+			l.unname(span{7, 12})
+		}, []Loss{tr(1, 3)}, 1},
+		{"of those reported the newest are kept", func(l *losses) {
+			for i := range uint64(3 * maxReported) {
+				l.add(tr(10*i+1, 10*i+1))
+				l.name(tr(10*i+1, 10*i+1), 10*i+5)
+				l.delivered(10*i + 5)
+			}
+			l.unname(span{1, 20 * maxReported})
+			l.unname(span{30*maxReported - 8, 30 * maxReported})
+		}, []Loss{tr(30*maxReported-9, 30*maxReported-9)}, maxReported},
 		{"the naming record is lost", func(l *losses) {
 			l.add(tr(1, 3))
 			l.name(tr(1, 3), 10)
@@ -157,7 +174,7 @@ func TestDoubt(t *testing.T) {
 			s.losses.name(tr(1, 2), 15)
 			s.drop(span{11, 20})
 			s.ack(20)
-			if len(s.losses) != 0 {
+			if len(s.losses.pending(s.acked)) != 0 {
 				s.truncated += 1000
 			}
 		}, 0, 10, 0},

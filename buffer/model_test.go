@@ -258,7 +258,12 @@ func (m *model) whole(q *Queue, led *ledger) error {
 	for _, d := range s.doubt {
 		errs = append(errs, put(d.span, doubt))
 	}
-	all := s.losses
+	var all losses
+	for _, l := range s.losses {
+		if _, told := led.items[l.by]; !told {
+			all = append(all, l)
+		}
+	}
 	for _, l := range led.lost {
 		all = append(slices.Clone(all), loss{Loss: l})
 	}

@@ -515,7 +515,7 @@ func TestForfeit(t *testing.T) {
 	if d := cmp.Diff(want, q.Unnamed(nil)); d != "" {
 		t.Errorf("after reopen (-want +got):\n%s", d)
 	}
-	// Named as soon as the record is appended; forgotten when that is delivered.
+	// Named as soon as the record is appended, and until that is lost.
 	b := q.NewBatch()
 	b.Name(want) // no record yet: no effect
 	if err := b.End(append(b.Begin(DecisionsSystem), "loss"...), false); err != nil {
@@ -532,12 +532,19 @@ func TestForfeit(t *testing.T) {
 		t.Fatal(err)
 	}
 	q.Ack(1)
+	if err := q.Flush(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if n := q.Stats().Losses; n != 0 {
+		t.Errorf("%d losses after the record was delivered", n)
+	}
 	q.Forfeit(1, 1, "other")
 	if err := q.Flush(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if n := q.Stats().Losses; n != 1 {
-		t.Errorf("%d losses", n)
+	want = append([]Loss{{"other", 1, 1, 1}}, want...)
+	if d := cmp.Diff(want, q.Unnamed(nil)); d != "" {
+		t.Errorf("after the record was lost (-want +got):\n%s", d)
 	}
 }
 

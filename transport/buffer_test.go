@@ -11,8 +11,10 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/prometheus/client_golang/prometheus/testutil"
+	"github.com/redis/go-redis/v9"
 
 	"github.com/aurorasoc/edr-sensor/buffer"
+	"github.com/aurorasoc/edr-sensor/transport/consumer"
 	"github.com/aurorasoc/edr-sensor/transport/redistest"
 )
 
@@ -111,6 +113,80 @@ func TestSenderWithBuffer(t *testing.T) {
 	accounted(t, es, losses, last)
 	if !slices.ContainsFunc(losses, func(l buffer.Loss) bool { return l.Cause == CauseServerLoss }) {
 		t.Errorf("the stream begins at %d and nothing was forfeited: %+v", es[0].Seq, losses)
+	}
+}
+
+// TestLossesAreToldAgain has a server lose a loss record that the buffer no longer has,
+// alone or with all before it: what the record named must be named by another one.
+func TestLossesAreToldAgain(t *testing.T) {
+	t.Parallel()
+	for name, back := range map[string]func(t *testing.T, c *redis.Client, before []string){
+		"emptied": func(*testing.T, *redis.Client, []string) {},
+		// To between what was lost and the record that says so.
+		"back to before it": func(t *testing.T, c *redis.Client, before []string) {
+			for i, key := range []string{eventsKey, cursorKey} {
+				if err := c.Restore(t.Context(), key, 0, before[i]).Err(); err != nil {
+					t.Fatal(err)
+				}
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			srv := redistest.Start(t, redistest.Options{AOF: "always"})
+			c := srv.Client()
+			defer c.Close()
+			q := openBuffer(t, buffer.Options{
+				Dir: t.TempDir(), AllowUnsafe: true, Cap: 6 << 20, RetainBytes: 1 << 20, CommitBytes: 64 << 10, MaxRecord: 64 << 10,
+			})
+			s := start(t, fast(srv.Addr()), q)
+			s.delivered(t, fill(t, q, 1000))
+			srv.Kill9()
+			fill(t, q, 30_000)
+			srv.Restart()
+			s.delivered(t, fill(t, q, 1000))
+			var before []string
+			for _, key := range []string{eventsKey, cursorKey} {
+				v, err := c.Dump(t.Context(), key).Result()
+				if err != nil {
+					t.Fatal(err)
+				}
+				before = append(before, v)
+			}
+			tell := func() uint64 {
+				t.Helper()
+				if err := new(agentSpec).name(t.Context(), q); err != nil {
+					t.Fatal(err)
+				}
+				return fill(t, q, 1)
+			}
+			told := tell()
+			if l := q.Unnamed(nil); l != nil {
+				t.Fatalf("not named: %+v", l)
+			}
+			for s.delivered(t, told); q.Bounds().First <= told; {
+				s.delivered(t, fill(t, q, 1000))
+			}
+			if err := c.FlushAll(t.Context()).Err(); err != nil {
+				t.Fatal(err)
+			}
+			back(t, c, before)
+			s.delivered(t, fill(t, q, 10))
+			last := tell()
+			s.delivered(t, last)
+
+			a := consumer.NewAudit()
+			for _, key := range []string{eventsKey, "decisions:system"} {
+				for _, e := range entries(t, c, key) {
+					a.Add(&consumer.Record{Stream: key, Agent: e.Agent, Epoch: e.Epoch, Seq: e.Seq, Data: []byte(e.Data)})
+				}
+			}
+			fs := a.Findings()
+			if len(fs) != 1 || fs[0].Last != last || !fs[0].Clean() || fs[0].NamedLost < 10_000 {
+				t.Errorf("%+v", fs)
+			}
+			t.Logf("%+v", fs)
+		})
 	}
 }
 

@@ -212,6 +212,7 @@ func (s *Sender) take(ctx context.Context, r reply) error {
 		return fencing(s.q.Epoch(), false, "the server has seq %d of epoch %s, we sent at most %d: the queue was copied or restored", r.last, s.q.Epoch(), s.sent)
 	}
 	if r.last < s.pos {
+		s.holes = nil // the record that named one may be lost, too
 		s.m.rewinds.Inc()
 		s.limiter.Log(ctx, zapcore.WarnLevel, "rewind", "server lost confirmed records, sending them again",
 			zap.Uint64(logging.KeyFirst, r.last+1), zap.Uint64(logging.KeyLast, s.pos))
@@ -250,21 +251,29 @@ func (s *Sender) count(first, last uint64) {
 }
 
 // maxHoles bounds the memory of holes. Forgetting the oldest can only make a
-// range be named twice, if the server loses it once more.
+// range be named twice.
 const maxHoles = 1024
 
 // forfeit tells the queue which part of a hole had been delivered once and is
 // now gone on both sides. What is above acked was dropped by the queue itself,
-// which has accounted for it, or was set aside. It reports whether there was anything to tell.
+// which has accounted for it, and what was set aside is named as long as it can be read.
+// It reports whether there was anything to tell.
 func (s *Sender) forfeit(ctx context.Context, hole span) bool {
-	lost := subtract(span{hole.first, min(hole.last, s.acked)}, s.holes)
+	known := slices.Clip(s.holes)
+	first := s.q.Bounds().First
+	for _, seq := range s.aside {
+		if seq >= first {
+			known = append(known, span{seq, seq})
+		}
+	}
+	lost := subtract(span{hole.first, min(hole.last, s.acked)}, known)
 	for _, gone := range lost {
 		s.q.Forfeit(gone.first, gone.last, CauseServerLoss)
 		s.limiter.Log(ctx, zapcore.ErrorLevel, "forfeit", "server lost records that the buffer no longer has",
 			zap.Uint64(logging.KeyFirst, gone.first), zap.Uint64(logging.KeyLast, gone.last),
 			zap.Uint64(logging.KeyCount, gone.len()))
 	}
-	s.holes = append(s.holes, subtract(hole, s.holes)...)
+	s.holes = append(s.holes, subtract(hole, known)...)
 	if n := len(s.holes) - maxHoles; n > 0 {
 		s.holes = slices.Delete(s.holes, 0, n)
 	}

@@ -141,7 +141,6 @@ func (s *Sender) refuse(ctx context.Context, rec *buffer.Record, cause error) er
 	}
 	b.forget()
 	b.row++
-	s.holes = append(s.holes, span{rec.Seq, rec.Seq})
 	s.aside = s.q.GivenUp()
 	s.m.refused.Inc()
 	hint := ClassOversize.policy().hint

@@ -31,8 +31,9 @@ type Queue interface {
 	// Bounds returns the oldest readable, the acknowledged and the last seq.
 	Bounds() buffer.Bounds
 	// Forfeit says that a range that had been acknowledged is lost: the server
-	// went back further than the queue remembers. The next Read returns only
-	// when that is durable.
+	// went back further than the queue remembers. Of the range, the queue knows what
+	// is named as lost already, and what the records in it had named. The next Read
+	// returns only when that is durable.
 	Forfeit(first, last uint64, cause string)
 	// SetAside gives up a record that Read has returned, as Forfeit does, and keeps a
 	// copy of it somewhere else. Without a copy nothing is given up.
@@ -76,8 +77,8 @@ type Sender struct {
 	sent     uint64 // highest seq the server can have from us
 	flight   span   // the batch in flight or in doubt, and its stream
 	stream   buffer.Stream
-	holes    []span   // ranges that are accounted for as lost, disjoint, newest last
-	aside    []uint64 // those among them that can still be read
+	holes    []span   // accounted for as lost since the server last went back, disjoint, newest last
+	aside    []uint64 // records that were set aside
 	breaks   breaks
 	detours  int       // verdicts other than OK in a row
 	fencedAt time.Time // the last renewal
@@ -130,9 +131,6 @@ func New(o Options, q Queue) (*Sender, error) {
 		aside:   q.GivenUp(),
 		recs:    make([]buffer.Record, 0, o.BatchRecords),
 		peek:    make([]buffer.Record, 0, 1),
-	}
-	for _, seq := range s.aside {
-		s.holes = append(s.holes, span{seq, seq})
 	}
 	s.finder = newFinder(&s.o)
 	s.slot = slot("{" + o.Shard + "}")

@@ -38,12 +38,20 @@ func (s suite) called() string { return cmp.Or(s.name, s.dir) }
 
 // suites lists what depends on the kernel. Tests that do not are run by every
 // go test already.
-func suites() []suite {
+func suites(r release) []suite {
+	skip := costTests // see TestVMCosts
+	if !r.whole {
+		skip += "|" + ownDoing
+	}
 	return []suite{
-		{dir: "sensor", run: "Root", skip: costTests}, // see TestVMCosts
+		{dir: "sensor", run: "Root", skip: skip},
 		{dir: "sensor/enrich", run: "Proc|Hash|Host|Clock|Cgroups"},
 	}
 }
+
+// ownDoing is tests of what the sensor does with its own programs and maps, which take long:
+// the kernels between the oldest and the newest see it do so in TestSystemd.
+const ownDoing = "StuckStage|Adopt|CarryOn|TakeOver|Copies"
 
 // testTimeout is when a test binary gives up and shows its goroutines. Emulated, the
 // sensor's suite takes three minutes, most of it in the verifier.

@@ -74,8 +74,9 @@ func TestCases(t *testing.T) {
 		}
 	}
 	// Both have a child that is there before the sensor; that of the shell which is
-	// to be watched outlives it.
-	in := tell("in", fmt.Sprintf(`(read line <%[1]s; /bin/true in-orphan; read line <%[1]s; /bin/true in-known; read line <%[1]s; /bin/true in-too-late) >/dev/null 2>&1 &`, fifo))
+	// to be watched outlives it. It is a writer of its fifo, too: it would take the
+	// end of file of one line's writer for the next line.
+	in := tell("in", fmt.Sprintf(`(read line; /bin/true in-orphan; read line; /bin/true in-known; read line; /bin/true in-too-late) <>%s >/dev/null 2>&1 &`, fifo))
 	tell("out", "sleep 1000 >/dev/null 2>&1 & stranger=$!")
 	h.start()
 	_, quiet := h.get("/metrics")
@@ -117,7 +118,7 @@ func TestCases(t *testing.T) {
 	work := func(marker string) {
 		t.Helper()
 		eventually(t, 30*time.Second, "the orphan reads", func() bool {
-			f, err := os.OpenFile(fifo, os.O_WRONLY|syscall.O_NONBLOCK, 0) // ENXIO while nobody does
+			f, err := os.OpenFile(fifo, os.O_WRONLY|syscall.O_NONBLOCK, 0) // ENXIO while it has not opened it
 			if err != nil {
 				return false
 			}

@@ -73,6 +73,16 @@ func TestCases(t *testing.T) {
 			tell(name, fmt.Sprintf(`/bin/true %[1]s-%[2]s; /bin/sh -c '/bin/true %[1]s-%[2]s-below; true'; mkdir %[3]s/%[1]s-%[2]s`, name, stage, dir))
 		}
 	}
+	// The answer to a command comes before its record, which may get its seq after those
+	// of events that the worker reads in the same turn.
+	decided := func(code string) {
+		t.Helper()
+		eventually(t, 30*time.Second, "there is a record of "+code, func() bool {
+			return slices.ContainsFunc(readStreams(t, server.Client()), func(r record) bool {
+				return r.stream == approvalsKey && r.tagged("C-17") && r.event.StatusCode == code
+			})
+		})
+	}
 	// Both have a child that is there before the sensor; that of the shell which is
 	// to be watched outlives it. It is a writer of its fifo, too: it would take the
 	// end of file of one line's writer for the next line.
@@ -99,6 +109,7 @@ func TestCases(t *testing.T) {
 	if _, body := h.get("/status"); strings.Contains(body, "C-17") {
 		t.Error("/status over HTTP tells everybody who is investigated")
 	}
+	decided("CASE_OPENED")
 	busy("open")
 	tell("in", fmt.Sprintf(`i=0; while [ $i -lt 100 ]; do : >%s/$i; i=$((i+1)); done`, dir))
 	tell("out", fmt.Sprintf(`: >%s/file`, secret))
@@ -142,6 +153,7 @@ func TestCases(t *testing.T) {
 		t.Errorf("status: %+v", got)
 	}
 	h.must("case C-17 is closed", "case", "close", "C-17")
+	decided("CASE_CLOSED")
 	work("in-too-late")
 	h.delivered(30 * time.Second)
 	if code := h.stop(); code != 0 {

@@ -82,8 +82,8 @@
 // A [Loss] stays in the state until the record that names it is acknowledged, and the
 // newest 64 for longer. Is that record itself dropped, given up ([Queue.SetAside]) or lost
 // by the server when the queue no longer has it ([Queue.Forfeit]), its losses are unnamed
-// again in the same transaction. 64 are enough: what a server lacks is named anyway, so that
-// a loss can only be forgotten when the server goes back to between it and its record.
+// again in the same transaction. What a server lacks is named anyway; one that goes back to
+// between a loss and its record, over 64 that were reported since, is what they do not cover.
 //
 // A resize is the one that looks at chunks which are neither next to be read nor to leave:
 // one that it finds damaged may so be in doubt amid live ones.

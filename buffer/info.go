@@ -66,7 +66,7 @@ func (i *Info) date(f io.ReaderAt, pages [2]uint64) {
 
 // unreported lists the losses that no delivered record names yet, in the seqs of the epoch.
 func (s *state) unreported() (list []Loss) {
-	for _, l := range s.losses.pending(s.acked) {
+	for _, l := range s.losses.unreported(s.acked) {
 		list = append(list, l.shift(-s.base))
 	}
 	return list

@@ -91,7 +91,8 @@ func (s *losses) unname(r span) {
 	}
 }
 
-// delivered forgets what is named by records up to seq, but for the newest.
+// delivered forgets what is named by records up to seq, but for the newest, and what else
+// the oldest record of those names.
 func (s *losses) delivered(seq uint64) {
 	var by []uint64
 	for _, e := range *s {
@@ -101,15 +102,15 @@ func (s *losses) delivered(seq uint64) {
 	}
 	if n := len(by) - maxReported; n > 0 {
 		slices.Sort(by)
-		*s = slices.DeleteFunc(*s, func(e loss) bool { return e.reported(by[n-1]) })
+		*s = slices.DeleteFunc(*s, func(e loss) bool { return e.reported(by[n] - 1) })
 	}
 }
 
 // reported reports whether a record up to seq names it.
 func (e loss) reported(seq uint64) bool { return e.by != 0 && e.by <= seq }
 
-// pending returns the losses that no record up to seq names.
-func (s losses) pending(seq uint64) (out losses) {
+// unreported returns the losses that no record up to seq names.
+func (s losses) unreported(seq uint64) (out losses) {
 	for _, e := range s {
 		if !e.reported(seq) {
 			out = append(out, e)

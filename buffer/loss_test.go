@@ -46,9 +46,9 @@ func TestLosses(t *testing.T) {
 			l.name(tr(1, 3), 10)
 			l.add(tr(5, 6))
 			l.delivered(9)
-			*l = l.pending(9)
+			*l = l.unreported(9)
 			l.delivered(10)
-			*l = l.pending(10)
+			*l = l.unreported(10)
 		}, []Loss{tr(5, 6)}, 1},
 		{"the naming record is lost after it was delivered", func(l *losses) {
 			l.add(tr(1, 3))
@@ -65,6 +65,18 @@ func TestLosses(t *testing.T) {
 			l.unname(span{1, 20 * maxReported})
 			l.unname(span{30*maxReported - 8, 30 * maxReported})
 		}, []Loss{tr(30*maxReported-9, 30*maxReported-9)}, maxReported},
+		{"all that one record named is kept", func(l *losses) {
+			for i := range uint64(2 * maxReported) {
+				l.add(tr(10*i+1, 10*i+1))
+			}
+			for _, x := range l.unnamed(nil) {
+				l.name(x, 5000)
+			}
+			l.delivered(5000)
+			l.add(tr(6000, 6000))
+			l.name(tr(6000, 6000), 6001)
+			l.delivered(6001)
+		}, nil, 2*maxReported + 1},
 		{"the naming record is lost", func(l *losses) {
 			l.add(tr(1, 3))
 			l.name(tr(1, 3), 10)
@@ -174,7 +186,7 @@ func TestDoubt(t *testing.T) {
 			s.losses.name(tr(1, 2), 15)
 			s.drop(span{11, 20})
 			s.ack(20)
-			if len(s.losses.pending(s.acked)) != 0 {
+			if len(s.losses.unreported(s.acked)) != 0 {
 				s.truncated += 1000
 			}
 		}, 0, 10, 0},

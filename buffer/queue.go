@@ -126,9 +126,9 @@ func (q *Queue) Ack(seq uint64) {
 
 // Forfeit reports a loss of delivered records that was found elsewhere: the
 // server has gone back further than the queue reaches. It joins the losses to
-// be named, and so do those again that records in the range had named. cause is one of a small closed set, at most 255 bytes. The next Read
-// returns only when that is durable: whoever sends what it returns passes over
-// the range for good.
+// be named, and so do those again that records in the range had named. cause is
+// one of a small closed set, at most 255 bytes. The next Read returns only when
+// that is durable: whoever sends what it returns passes over the range for good.
 func (q *Queue) Forfeit(first, last uint64, cause string) {
 	if first == 0 || last < first {
 		return

@@ -365,3 +365,19 @@ func TestSalvageKnowsWhatCameToNothing(t *testing.T) {
 		t.Errorf("kept %+v, %+v", keep, got)
 	}
 }
+
+// What was given up is live although it is named as lost, reported or not; when its chunk
+// is gone it counts as any other.
+func TestRestoreAfterGivingUp(t *testing.T) {
+	for name, acked := range map[string]uint64{"not reported": 6, "reported": 8} {
+		t.Run(name, func(t *testing.T) {
+			s := &state{epoch: "01234567890123456789", head: 1, last: 10, acked: acked, lease: 10, given: []uint64{5}}
+			s.losses.add(span{5, 5}.loss("refused"))
+			s.losses.name(span{5, 5}.loss("refused"), 8)
+			got, keep := account(s, true, []find{{first: 1, head: 1, count: 3}, {first: 7, head: 1, count: 4}}, time.Now())
+			if got.epoch != s.epoch || len(keep) != 2 || got.reclaimed != 3 || got.salvaged != 7 {
+				t.Errorf("epoch %s, %d chunks, %d reclaimed, %d salvaged; want %s, 2, 3, 7", got.epoch, len(keep), got.reclaimed, got.salvaged, s.epoch)
+			}
+		})
+	}
+}

@@ -298,7 +298,10 @@ func account(s *state, exact bool, finds []find, now time.Time) (*state, []find)
 // miss accounts for live records that are gone: like damage that a reader finds
 // who cannot say what is under way.
 func (s *state) miss(r span) {
-	known := s.losses.spans()
+	var known []span
+	for _, l := range s.losses.spans() {
+		known = append(known, l.without(s.givenUp())...) // which are live nevertheless
+	}
 	for _, d := range s.doubt {
 		known = append(known, d.span)
 	}

@@ -185,7 +185,7 @@ func (s *state) renew(epoch string) {
 	s.resolve(s.acked)
 	s.epoch, s.base, s.lease = epoch, s.acked, s.acked
 	s.given = nil // the server may be another one, and take them
-	all := s.losses.pending(s.acked)
+	all := s.losses.unreported(s.acked)
 	s.losses = nil
 	for _, l := range all {
 		s.losses.add(Loss{Cause: l.Cause, Count: l.Count})

@@ -145,7 +145,7 @@ func statsOf(st *state, x *index, acked uint64) Stats {
 		Bounds: boundsOf(st, x, acked), Epoch: st.epoch, Before: st.base,
 		Records: x.records, Bytes: int64(x.pages) * pageSize, UnsentBytes: int64(x.pages-x.ackedPages) * pageSize,
 		Truncated: st.truncated, Reclaimed: st.reclaimed, Corrupt: st.corrupt,
-		InDoubt: st.inDoubt(), Losses: len(st.losses.pending(st.acked)), Salvaged: st.salvaged,
+		InDoubt: st.inDoubt(), Losses: len(st.losses.unreported(st.acked)), Salvaged: st.salvaged,
 	}
 	if e := x.oldestUnsent(); e != nil {
 		if e.at != 0 {

@@ -79,11 +79,12 @@
 // anything behind it is handed out. The counter so lags an outage by a batch or two
 // and is exact when it ends.
 //
-// A [Loss] stays in the state until the record that names it is acknowledged, and the
-// newest 64 for longer. Is that record itself dropped, given up ([Queue.SetAside]) or lost
-// by the server when the queue no longer has it ([Queue.Forfeit]), its losses are unnamed
-// again in the same transaction. What a server lacks is named anyway; one that goes back to
-// between a loss and its record, over 64 that were reported since, is what they do not cover.
+// A [Loss] stays in the state, and with it the seq of the record that names it. Is that
+// record itself dropped, given up ([Queue.SetAside]) or lost by the server when the queue no
+// longer has it ([Queue.Forfeit]), its losses are unnamed again in the same transaction. Of
+// those whose record was acknowledged the newest 64 are kept as they are, and the older ones
+// of a cause as one, which is named again when any of their records may have been lost:
+// twice is harmless, never is not.
 //
 // A resize is the one that looks at chunks which are neither next to be read nor to leave:
 // one that it finds damaged may so be in doubt amid live ones.

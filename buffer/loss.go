@@ -34,13 +34,13 @@ type loss struct {
 	by uint64
 }
 
-// losses is the list of losses that are not yet known to be reported, and of the newest
-// that are: ordered by cause, then seq; neighbours that are both unnamed are joined.
+// losses is the list of losses, of those too that are reported: ordered by cause, then
+// seq; neighbours that are both unnamed are joined.
 type losses []loss
 
-// maxReported bounds those that are reported. They matter only for a server that goes back
-// to between such a loss and the record that names it: when it is further back, all that
-// it lacks is named anyway.
+// maxReported is how many of those that are reported are kept as they are; older ones are
+// joined. They matter only for a server that goes back to between such a loss and the
+// record that names it: when it is further back, all that it lacks is named anyway.
 const maxReported = 64
 
 // add records a new, unnamed loss.
@@ -77,11 +77,13 @@ func (s *losses) name(l Loss, by uint64) {
 	s.normalize()
 }
 
-// unname reverts what was named by records in r: they are lost themselves.
-func (s *losses) unname(r span) {
+// unname reverts what was named by records in r: they are lost themselves. Of delivered
+// losses, which are those named up to acked, that were joined only the newest record is
+// known: it may be behind r where others are in it.
+func (s *losses) unname(r span, acked uint64) {
 	changed := false
 	for i := range *s {
-		if e := &(*s)[i]; e.by != 0 && e.by >= r.first && e.by <= r.last {
+		if e := &(*s)[i]; e.by >= max(r.first, 1) && (e.by <= r.last || e.reported(acked)) {
 			e.by = 0
 			changed = true
 		}
@@ -91,8 +93,8 @@ func (s *losses) unname(r span) {
 	}
 }
 
-// delivered forgets what is named by records up to seq, but for the newest, and what else
-// the oldest record of those names.
+// delivered joins what is named by records up to seq, but for the newest, and what else the
+// oldest record of those names. The count stays right, the range becomes an envelope.
 func (s *losses) delivered(seq uint64) {
 	var by []uint64
 	for _, e := range *s {
@@ -102,7 +104,7 @@ func (s *losses) delivered(seq uint64) {
 	}
 	if n := len(by) - maxReported; n > 0 {
 		slices.Sort(by)
-		*s = slices.DeleteFunc(*s, func(e loss) bool { return e.reported(by[n] - 1) })
+		s.join(func(a, b loss, _ bool) bool { return a.reported(by[n]-1) && b.reported(by[n]-1) })
 	}
 }
 
@@ -142,7 +144,9 @@ func (s losses) spans() (out []span) {
 // normalize joins what can be joined without loss of precision, and more than
 // that only when the list outgrows its bound.
 func (s *losses) normalize() {
-	adjacent := func(a, b loss, _ bool) bool { return a.exact() && b.exact() && a.Last+1 == b.First }
+	adjacent := func(a, b loss, _ bool) bool {
+		return a.by == 0 && b.by == 0 && (a.First == 0 || a.exact() && b.exact() && a.Last+1 == b.First)
+	}
 	s.join(adjacent)
 	if len(*s) <= maxLosses {
 		return
@@ -155,11 +159,11 @@ func (s *losses) normalize() {
 	s.join(adjacent)
 	// Still too many holes: join the oldest ranges across them. The count
 	// stays right, the range becomes an envelope.
-	s.join(func(a, b loss, excess bool) bool { return excess && a.First != 0 && b.First != 0 })
+	s.join(func(a, b loss, excess bool) bool { return a.by == 0 && b.by == 0 && excess })
 }
 
-// join sorts the list and joins unnamed neighbours of one cause where ok, which
-// is told whether the list is still too long.
+// join sorts the list and joins neighbours of one kind where ok, which is told whether the
+// list is still too long.
 func (s *losses) join(ok func(a, b loss, excess bool) bool) {
 	if len(*s) < 2 {
 		return
@@ -176,18 +180,19 @@ func (s *losses) join(ok func(a, b loss, excess bool) bool) {
 	for i, e := range all[1:] {
 		excess := len(out)+len(all)-1-i > maxLosses
 		p := &out[len(out)-1]
-		switch {
-		case p.by != 0 || e.by != 0 || p.Cause != e.Cause:
+		if !p.like(e.Loss) || !ok(*p, e, excess) {
 			out = append(out, e)
-		case p.First == 0 && e.First == 0 && (p.Count == 0) == (e.Count == 0):
-			p.Count += e.Count // unknown twice says no more than once
-		case ok(*p, e, excess):
-			p.Last, p.Count = max(p.Last, e.Last), p.Count+e.Count
-		default:
-			out = append(out, e)
+			continue
 		}
+		p.Last, p.Count, p.by = max(p.Last, e.Last), p.Count+e.Count, max(p.by, e.by)
 	}
 	*s = out
+}
+
+// like reports whether two losses can be told as one: unknown twice says no more than
+// once, but what is unknown is not told by what is known.
+func (l Loss) like(m Loss) bool {
+	return l.Cause == m.Cause && (l.First == 0) == (m.First == 0) && (l.First != 0 || (l.Count == 0) == (m.Count == 0))
 }
 
 // shift moves the seqs of l from or to those of the epoch.

@@ -13,6 +13,14 @@ import (
 func tr(first, last uint64) Loss { return span{first, last}.loss(CauseTruncated) }
 
 func TestLosses(t *testing.T) {
+	// report adds n losses that no neighbours are, each with a record that is delivered.
+	report := func(l *losses, n uint64) {
+		for i := range n {
+			l.add(tr(10*i+1, 10*i+1))
+			l.name(tr(10*i+1, 10*i+1), 10*i+5)
+			l.delivered(10*i + 5)
+		}
+	}
 	cases := []struct {
 		name    string
 		do      func(*losses)
@@ -54,17 +62,23 @@ func TestLosses(t *testing.T) {
 			l.add(tr(1, 3))
 			l.name(tr(1, 3), 10)
 			l.delivered(20)
-			l.unname(span{7, 12})
+			l.unname(span{7, 12}, 20)
 		}, []Loss{tr(1, 3)}, 1},
 		{"of those reported the newest are kept", func(l *losses) {
-			for i := range uint64(3 * maxReported) {
-				l.add(tr(10*i+1, 10*i+1))
-				l.name(tr(10*i+1, 10*i+1), 10*i+5)
-				l.delivered(10*i + 5)
-			}
-			l.unname(span{1, 20 * maxReported})
-			l.unname(span{30*maxReported - 8, 30 * maxReported})
-		}, []Loss{tr(30*maxReported-9, 30*maxReported-9)}, maxReported},
+			report(l, 3*maxReported)
+			l.unname(span{30*maxReported - 8, 30 * maxReported}, 30*maxReported)
+		}, []Loss{tr(30*maxReported-9, 30*maxReported-9)}, maxReported + 1},
+		{"the older ones are named again as one", func(l *losses) {
+			report(l, 3*maxReported)
+			// Known is the newest record of those joined, and it is behind what is lost.
+			l.unname(span{15, 15}, 30*maxReported)
+			*l = (*l)[:1]
+		}, []Loss{{CauseTruncated, 1, 20*maxReported - 9, 2 * maxReported}}, 1},
+		{"but not for what was lost behind their records", func(l *losses) {
+			report(l, 3*maxReported)
+			l.unname(span{20*maxReported - 4, 20 * maxReported}, 30*maxReported)
+			*l = (*l)[:1]
+		}, nil, 1},
 		{"all that one record named is kept", func(l *losses) {
 			for i := range uint64(2 * maxReported) {
 				l.add(tr(10*i+1, 10*i+1))
@@ -81,12 +95,12 @@ func TestLosses(t *testing.T) {
 			l.add(tr(1, 3))
 			l.name(tr(1, 3), 10)
 			l.add(tr(4, 12))
-			l.unname(span{4, 12})
+			l.unname(span{4, 12}, 0)
 		}, []Loss{tr(1, 12)}, 1},
 		{"the other naming record is lost", func(l *losses) {
 			l.add(tr(1, 3))
 			l.name(tr(1, 3), 10)
-			l.unname(span{11, 12})
+			l.unname(span{11, 12}, 0)
 		}, nil, 1},
 		{"unknown is named as a whole, and once", func(l *losses) {
 			l.add(Loss{Cause: CauseCorrupt})

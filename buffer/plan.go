@@ -71,7 +71,7 @@ func (q *Queue) derive(c *commit) {
 	}
 	s.ack(q.ack)
 	for _, l := range c.forfeit {
-		s.losses.unname(span{l.First, l.Last}) // what these told is not told
+		s.losses.unname(span{l.First, l.Last}, s.acked) // what these told is not told
 		// What has been found damaged is told as that; the server's loss is the rest.
 		for _, r := range (span{l.First, l.Last}).without(s.losses.spans()) {
 			s.losses.add(r.loss(l.Cause))

@@ -149,7 +149,7 @@ func (s *state) lose(r span, cause string) {
 	if r.empty() {
 		return
 	}
-	s.losses.unname(r)
+	s.losses.unname(r, s.acked)
 	s.reclaimed += r.count() // of it what is a loss already
 	for _, r := range r.without(s.givenUp()) {
 		s.reclaimed -= r.count()

@@ -371,7 +371,7 @@ func (w *writer) makeRoom(c *commit, extra int) error {
 }
 
 func unnameAbove(l losses, seq uint64) losses {
-	l.unname(span{seq + 1, ^uint64(0)})
+	l.unname(span{seq + 1, ^uint64(0)}, 0)
 	return l
 }
 

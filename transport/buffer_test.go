@@ -120,16 +120,21 @@ func TestSenderWithBuffer(t *testing.T) {
 // alone or with all before it: what the record named must be named by another one.
 func TestLossesAreToldAgain(t *testing.T) {
 	t.Parallel()
-	for name, back := range map[string]func(t *testing.T, c *redis.Client, before []string){
-		"emptied": func(*testing.T, *redis.Client, []string) {},
-		// To between what was lost and the record that says so.
-		"back to before it": func(t *testing.T, c *redis.Client, before []string) {
-			for i, key := range []string{eventsKey, cursorKey} {
-				if err := c.Restore(t.Context(), key, 0, before[i]).Err(); err != nil {
-					t.Fatal(err)
-				}
+	// To between what was lost and the record that says so.
+	before := func(t *testing.T, c *redis.Client, before []string) {
+		for i, key := range []string{eventsKey, cursorKey} {
+			if err := c.Restore(t.Context(), key, 0, before[i]).Err(); err != nil {
+				t.Fatal(err)
 			}
-		},
+		}
+	}
+	for name, tc := range map[string]struct {
+		back  func(t *testing.T, c *redis.Client, before []string)
+		since uint64 // other losses that were told
+	}{
+		"emptied":                         {func(*testing.T, *redis.Client, []string) {}, 0},
+		"back to before it":               {before, 0},
+		"back to before it and many more": {before, 100},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -161,6 +166,14 @@ func TestLossesAreToldAgain(t *testing.T) {
 				return fill(t, q, 1)
 			}
 			told := tell()
+			for i := range tc.since {
+				q.Forfeit(2*i+1, 2*i+1, buffer.CauseTruncated)
+				if err := q.Flush(t.Context()); err != nil {
+					t.Fatal(err)
+				}
+				told = tell()
+				s.delivered(t, told)
+			}
 			if l := q.Unnamed(nil); l != nil {
 				t.Fatalf("not named: %+v", l)
 			}
@@ -170,7 +183,7 @@ func TestLossesAreToldAgain(t *testing.T) {
 			if err := c.FlushAll(t.Context()).Err(); err != nil {
 				t.Fatal(err)
 			}
-			back(t, c, before)
+			tc.back(t, c, before)
 			s.delivered(t, fill(t, q, 10))
 			last := tell()
 			s.delivered(t, last)

@@ -27,6 +27,7 @@ type soakSink struct {
 	at     atomic.Uint64     // highest seq seen
 	idle   atomic.Int64      // reads in a row that brought nothing
 	rule   atomic.Uint64     // what the rule has dropped
+	held   atomic.Int64      // until when it does not read, in nanoseconds since the Unix epoch
 	broken []string
 }
 
@@ -65,6 +66,7 @@ func soakConsumer(ctx context.Context, c redis.UniversalClient, decisions string
 		return err
 	}
 	for n := 0; ctx.Err() == nil; n++ {
+		sleep(ctx, time.Until(time.Unix(0, sink.held.Load())))
 		err := g.Read(ctx, sink)
 		sink.rule.Store(g.Dropped())
 		if err != nil {
@@ -90,6 +92,7 @@ type soak struct {
 	spec      agentSpec
 	agent     *agentProcess
 	client    redis.UniversalClient
+	sink      *soakSink
 	events    string
 	decisions string
 }
@@ -113,6 +116,7 @@ func newSoak(t *testing.T, c redis.UniversalClient, spec agentSpec) *soak {
 		tag := Tag(Shard(testAgent, spec.Shards), spec.Shards)
 		s.events, s.decisions = "edr:{"+tag+"}:events", "decisions:system:{"+tag+"}"
 	}
+	s.sink = &soakSink{audit: consumer.NewAudit(), events: s.events, newest: make(map[string]string)}
 	s.agent = startAgent(t, spec)
 	return s
 }
@@ -125,14 +129,19 @@ func (s *soak) again() {
 	s.agent = startAgent(s.t, s.spec)
 }
 
+// hold keeps the consumer from reading for longer than the buffer keeps what was
+// acknowledged: what a server loses meanwhile nobody has seen.
+func (s *soak) hold() {
+	s.sink.held.Store(time.Now().Add(5*time.Second + rand.N(15*time.Second)).UnixNano())
+}
+
 func (s *soak) pause(least, most time.Duration) { sleep(s.t.Context(), least+rand.N(most-least)) }
 
 // run has one after the other happen for so long, each chosen by pick, then calm, and
 // wants each record once and in order, or named as lost. It goes on for up to three times
 // as long until the rule had to drop something that was shown again.
 func (s *soak) run(long time.Duration, pick func(n int) befalls, calm func()) {
-	t := s.t
-	sink := &soakSink{audit: consumer.NewAudit(), events: s.events, newest: make(map[string]string)}
+	t, sink := s.t, s.sink
 	ctx, cancel := context.WithCancel(t.Context())
 	consumed := make(chan error, 1)
 	go func() {
@@ -223,6 +232,7 @@ func TestSoak(t *testing.T) {
 		}},
 		{"stalled", func() { srv.Stall(); s.pause(500*time.Millisecond, 1500*time.Millisecond); srv.Resume() }},
 		{"script forgotten", func() { c.ScriptFlush(t.Context()) }},
+		{"consumer held up", s.hold},
 		{"away for long", func() { srv.Kill9(); s.pause(10*time.Second, 12*time.Second); srv.Restart() }},
 	}
 	s.run(long, func(n int) befalls {
@@ -295,6 +305,7 @@ func soakFailover(t *testing.T, long time.Duration, g *redistest.Group, pair int
 		{"agent killed, clock and encoding changed", s.again},
 		{"emptied", func() { c := master(); defer c.Close(); c.FlushAll(t.Context()) }},
 		{"script forgotten", func() { c := master(); defer c.Close(); c.ScriptFlush(t.Context()) }},
+		{"consumer held up", s.hold},
 	}
 	s.run(long, func(n int) befalls {
 		if n%2 == 0 {

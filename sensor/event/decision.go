@@ -110,7 +110,7 @@ func DecisionTable() []Decision {
 		{"CASES_DAMAGED", "Cases Set Aside", DecisionsSystem, "The file of the open cases could not be read at the start, so none that was in it is open any more.", "Open the cases again; find out what wrote to the state directory."},
 		{
 			"RECORDS_LOST", "Lost Events", DecisionsSystem,
-			"Records that had a sequence number will not be delivered. `unmapped.lost.ranges` names each range: `truncated` (the buffer was full), `corrupt` (damaged on disk), `server_loss` (Redis lost what it had confirmed, and the buffer no longer has it), `refused` (Redis does not take it, see RECORD_REFUSED).",
+			"Records that had a sequence number will not be delivered. `unmapped.lost.ranges` names each range: `truncated` (the buffer was full), `corrupt` (damaged on disk), `server_loss` (Redis lost what it had confirmed, and the buffer no longer has it), `refused` (Redis does not take it, see RECORD_REFUSED). A range is named again when Redis may have lost the record that named it; where `count` is less than the range is long, so many of it are lost, and it stands for many that are no longer known one by one.",
 			"Treat the ranges as unknown, not as quiet. The decisions before it say why.",
 		},
 		{

@@ -43,6 +43,7 @@ type commit struct {
 func (q *Queue) take(now time.Time, closing bool) *commit {
 	p := q.pending
 	q.pending, q.spare, q.inflight = q.spare, nil, p
+	q.taken++
 	q.force, q.dirtyAt = false, time.Time{}
 
 	c := &commit{p: p, now: now, clean: closing, resolve: q.resolve, forfeit: q.forfeits, given: slices.Clone(q.given), renew: q.renew}

@@ -70,6 +70,7 @@ type Queue struct {
 	next        uint64 // seq of the next record appended
 	pending     *pending
 	inflight    *pending // being committed
+	taken       uint64   // commits of this run, inflight included; transactions are more
 	spare       *pending
 	batches     []*Batch // free list
 	chunks      [][]byte // free list
@@ -79,7 +80,7 @@ type Queue struct {
 	forfeits []Loss
 	given    []uint64 // all that SetAside gave up, see state.given
 	renew    string   // epoch to begin
-	lossGen  uint64   // the transaction that holds the last Forfeit
+	lossAt   uint64   // the commit that holds the last Forfeit
 	damaged  []damage
 	resolve  *uint64   // a Read waits until doubt about what is above is decided
 	handed   uint64    // newest record handed out
@@ -101,10 +102,23 @@ type commitError struct {
 
 type damage struct{ first, after uint64 }
 
-// flush waits for a record and for a transaction, as a mark may come alone.
+// flush waits for a record and for a commit, as a mark may come alone.
 type flush struct {
-	seq, gen uint64
-	done     chan struct{}
+	seq, commit uint64
+	done        chan struct{}
+}
+
+// clean reports whether everything is durable. Called with the lock held.
+func (q *Queue) clean() bool {
+	return q.pending.empty() && q.inflight == nil && q.dirtyAt.IsZero()
+}
+
+// committed is the last commit that is durable. Called with the lock held.
+func (q *Queue) committed() uint64 {
+	if q.inflight != nil {
+		return q.taken - 1
+	}
+	return q.taken
 }
 
 // wake makes the writer look at its plan again.
@@ -141,10 +155,7 @@ func (q *Queue) Forfeit(first, last uint64, cause string) {
 // forfeit is Forfeit with the lock held.
 func (q *Queue) forfeit(first, last uint64, cause string) {
 	q.forfeits = append(q.forfeits, span{first, last}.loss(cause[:min(len(cause), 255)]).shift(q.state.base))
-	q.lossGen = q.state.gen + 1
-	if q.inflight != nil {
-		q.lossGen++
-	}
+	q.lossAt = q.taken + 1
 	q.force = true
 	q.dirty()
 	q.wake()
@@ -198,14 +209,11 @@ func (q *Queue) Flush(ctx context.Context) error {
 		q.mu.Unlock()
 		return fmt.Errorf("flush: %w", err)
 	}
-	if q.pending.empty() && q.inflight == nil && q.dirtyAt.IsZero() {
+	if q.clean() {
 		q.mu.Unlock()
 		return nil
 	}
-	f := flush{seq: q.next - 1, gen: q.state.gen + 1, done: make(chan struct{})}
-	if q.inflight != nil {
-		f.gen++
-	}
+	f := flush{seq: q.next - 1, commit: q.taken + 1, done: make(chan struct{})}
 	q.flushes = append(q.flushes, f)
 	q.force = true
 	q.wake()
@@ -216,7 +224,7 @@ func (q *Queue) Flush(ctx context.Context) error {
 	case <-q.done:
 		q.mu.Lock()
 		defer q.mu.Unlock()
-		if q.state.last >= f.seq {
+		if q.clean() || q.state.last >= f.seq && q.committed() >= f.commit {
 			return nil
 		}
 		return fmt.Errorf("flush: %w", q.err)

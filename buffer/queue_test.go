@@ -462,24 +462,7 @@ func TestCommitErrorIsShownAndRetried(t *testing.T) {
 // Chunks of very different lengths fragment the ring beyond what the limit
 // provides for; then more is dropped, exactly as accounted.
 func TestFragmentedRing(t *testing.T) {
-	s := &sim{t: t, led: newLedger(), rng: rand.New(rand.NewPCG(5, 5))}
-	o := small(fastDir(t))
-	o.Cap = 1536 * kib
-	o.MaxRecord = 300 * kib
-	o.CommitBytes = 16 * kib
-	s.q = open(t, o)
-	for range 4000 {
-		if s.rng.IntN(40) == 0 {
-			b := s.q.NewBatch()
-			s.item++
-			s.must(b.End(appendItem(b.Begin(Events), s.item, s.rng.IntN(o.MaxRecord-10)), false))
-			s.must(s.q.Append(t.Context(), b))
-		} else {
-			s.produce(1, 1500, false)
-		}
-		s.must(s.q.Flush(t.Context()))
-		s.must(invariant(s.q.Stats()))
-	}
+	s := fragment(t, 4000, func(*sim, *Options) {})
 	// Transactions that only made room are not counted as commits.
 	if extra := s.q.state.gen - uint64(testutil.ToFloat64(s.q.metrics.commits)); extra == 0 {
 		t.Error("the ring was never too fragmented")
@@ -495,6 +478,65 @@ func TestFragmentedRing(t *testing.T) {
 	s.must(s.verify())
 	closeQueue(t, s.q)
 	check(t, s.q.path)
+}
+
+// A transaction that makes room for a commit is not that commit: who waits for it goes on
+// waiting, and when it is not known whether one of the two is on disk it is found out which.
+func TestRoomIsNoCommit(t *testing.T) {
+	early, failed, forfeits := 0, 0, 0
+	s := fragment(t, 2000, func(s *sim, o *Options) {
+		o.BeforeCommit = func() error { // that is, while one is under way
+			s.q.Forfeit(1, 1, causeServer)
+			forfeits++
+			return nil
+		}
+		o.Committed = func([]byte) {
+			s.q.mu.Lock()
+			defer s.q.mu.Unlock()
+			if s.q.committed() >= s.q.lossAt && len(s.q.forfeits) > 0 {
+				early++
+			}
+		}
+		o.afterCommit = func() error {
+			if failed++; failed%3 == 0 {
+				return errors.New("not known to be on disk")
+			}
+			return nil
+		}
+	})
+	if early > 0 {
+		t.Errorf("%d of %d losses were taken for durable before they were", early, forfeits)
+	}
+	if st := s.q.Stats(); st.Salvaged > 0 {
+		t.Errorf("a sound file was set aside, and %d records salvaged", st.Salvaged)
+	}
+	closeQueue(t, s.q)
+	check(t, s.q.path)
+}
+
+// fragment appends records of all sizes to a ring that a few of them fill.
+func fragment(t *testing.T, n int, with func(*sim, *Options)) *sim {
+	t.Helper()
+	s := &sim{t: t, led: newLedger(), rng: rand.New(rand.NewPCG(5, 5))}
+	o := small(fastDir(t))
+	o.Cap = 1536 * kib
+	o.MaxRecord = 300 * kib
+	o.CommitBytes = 16 * kib
+	with(s, &o)
+	s.q = open(t, o)
+	for range n {
+		if s.rng.IntN(40) == 0 {
+			b := s.q.NewBatch()
+			s.item++
+			s.must(b.End(appendItem(b.Begin(Events), s.item, s.rng.IntN(o.MaxRecord-10)), false))
+			s.must(s.q.Append(t.Context(), b))
+		} else {
+			s.produce(1, 1500, false)
+		}
+		s.must(s.q.Flush(t.Context()))
+		s.must(invariant(s.q.Stats()))
+	}
+	return s
 }
 
 func TestForfeit(t *testing.T) {

@@ -121,7 +121,7 @@ func (q *Queue) plan(after uint64, maxBytes int) (bool, error) {
 		q.wake()
 		return false, nil
 	}
-	if q.state.gen < q.lossGen {
+	if q.committed() < q.lossAt {
 		return false, nil // and for what was forfeited, whose commit is forced
 	}
 	l := q.index.live()

@@ -206,16 +206,26 @@ func (w *writer) try(c *commit) error {
 	if err := q.present(); err != nil {
 		return err
 	}
-	err := w.update(c)
+	update := func(c *commit) error {
+		err := w.update(c)
+		if err == nil && q.o.afterCommit != nil {
+			err = q.o.afterCommit()
+		}
+		return err
+	}
+	tried, err := c, update(c)
 	for extra := 1; errors.Is(err, berrors.ErrMaxSizeReached); extra *= 2 {
 		// The ring is more fragmented than the limit provides for. Free
 		// more first: pages are reusable one transaction later.
-		if err = w.makeRoom(c, extra); err == nil {
-			err = w.update(c)
+		room := w.planRoom(c, extra)
+		if room == nil {
+			err = fmt.Errorf("commit to %s: no room for %d pages in an empty file", q.path, c.need)
+			break
 		}
-	}
-	if err == nil && q.o.afterCommit != nil {
-		err = q.o.afterCommit()
+		if tried, err = room, update(room); err == nil {
+			w.makeRoom(c, room)
+			tried, err = c, update(c)
+		}
 	}
 	if err == nil {
 		return nil
@@ -225,8 +235,12 @@ func (w *writer) try(c *commit) error {
 		w.db = nil
 		return err
 	}
-	done, rerr := w.reopen(c)
+	done, rerr := w.reopen(tried)
 	if done && rerr == nil {
+		if tried != c {
+			w.makeRoom(c, tried)
+			return err // c is next
+		}
 		q.metrics.errors.WithLabelValues(opCommit).Inc()
 		return nil
 	}
@@ -335,15 +349,15 @@ func (w *writer) forget(c *commit) {
 	_, _, _ = unix.Syscall(unix.SYS_MADVISE, w.db.Info().Data, uintptr(w.q.o.Cap), unix.MADV_DONTNEED)
 }
 
-// makeRoom frees what c would free, and extra chunks more, in a transaction of
-// its own.
-func (w *writer) makeRoom(c *commit, extra int) error {
+// planRoom plans a transaction of its own that frees what c would free, and extra chunks
+// more; nil when there are none.
+func (w *writer) planRoom(c *commit, extra int) *commit {
 	q := w.q
 	q.mu.Lock()
+	defer q.mu.Unlock()
 	live := q.index.live()
 	if c.drop == len(live) && extra > 1 {
-		q.mu.Unlock()
-		return fmt.Errorf("commit to %s: no room for %d pages in an empty file", q.path, c.need)
+		return nil
 	}
 	// The same state, less the records, leases and marks that come with them.
 	records := uint64(c.p.records)
@@ -360,14 +374,14 @@ func (w *writer) makeRoom(c *commit, extra int) error {
 	room := &commit{p: new(pending), next: s, drop: c.drop, damaged: c.damaged, now: c.now}
 	q.planHead(room)
 	c.next.head = s.head
-	q.mu.Unlock()
-	if err := w.update(room); err != nil {
-		return err
-	}
+	return room
+}
+
+// makeRoom goes on from the room that is on disk: c is the transaction after it.
+func (w *writer) makeRoom(c, room *commit) {
 	w.publish(room)
 	c.drop, c.damaged = 0, nil
 	c.next.gen++
-	return nil
 }
 
 func unnameAbove(l losses, seq uint64) losses {
@@ -415,7 +429,7 @@ func (w *writer) publish(c *commit) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.flushes = slices.DeleteFunc(q.flushes, func(f flush) bool {
-		done := f.seq <= c.next.last && f.gen <= c.next.gen
+		done := f.seq <= c.next.last && f.commit <= q.committed()
 		if done {
 			close(f.done)
 		}

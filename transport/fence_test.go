@@ -417,3 +417,34 @@ func TestRestoredQueue(t *testing.T) {
 		t.Errorf("delivered as %v", agents)
 	}
 }
+
+// TestRenewalWithoutAnAnswer stops a Sender while its queue, a copy, begins a new epoch: it
+// must not take what the twin has delivered in the old one for its own.
+func TestRenewalWithoutAnAnswer(t *testing.T) {
+	t.Parallel()
+	srv := redistest.Start(t, redistest.Options{})
+	a, b := newMemQueue(), newMemQueue()
+	a.add(50, buffer.Events, false)
+	b.add(50, buffer.Events, false)
+	twin := start(t, fast(srv.Addr()), a)
+	twin.delivered(t, 50)
+	o := fast(srv.Addr())
+	o.Processes, o.Remember = []string{newProcess("")}, func([]string) error { return nil }
+	s, err := New(o, b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	b.epoch = "f" + testEpoch[1:]
+	if err := s.Drain(quiet(t)); err == nil || !strings.Contains(err.Error(), "it is in epoch "+b.epoch) {
+		t.Errorf("drain: %v", err)
+	}
+	if b.acked != 0 {
+		t.Errorf("%d records were taken for delivered", b.acked)
+	}
+	a.add(10, buffer.Events, false)
+	twin.delivered(t, 60)
+	if n := testutil.ToFloat64(twin.m.errors[ClassFenced]); n != 0 {
+		t.Errorf("the twin was fenced %v times", n)
+	}
+}

@@ -247,6 +247,10 @@ func (s *Sender) reached() uint64 {
 
 // connect dials, unless there is a connection, and learns from the server what it has.
 func (s *Sender) connect(ctx context.Context) error {
+	if epoch := s.q.Epoch(); epoch != s.batch.head[1] {
+		// A renewal that a stop kept from being answered: our numbers are not the queue's.
+		return &queueError{fmt.Errorf("it is in epoch %s, expected %s", epoch, s.batch.head[1])}
+	}
 	if s.conn == nil {
 		addr, err := s.finder.find(ctx, s.slot)
 		if err != nil {

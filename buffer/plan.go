@@ -32,8 +32,9 @@ type commit struct {
 	resolve *uint64 // see Queue.resolve
 	forfeit []Loss
 	given   []uint64
-	renew   string // epoch to begin
-	need    uint64 // pages
+	renew   string  // epoch to begin
+	need    uint64  // pages
+	room    *commit // the transaction that has to make room first
 	now     time.Time
 	durable time.Time // set by locate
 	clean   bool      // last commit before a close: store the freelist
@@ -57,7 +58,7 @@ func (q *Queue) derive(c *commit) {
 	p, s := c.p, q.state.clone()
 	s.gen++
 	s.given = slices.Clone(c.given)
-	c.next, c.drop, c.damaged, c.need = s, 0, nil, 0
+	c.next, c.drop, c.damaged, c.need, c.room = s, 0, nil, 0, nil
 
 	// The order matters: what a reader has declared not to be under way is
 	// decided before an acknowledgement of later records could cover it.

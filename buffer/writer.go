@@ -3,6 +3,7 @@
 package buffer
 
 import (
+	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -188,9 +189,32 @@ func (w *writer) commit(ctx context.Context, c *commit) error {
 	}
 }
 
-// try runs the transaction. After an error whose effect on the disk is unknown
-// the file is reopened, which tells.
+// try runs the transaction of c, and before it one that makes room where there is none.
 func (w *writer) try(c *commit) error {
+	for extra := 1; ; {
+		tx := cmp.Or(c.room, c)
+		err := w.attempt(tx)
+		switch {
+		case errors.Is(err, berrors.ErrMaxSizeReached):
+			// The ring is more fragmented than the limit provides for. Free
+			// more first: pages are reusable one transaction later.
+			if c.room = w.planRoom(c, extra); c.room == nil {
+				return fmt.Errorf("commit to %s: no room for %d pages in an empty file", w.q.path, c.need)
+			}
+			extra *= 2
+		case err != nil || tx == c:
+			return err
+		default:
+			w.publish(tx)
+			c.drop, c.damaged, c.room = 0, nil, nil
+			c.next.gen++ // c is the transaction after it
+		}
+	}
+}
+
+// attempt runs one transaction. After an error whose effect on the disk is unknown the file
+// is reopened, which tells.
+func (w *writer) attempt(c *commit) error {
 	q := w.q
 	if w.db == nil {
 		done, err := w.reopen(c)
@@ -206,41 +230,20 @@ func (w *writer) try(c *commit) error {
 	if err := q.present(); err != nil {
 		return err
 	}
-	update := func(c *commit) error {
-		err := w.update(c)
-		if err == nil && q.o.afterCommit != nil {
-			err = q.o.afterCommit()
-		}
+	err := w.update(c)
+	if err == nil && q.o.afterCommit != nil {
+		err = q.o.afterCommit()
+	}
+	if err == nil || errors.Is(err, berrors.ErrMaxSizeReached) {
 		return err
-	}
-	tried, err := c, update(c)
-	for extra := 1; errors.Is(err, berrors.ErrMaxSizeReached); extra *= 2 {
-		// The ring is more fragmented than the limit provides for. Free
-		// more first: pages are reusable one transaction later.
-		room := w.planRoom(c, extra)
-		if room == nil {
-			err = fmt.Errorf("commit to %s: no room for %d pages in an empty file", q.path, c.need)
-			break
-		}
-		if tried, err = room, update(room); err == nil {
-			w.makeRoom(c, room)
-			tried, err = c, update(c)
-		}
-	}
-	if err == nil {
-		return nil
 	}
 	if errors.Is(err, ErrDamaged) {
 		// bbolt panicked; its locks may be held, so it cannot even be closed.
 		w.db = nil
 		return err
 	}
-	done, rerr := w.reopen(tried)
+	done, rerr := w.reopen(c)
 	if done && rerr == nil {
-		if tried != c {
-			w.makeRoom(c, tried)
-			return err // c is next
-		}
 		q.metrics.errors.WithLabelValues(opCommit).Inc()
 		return nil
 	}
@@ -375,13 +378,6 @@ func (w *writer) planRoom(c *commit, extra int) *commit {
 	q.planHead(room)
 	c.next.head = s.head
 	return room
-}
-
-// makeRoom goes on from the room that is on disk: c is the transaction after it.
-func (w *writer) makeRoom(c, room *commit) {
-	w.publish(room)
-	c.drop, c.damaged = 0, nil
-	c.next.gen++
 }
 
 func unnameAbove(l losses, seq uint64) losses {

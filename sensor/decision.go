@@ -47,8 +47,8 @@ func (s *Sensor) decide(ctx context.Context, i *event.SelfInfo, names []event.Lo
 	s.writeSelf(ctx, i, names)
 }
 
-// say writes the log line of a decision. Only Notify and decide call it, each with
-// the record that goes to the stream, so that the two cannot disagree.
+// say writes the log line of a decision. Only those call it that write its record to the
+// stream, so that the two cannot disagree.
 func say(ctx context.Context, i *event.SelfInfo) {
 	level := zapcore.InfoLevel
 	switch {

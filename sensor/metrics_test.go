@@ -4,9 +4,12 @@ package sensor
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
+	"fmt"
 	"testing"
 
+	"github.com/google/go-cmp/cmp"
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
 
@@ -63,6 +66,64 @@ func TestWhatCannotBecomeARecordIsCounted(t *testing.T) {
 	s.write(ctx, 0, &event.Event{Kind: event.Exit, Cases: []*event.Case{{ID: "C-1"}}}, false, nil)
 	metricstest.Moved(t, before, metricstest.Gather(t, reg),
 		"sensor_decode_errors_total", "sensor_rejected_events_total", "sensor_case_events_total")
+}
+
+// flushSink notes what was in the batch of each Flush.
+type flushSink struct {
+	fullSink
+	batch   []string
+	flushed [][]string
+}
+
+func (s *flushSink) End(rec []byte, _ bool, _ []event.Loss) error {
+	if s.err != nil {
+		return s.err
+	}
+	s.batch = append(s.batch, string(rec))
+	return nil
+}
+
+func (s *flushSink) Flush(context.Context, []byte) error {
+	s.flushed, s.batch, s.err = append(s.flushed, s.batch), nil, nil
+	return nil
+}
+
+// TestWhatCannotBecomeARecordIsNamedWithTheMark: the mark of a batch covers it, so a process
+// that is killed behind that batch must not be the only one to know.
+func TestWhatCannotBecomeARecordIsNamedWithTheMark(t *testing.T) {
+	ctx := logging.Into(t.Context(), zap.NewNop())
+	sink := &flushSink{}
+	s := newWorker(prometheus.NewPedanticRegistry(), sink)
+	s.discard("UNDECODABLE", 3)
+	if err := s.flush(ctx, false); err != nil {
+		t.Fatal(err)
+	}
+	// And where a decision finds the batch full, without taking its place.
+	s.writeSelf(ctx, &event.SelfInfo{Code: "START"}, nil)
+	s.discard("TOO_LARGE", 1)
+	sink.err = ErrFull
+	s.writeSelf(ctx, &event.SelfInfo{Code: "MODE"}, nil)
+	if err := s.flush(ctx, false); err != nil {
+		t.Fatal(err)
+	}
+	var got [][]string
+	for _, batch := range sink.flushed {
+		var codes []string
+		for _, rec := range batch {
+			var d struct {
+				Code  string `json:"status_code"`
+				Count int    `json:"count"`
+			}
+			if err := json.Unmarshal([]byte(rec), &d); err != nil {
+				t.Fatalf("%v: %s", err, rec)
+			}
+			codes = append(codes, fmt.Sprint(d.Code, " ", d.Count))
+		}
+		got = append(got, codes)
+	}
+	if diff := cmp.Diff([][]string{{"UNDECODABLE 3"}, {"START 0"}, {"TOO_LARGE 1"}, {"MODE 0"}}, got); diff != "" {
+		t.Errorf("records by batch (-want +got):\n%s", diff)
+	}
 }
 
 func TestCoverageIsAMetric(t *testing.T) {

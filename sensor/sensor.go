@@ -136,7 +136,7 @@ type Sensor struct {
 	told told // the worker's
 
 	reported  [event.Kinds]KindCounter // kernel counters at the last tick
-	unwritten map[string]uint64        // events that could not become records since the last tick, by reason
+	unwritten map[string]uint64        // events that could not become records since the last flush, by reason
 	missed    uint64                   // program runs left out by the kernel, reported so far
 	left      suppressed
 	shed      atomic.Pointer[string] // of the file options
@@ -247,7 +247,7 @@ func (s *Sensor) Lost() uint64 { return s.lost.Load() }
 // undecodable, too large, or too many about the sensor itself at once.
 func (s *Sensor) Discarded() uint64 { return s.discarded.Load() }
 
-// discard counts events that cannot become records; the next tick reports them.
+// discard counts events that cannot become records; the next flush reports them.
 func (s *Sensor) discard(reason string, n uint64) {
 	s.unwritten[reason] += n
 	s.discarded.Add(n)

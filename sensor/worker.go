@@ -208,8 +208,8 @@ func (s *Sensor) read(ctx context.Context, r *ring, limit uint64, n, most int) (
 }
 
 // write encodes one event into the sink's open batch. What fits neither there
-// nor into an empty one is counted, and named at the next tick.
-func (s *Sensor) write(ctx context.Context, now int64, ev *event.Event, urgent bool, names []event.Loss) {
+// nor into an empty one is counted, and named with the next flush. It reports whether it fit.
+func (s *Sensor) write(ctx context.Context, now int64, ev *event.Event, urgent bool, names []event.Loss) bool {
 	rec := s.o.Encoder.Append(s.begin(ev), s.o.Sink.Next(), now, ev)
 	err := s.o.Sink.End(rec, urgent, names)
 	if errors.Is(err, ErrFull) && s.flush(ctx, false) == nil {
@@ -224,10 +224,11 @@ func (s *Sensor) write(ctx context.Context, now int64, ev *event.Event, urgent b
 			key += " " + ev.Cases[0].ID // one case's line must not stand for another's
 		}
 		s.limiter.Log(inCases(ctx, ev), zap.ErrorLevel, key, "record rejected", zap.Stringer(logging.KeyEvent, ev.Kind), zap.Int(logging.KeyBytes, len(rec)), zap.Error(err))
-		return
+		return false
 	}
 	s.pending = true
 	s.countTagged(ev)
+	return true
 }
 
 func (s *Sensor) begin(ev *event.Event) []byte {
@@ -240,6 +241,7 @@ func (s *Sensor) begin(ev *event.Event) []byte {
 // flush hands over what was written. Records that produced nothing (forks that
 // are not reported) release their ring space without a commit of their own.
 func (s *Sensor) flush(ctx context.Context, clean bool) error {
+	s.tellUnwritten(ctx) // the mark covers them
 	if !s.pending && !clean {
 		if s.committed.Load() == s.mark.serial {
 			s.in.priority.release(s.mark.priority.pos)
@@ -259,6 +261,27 @@ func (s *Sensor) flush(ctx context.Context, clean bool) error {
 	}
 	s.pending = false
 	return nil
+}
+
+// tellUnwritten names what could not become a record, in the batch whose mark covers it: a
+// process that is killed leaves nothing untold. The log has one line of it in a while.
+func (s *Sensor) tellUnwritten(ctx context.Context) {
+	if len(s.unwritten) == 0 {
+		return
+	}
+	self := s.self // may be what is being written
+	for reason, n := range s.unwritten {
+		i := event.SelfInfo{
+			Activity: event.ActivityLost, Severity: 4, Failed: true, From: s.lastTick, To: time.Now(),
+			Code: reason, Count: n, Message: fmt.Sprintf("%d events could not become records", n),
+		}
+		delete(s.unwritten, reason)
+		if _, ok := s.limiter.Allow(reason); ok {
+			say(ctx, &i)
+		}
+		s.writeSelf(ctx, &i, nil)
+	}
+	s.self = self
 }
 
 func (s *Sensor) writeNotices(ctx context.Context) {
@@ -287,10 +310,8 @@ func (s *Sensor) writeSelfAt(ctx context.Context, now, at int64, i *event.SelfIn
 		s.self.Actor = i.Process.Key
 	}
 	s.metrics.events[event.Lifecycle].Inc()
-	seq := s.o.Sink.Next()
-	s.write(ctx, now, &s.self, i.Severity >= 4, names)
-	if s.o.Sink.Next() > seq && len(names) == 0 {
-		s.told.add(telling{seq, at, *i})
+	if s.write(ctx, now, &s.self, i.Severity >= 4, names) && len(names) == 0 {
+		s.told.add(telling{s.o.Sink.Next() - 1, at, *i})
 	}
 }
 
@@ -312,12 +333,6 @@ func (s *Sensor) tick(ctx context.Context, now time.Time) {
 		s.decide(ctx, &i, s.losses)
 	}
 	s.tellAgain(ctx)
-	for reason, n := range s.unwritten {
-		i := lost
-		i.Code, i.Count, i.Message = reason, n, fmt.Sprintf("%d events could not become records", n)
-		delete(s.unwritten, reason)
-		s.decide(ctx, &i, nil)
-	}
 	if s.in == &s.own { // else the mark is about others, and whoever reads them reports it
 		s.reportKernelLoss(ctx, lost)
 		s.reportMissed(ctx, lost)

@@ -158,9 +158,26 @@ func TestResize(t *testing.T) {
 		}
 	}
 	b := config.Default().Buffer
-	b.Cap = 1 << 60
+	b.Cap, b.RetainAge, b.RetainBytes = 1<<60, 0, 0
 	if err := a.resize(t.Context(), b); err == nil || q.Stats().Cap != 24<<20 {
 		t.Errorf("more than any disk has: %v", err)
+	}
+	// What came with the refused size is not applied either, but with one that fits.
+	for i, first := range []uint64{1, 1, 3} {
+		if i == 2 {
+			b.Cap = 24 << 20
+			if err := a.resize(t.Context(), b); err != nil {
+				t.Fatal(err)
+			}
+		}
+		batch := q.NewBatch()
+		if err := errors.Join(batch.End(append(batch.Begin(buffer.Events), "x"...), false), q.Append(t.Context(), batch), q.Flush(t.Context())); err != nil {
+			t.Fatal(err)
+		}
+		if got := q.Bounds().First; got != first {
+			t.Errorf("after %d records the first is %d, want %d", i+1, got, first)
+		}
+		q.Ack(uint64(i + 1))
 	}
 	if err := q.Close(t.Context()); err != nil {
 		t.Fatal(err)

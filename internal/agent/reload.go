@@ -158,15 +158,16 @@ func (a *Agent) reload(ctx context.Context, asked map[string]any) ReloadResult {
 // resize gives the buffer its bounds. To shrink it copies what it keeps, which takes as
 // long as the disk does: that goes on without the reload, and a decision says how it ended.
 func (a *Agent) resize(ctx context.Context, b config.Buffer) error {
-	a.queue.Retain(b.RetainAge, b.RetainBytes)
 	size := a.queue.Stats().Cap
 	if err := a.queue.Resizable(b.Cap); err != nil && b.Cap != size {
 		return err
 	}
-	if b.Cap >= size {
-		return a.queue.Resize(ctx, b.Cap)
+	if b.Cap < size {
+		go func() { _ = a.queue.Resize(context.WithoutCancel(ctx), b.Cap) }() // the buffer's state says how it ended, and Close waits for it
+	} else if err := a.queue.Resize(ctx, b.Cap); err != nil {
+		return err
 	}
-	go func() { _ = a.queue.Resize(context.WithoutCancel(ctx), b.Cap) }() // the buffer's state says how it ended, and Close waits for it
+	a.queue.Retain(b.RetainAge, b.RetainBytes) // last: of what is refused nothing is applied
 	return nil
 }
 

@@ -257,6 +257,23 @@ func TestInstallDeb(t *testing.T) {
 	}
 }
 
+// TestDebScriptsGoOn where the host refuses something to them, with the shell that dpkg
+// runs them with.
+func TestDebScriptsGoOn(t *testing.T) {
+	c := newChroot(t)
+	c.add(t, "deb/preinst", "preinst")
+	c.add(t, "deb/postrm", "postrm")
+	got := c.run(t, "mkdir -p /var/lib/edr-sensor /etc/edr-sensor && mount -t tmpfs state /var/lib/edr-sensor && touch /var/lib/edr-sensor/x /etc/edr-sensor/x && DPKG_MAINTSCRIPT_PACKAGE=edr-sensor sh /tmp/postrm purge && ls -A /var/lib/edr-sensor")
+	if want := "rm: cannot remove '/var/lib/edr-sensor': Device or resource busy\nedr-sensor: purged, but for what is said above\n"; got != want {
+		t.Errorf("a purge with a mount point: %q, want %q", got, want)
+	}
+	c.want(t, "/etc/edr-sensor", false)
+
+	if got := c.run(t, "mkdir -p /run/systemd/system && mount -o remount,ro /run && sh /tmp/preinst install"); !strings.Contains(got, "Read-only file system") {
+		t.Errorf("an installation with a /run that nobody can write: %q", got)
+	}
+}
+
 // TestInstallRpm does so with the rpm, and rpm's own tools.
 func TestInstallRpm(t *testing.T) {
 	b := packages(t)

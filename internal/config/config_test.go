@@ -313,21 +313,52 @@ agent:
 }
 
 func TestDerivedPaths(t *testing.T) {
-	dir := t.TempDir()
-	path := write(t, dir, map[string]string{"edr-sensor.yaml": "agent: {state_dir: /srv/edr}\ntransport: {password_file: redis-password}\n"})
-	c, err := Load(path, nil)
-	if err != nil {
-		t.Fatal(err)
+	c, problems := loadText(t, "agent: {state_dir: /srv/edr}\n")
+	if problems != "" || c.Buffer.Dir != "/srv/edr/buffer" {
+		t.Errorf("%s, %s", c.Buffer.Dir, problems)
 	}
-	if c.Buffer.Dir != "/srv/edr/buffer" || c.Transport.PasswordFile != dir+"/redis-password" {
-		t.Errorf("by hand: %s, %s", c.Buffer.Dir, c.Transport.PasswordFile)
+}
+
+// TestSecretFiles looks for relative names as the service does, which has a directory of
+// credentials, and as a shell while the service does not run.
+func TestSecretFiles(t *testing.T) {
+	const file, credential = "/etc/edr-sensor/", "/run/credentials/"
+	for name, c := range map[string]struct {
+		have           []string
+		service, shell string
+	}{
+		"a file":         {[]string{file}, file, file},
+		"a credential":   {[]string{credential}, credential, file},
+		"both":           {[]string{file, credential}, file, file}, // a new file is not hidden by systemd's copy of the old one
+		"nothing so far": {nil, file, file},
+	} {
+		t.Run(name, func(t *testing.T) {
+			root := t.TempDir()
+			dir := root + file
+			path := write(t, dir, map[string]string{
+				"edr-sensor.yaml":     "transport:\n  address: 127.0.0.1:6379\n  password_file: pw\n  tls: {enabled: true, cert_file: /srv/tls.pem, key_file: key.pem}\n",
+				"conf.d/cluster.yaml": "transport: {topology: sentinel, sentinel: {master: m, password_file: s/pw}}\n",
+			})
+			for _, place := range c.have {
+				write(t, root+place, map[string]string{"pw": "x", "key.pem": "x", "s/pw": "x"})
+			}
+			for environ, where := range map[string]string{"CREDENTIALS_DIRECTORY=" + root + credential: c.service, "CREDENTIALS_DIRECTORY=": c.shell} {
+				got, err := Load(path, []string{environ})
+				if err != nil {
+					t.Fatal(err)
+				}
+				want := map[string]string{
+					"transport.password_file": root + where + "pw", "transport.sentinel.password_file": root + where + "s/pw", "transport.tls.key_file": root + where + "key.pem",
+				}
+				if d := cmp.Diff(want, got.Transport.SecretFiles()); d != "" {
+					t.Errorf("with %s (-want +got):\n%s", environ, d)
+				}
+			}
+		})
 	}
-	c, err = Load(path, []string{"CREDENTIALS_DIRECTORY=/run/credentials/edr-sensor.service"})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if want := "/run/credentials/edr-sensor.service/redis-password"; c.Transport.PasswordFile != want {
-		t.Errorf("in the service: %s, want %s", c.Transport.PasswordFile, want)
+	c, problems := loadText(t, "transport: {password_file: /etc/pw}\n", "CREDENTIALS_DIRECTORY=/run")
+	if problems != "" || c.Transport.PasswordFile != "/etc/pw" {
+		t.Errorf("an absolute name: %s, %s", c.Transport.PasswordFile, problems)
 	}
 }
 

@@ -25,17 +25,21 @@ type loader struct {
 	set         map[string]Position
 	problems    []error
 	dir         string // of the main file
-	credentials string // $CREDENTIALS_DIRECTORY
+	credentials string // where systemd puts them
 }
 
+// credentialsDir is where those of the service are while it runs, also for a shell, which
+// has no $CREDENTIALS_DIRECTORY of it.
+const credentialsDir = "/run/credentials/edr-sensor.service"
+
 func newLoader(environ []string) *loader {
-	l := &loader{config: Default(), index: map[string]int{}, set: map[string]Position{}}
+	l := &loader{config: Default(), index: map[string]int{}, set: map[string]Position{}, credentials: credentialsDir}
 	l.table = table(&l.config)
 	for i, s := range l.table {
 		l.index[s.key] = i
 	}
 	for _, kv := range environ {
-		if v, ok := strings.CutPrefix(kv, "CREDENTIALS_DIRECTORY="); ok {
+		if v, ok := strings.CutPrefix(kv, "CREDENTIALS_DIRECTORY="); ok && v != "" {
 			l.credentials = v
 		}
 	}
@@ -274,20 +278,25 @@ func (l *loader) finish() (Config, error) {
 	return l.config, errors.Join(l.problems...)
 }
 
-// secretFile resolves a relative path: systemd's credentials when the unit
-// passes any, else the directory of the configuration file, so that the same
-// name works in the service and by hand.
+// secretFile resolves a relative path: in the directory of the configuration file, where
+// the service and a shell find the same and the sensor reads what replaces it. What is not
+// there may be a credential, of which systemd makes a copy when the service starts.
 func (l *loader) secretFile(path string) string {
-	switch {
-	case path == "" || filepath.IsAbs(path):
+	if path == "" || filepath.IsAbs(path) {
 		return path
-	case l.credentials != "":
-		return filepath.Join(l.credentials, path)
-	default:
-		dir, err := filepath.Abs(l.dir)
-		if err != nil {
-			dir = l.dir
-		}
-		return filepath.Join(dir, path)
 	}
+	dir, err := filepath.Abs(l.dir)
+	if err != nil {
+		dir = l.dir
+	}
+	file, credential := filepath.Join(dir, path), filepath.Join(l.credentials, path)
+	if !exists(file) && exists(credential) {
+		return credential
+	}
+	return file
+}
+
+func exists(path string) bool {
+	_, err := os.Stat(path)
+	return err == nil
 }

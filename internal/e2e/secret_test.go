@@ -69,11 +69,15 @@ func secretsStayInside(t *testing.T, source string) {
 
 	h := newHost(t, w, server.Addr(), "")
 	dir := filepath.Dir(h.config)
-	h.env = []string{"GOTRACEBACK=crash", "EDR_SENSOR_TRANSPORT__USERNAME=edr-sensor", "EDR_SENSOR_TRANSPORT__PASSWORD_FILE=redis-password"}
+	credentials := t.TempDir()
+	h.env = []string{"GOTRACEBACK=crash", "EDR_SENSOR_TRANSPORT__USERNAME=edr-sensor", "EDR_SENSOR_TRANSPORT__PASSWORD_FILE=redis-password", "CREDENTIALS_DIRECTORY=" + credentials}
 	switch source {
+	case "file": // of which systemd has made a copy that is old by now
+		if err := os.WriteFile(filepath.Join(credentials, "redis-password"), []byte(wrong), 0o600); err != nil {
+			t.Fatal(err)
+		}
 	case "credential":
-		dir = t.TempDir()
-		h.env = append(h.env, "CREDENTIALS_DIRECTORY="+dir)
+		dir = credentials
 	case "control":
 		h.env = append(h.env, "PLANTED="+first)
 	}

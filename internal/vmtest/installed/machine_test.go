@@ -265,14 +265,14 @@ func (m *machine) logged(command string, want ...string) {
 }
 
 // serve starts a Redis with the ACL that the package brings, and has the sensor deliver
-// to it as the README says.
+// to it as the README says, but by a relative name.
 func (m *machine) serve() {
 	m.t.Helper()
 	acl := strings.ReplaceAll(m.read("/usr/share/edr-sensor/redis/edr-sensor.acl"), "CHANGE-ME", "the-password")
 	m.write("/var/lib/vm-redis/users.acl", acl)
 	m.connect()
 	m.run("printf '%s\\n' the-password | install -m 600 /dev/stdin /etc/edr-sensor/redis-password")
-	m.write(confd+"redis.yaml", "transport: {address: \"127.0.0.1:6379\", username: edr-sensor, password_file: /etc/edr-sensor/redis-password}\n")
+	m.write(confd+"redis.yaml", "transport: {address: \"127.0.0.1:6379\", username: edr-sensor, password_file: redis-password}\n")
 }
 
 // connect starts Redis and reads what comes to it from the first record on.

@@ -47,6 +47,8 @@ func statuses() map[string]string {
  "coverage":[{"event":"process.exec","hook":"tp_btf/sched_process_exec"}],
  "sensor":{"events":{"process.exec":20,"net.close":0}},"rates":{"events":{"process.exec":0.2},"delivered":1234.5,"fill_bytes":-1000},
  "transport":{"state":"connected","address":"unix:///r","since":"2026-11-20T17:15:00Z","acked":5},"buffer":{"last":5,"records":5,"bytes":40,"unsent_bytes":1,"cap":100,"oldest_unsent":"2026-11-23T17:14:59.9Z"}}`,
+		"unserved": `{"version":"1","agent_id":"a","mode":"online","reason":"http.listen is not served: h","since":"2026-11-23T17:14:58.5Z","problems":[{"reason":"http.listen is not served: listen tcp 127.0.0.1:9477: bind: address already in use"}],
+ "transport":{"state":"connected","address":"h:1","since":"2026-11-23T17:14:00Z","acked":5}}`,
 		"drains": `{"version":"1","agent_id":"a","mode":"online","since":"2026-11-23T17:14:58.5Z","rates":{"delivered":4000,"fill_bytes":-2000000},
  "transport":{"state":"connected","address":"h:1","since":"2026-11-23T17:14:00Z","acked":5},"buffer":{"unsent":90,"last":95,"records":95,"bytes":400000000,"unsent_bytes":300000000,"cap":500000000,"oldest_unsent":"2026-11-23T16:14:59.9Z"}}`,
 		"without-redis": `{"version":"1","agent_id":"a","mode":"buffering","transport":{"state":"off"},"buffer":{"oldest_unsent":"2026-11-20T17:14:59Z"}}`,

@@ -50,7 +50,9 @@ func (s *sensorStatus) head(to *screen, now time.Time, most bounds) {
 	colour := yellow
 	switch s.Mode {
 	case "online":
-		colour = green
+		if len(s.Problems) == 0 {
+			colour = green
+		}
 	case "degraded", "truncating":
 		colour = red
 	}

@@ -74,8 +74,9 @@ type Agent struct {
 	pace     pace
 	tap      *tap
 	cases    *caseKeeper
-	resume   func(context.Context) // tells what became of the cases of the run before
-	http     net.Listener
+	resume   func(context.Context)  // tells what became of the cases of the run before
+	http     net.Listener           // nil: there is none from the start on
+	unserved atomic.Pointer[string] // why http.listen is not served at present; nil: it is, or is to be nowhere
 	control  net.Listener
 	started  atomic.Bool
 	stopping atomic.Bool
@@ -273,11 +274,7 @@ func (a *Agent) bufferDir() string {
 
 // listen opens the sockets that people and Prometheus ask.
 func (a *Agent) listen(ctx context.Context) (err error) {
-	var lc net.ListenConfig
-	if a.cfg.HTTP.Listen != "" {
-		if a.http, err = lc.Listen(ctx, "tcp", a.cfg.HTTP.Listen); err != nil {
-			return fmt.Errorf("http.listen: %w: choose another address, or \"\" for none", err)
-		}
+	if a.http = a.listenHTTP(ctx); a.http != nil {
 		a.defers("http listener", func(context.Context) error { return ignoreClosed(a.http.Close()) })
 	}
 	if path := a.cfg.Control.Socket; path != "" {
@@ -296,7 +293,7 @@ func ignoreClosed(err error) error {
 	return err
 }
 
-// Addr is where /metrics is served; nil when it is not.
+// Addr is where /metrics is served from the start on; nil when it is not.
 func (a *Agent) Addr() net.Addr {
 	if a.http == nil {
 		return nil
@@ -311,7 +308,8 @@ func (a *Agent) Run(ctx context.Context) error {
 	serve, stopServing := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopServing()
 	servers, serve := errgroup.WithContext(serve)
-	a.serve(serve, servers)
+	start(serve, servers, a.http, a.handler())
+	start(serve, servers, a.control, a.controlHandler(serve))
 
 	stats := a.queue.Stats()
 	before := summary{seen: stats.Last, sent: stats.Acked, lost: stats.Truncated}
@@ -348,6 +346,11 @@ func (a *Agent) Run(ctx context.Context) error {
 	go func() { defer close(reloaded); a.reloads(watch) }()
 	recalled := make(chan struct{})
 	go func() { defer close(recalled); a.recall(watch, stats.Bounds) }()
+	served := make(chan struct{})
+	go func() {
+		defer close(served)
+		a.serveLater(watch, func(l net.Listener) { start(serve, servers, l, a.handler()) })
+	}()
 	watched := make(chan struct{})
 	go func() {
 		defer close(watched)
@@ -371,6 +374,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	<-guarded
 	<-reloaded
 	<-recalled
+	<-served
 	<-watched
 
 	end, cancel := context.WithTimeout(context.WithoutCancel(ctx), deliverWithin)
@@ -415,30 +419,27 @@ func (a *Agent) deliver(ctx context.Context) {
 	}
 }
 
-func (a *Agent) serve(ctx context.Context, g *errgroup.Group) {
-	start := func(l net.Listener, h http.Handler) {
-		if l == nil {
-			return
-		}
-		s := newServer(ctx, h)
-		g.Go(func() error {
-			if err := s.Serve(l); !errors.Is(err, http.ErrServerClosed) && !errors.Is(err, net.ErrClosed) {
-				return fmt.Errorf("serve %s: %w", l.Addr(), err)
-			}
-			return nil
-		})
-		g.Go(func() error {
-			<-ctx.Done()
-			end, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
-			defer cancel()
-			if s.Shutdown(end) != nil {
-				return s.Close() // live views are cut
-			}
-			return nil
-		})
+// start serves h on l, if there is one, until ctx ends.
+func start(ctx context.Context, g *errgroup.Group, l net.Listener, h http.Handler) {
+	if l == nil {
+		return
 	}
-	start(a.http, a.handler())
-	start(a.control, a.controlHandler(ctx))
+	s := newServer(ctx, h)
+	g.Go(func() error {
+		if err := s.Serve(l); !errors.Is(err, http.ErrServerClosed) && !errors.Is(err, net.ErrClosed) {
+			return fmt.Errorf("serve %s: %w", l.Addr(), err)
+		}
+		return nil
+	})
+	g.Go(func() error {
+		<-ctx.Done()
+		end, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
+		defer cancel()
+		if s.Shutdown(end) != nil {
+			return s.Close() // live views are cut
+		}
+		return nil
+	})
 }
 
 func notifySystemd(state string) {

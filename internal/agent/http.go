@@ -13,7 +13,59 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/aurorasoc/edr-sensor/internal/logging"
+	"github.com/aurorasoc/edr-sensor/sensor/event"
 )
+
+// listenHTTP opens http.listen. It waits no longer than a moment for who resolves a name:
+// that, or whoever holds the port, is no reason to watch nothing.
+func (a *Agent) listenHTTP(ctx context.Context) net.Listener {
+	if a.cfg.HTTP.Listen == "" {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, time.Second)
+	defer cancel()
+	var lc net.ListenConfig
+	l, err := lc.Listen(ctx, "tcp", a.cfg.HTTP.Listen)
+	if err != nil {
+		why := err.Error()
+		a.unserved.Store(&why)
+		return nil
+	}
+	a.unserved.Store(nil)
+	return l
+}
+
+// serveLater makes it known when http.listen could not be opened, and tries it again until
+// that can be served or ctx ends.
+func (a *Agent) serveLater(ctx context.Context, serve func(net.Listener)) {
+	why, since := a.unserved.Load(), time.Now()
+	if why == nil {
+		return
+	}
+	address := a.cfg.HTTP.Listen
+	a.decide(ctx, event.SelfInfo{
+		Name: "HTTP Not Served", Severity: 4, Failed: true, Code: "HTTP_UNSERVED",
+		Message: "/metrics and all else at http.listen is not served, while events are seen and kept: " + *why,
+		Attrs:   map[string]any{"address": address, "error": *why, "remedy": "end what holds the port (ss -ltnp names it), or set http.listen to another address and restart; until then it is tried again each second"},
+	})
+	tick := time.NewTicker(monitorEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		if l := a.listenHTTP(ctx); l != nil {
+			serve(l)
+			a.decide(ctx, event.SelfInfo{
+				Name: "HTTP Served", Severity: 1, Code: "HTTP_SERVED", From: since, To: time.Now(),
+				Message: "/metrics and all else at http.listen is served", Attrs: map[string]any{"address": address},
+			})
+			return
+		}
+	}
+}
 
 // handler serves what operators and Prometheus ask over HTTP on the loopback.
 func (a *Agent) handler() http.Handler {

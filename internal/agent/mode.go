@@ -41,6 +41,7 @@ type facts struct {
 	discarded         uint64 // events that could not become records, this run
 	delivering        bool
 	transportReason   string
+	unserved          string // why http.listen is not, if it should be
 }
 
 // How long a loss keeps its mode after the last one was seen.
@@ -208,5 +209,7 @@ func (m *modeMachine) problems(f facts, now time.Time) (list []Problem) {
 	add(len(lost) > 0, Problem{Mode: Degraded, Metric: "sensor_hook_attached", Reason: fmt.Sprintf("the hook for %v is gone", lost)})
 	add(len(absent) > 0, Problem{Mode: Degraded, Metric: "sensor_hook_attached", Reason: fmt.Sprintf("no hook for %v", absent), Ready: true})
 	add(!f.delivering && !f.stopping, Problem{Mode: Buffering, Metric: "transport_connected", Reason: f.transportReason, Ready: true})
+	// No other mode: nothing is lost by it, and delivery does not need it.
+	add(f.unserved != "" && !f.stopping, Problem{Mode: Online, Reason: "http.listen is not served: " + f.unserved, Ready: true})
 	return list
 }

@@ -79,6 +79,9 @@ func (a *Agent) facts(now time.Time) facts {
 	if stats.Err != nil {
 		f.bufferError = stats.Err.Error()
 	}
+	if why := a.unserved.Load(); why != nil {
+		f.unserved = *why
+	}
 	f.missing = unseen(a.sensor.Coverage())
 	if s := a.sensor.Stuck(now); s.Stage != "" && f.started {
 		f.stuck = s.Stage + ": " + s.Reason

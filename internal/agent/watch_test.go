@@ -50,27 +50,49 @@ func cutLink(t *testing.T) {
 	t.Fatal("this process has no link")
 }
 
-// TestLostHookIsADecision runs a sensor whose link is gone: it decides so, with what it saw
-// and what it did, and sees the event again.
-func TestLostHookIsADecision(t *testing.T) {
+// onlyThis is a configuration that watches one process and talks to nobody.
+func onlyThis(t *testing.T, pid int) config.Config {
+	t.Helper()
 	if _, err := os.Stat("/sys/kernel/btf/vmlinux"); err != nil || os.Geteuid() != 0 {
 		if os.Getenv("EDR_REQUIRE_ALL") == "1" {
 			t.Fatalf("needs root and BTF: uid %d, %v", os.Geteuid(), err)
 		}
 		t.Skipf("needs root and BTF: uid %d, %v", os.Geteuid(), err)
 	}
-	idle := exec.Command("sleep", "600")
-	if err := idle.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = idle.Process.Kill(); _ = idle.Wait() })
 	cfg := config.Default()
 	cfg.Agent.StateDir = filepath.Join(t.TempDir(), "state")
 	cfg.Buffer.Dir = filepath.Join(cfg.Agent.StateDir, "buffer")
 	cfg.Buffer.Cap, cfg.Buffer.AllowUnsafe = 16<<20, true
 	cfg.Control.Socket, cfg.HTTP.Listen, cfg.Transport.Address = "", "", ""
-	cfg.Sensor.Scope = config.Scope{Kind: config.ScopeTree, PID: uint32(idle.Process.Pid)}
-	a, err := New(t.Context(), Options{Loaded: Loaded{Config: cfg}, Version: "test"})
+	cfg.Sensor.Scope = config.Scope{Kind: config.ScopeTree, PID: uint32(pid)}
+	return cfg
+}
+
+// decided waits for a line of the sensor with a text in it.
+func decided(t *testing.T, v *viewer, text string) string {
+	t.Helper()
+	limit := time.After(time.Minute)
+	for {
+		select {
+		case line := <-v.lines:
+			if strings.Contains(string(line), text) {
+				return string(line)
+			}
+		case <-limit:
+			t.Fatalf("nothing says %s", text)
+		}
+	}
+}
+
+// TestLostHookIsADecision runs a sensor whose link is gone: it decides so, with what it saw
+// and what it did, and sees the event again.
+func TestLostHookIsADecision(t *testing.T) {
+	idle := exec.Command("sleep", "600")
+	if err := idle.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = idle.Process.Kill(); _ = idle.Wait() })
+	a, err := New(t.Context(), Options{Loaded: Loaded{Config: onlyThis(t, idle.Process.Pid)}, Version: "test"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -79,20 +101,10 @@ func TestLostHookIsADecision(t *testing.T) {
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
 	go func() { done <- a.Run(ctx) }()
-	limit := time.After(time.Minute)
-	for said := ""; !strings.Contains(said, "HOOK_LOST"); {
-		select {
-		case line := <-view.lines:
-			if said = string(line); !strings.Contains(said, "HOOK_LOST") {
-				continue
-			}
-			for _, want := range []string{"process.fork", "sched_process_fork", "no longer knows the link", "was attached anew"} {
-				if !strings.Contains(said, want) {
-					t.Errorf("the decision does not say %q: %s", want, said)
-				}
-			}
-		case <-limit:
-			t.Fatal("no decision about the hook")
+	said := decided(t, view, "HOOK_LOST")
+	for _, want := range []string{"process.fork", "sched_process_fork", "no longer knows the link", "was attached anew"} {
+		if !strings.Contains(said, want) {
+			t.Errorf("the decision does not say %q: %s", want, said)
 		}
 	}
 	if missing := unseen(a.sensor.Coverage()); len(missing) > 0 && strings.Contains(fmt.Sprint(missing), "process.") {

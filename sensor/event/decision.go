@@ -74,6 +74,12 @@ func DecisionTable() []Decision {
 			"The sensor does again what it had given up, a step at a time, after half a minute without pressure. At `after` nothing, `not_hashed` and `not_looked_up` say how much was not done since the first LOAD_SHED.",
 			nothing,
 		},
+		{
+			"HTTP_UNSERVED", "HTTP Not Served", DecisionsSystem,
+			"`http.listen` could not be opened at the start, so `/metrics` and the other pages there are not served. Events are seen, kept and delivered all the same, and the control socket answers. `error` is why: another process holds the port, or the host does not have the `address` yet.",
+			"`ss -ltnp` names who holds the port. Where that is no mistake of configuration, somebody wants the sensor's metrics to be missing or to be theirs. It is tried again each second; another address needs a restart.",
+		},
+		{"HTTP_SERVED", "HTTP Served", DecisionsSystem, "`http.listen` could be opened after HTTP_UNSERVED, and is served.", "Find out who had held the port since `start_time`."},
 		{"HOOK_BACK", "Hook Back", DecisionsSystem, "An event is seen again after HOOK_LOST.", "Find out what had happened in between."},
 		{
 			"SNAPSHOT", "Degraded", DecisionsSystem,

@@ -7,6 +7,7 @@ import (
 	"crypto/x509"
 	"fmt"
 	"os"
+	"os/user"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -57,8 +58,8 @@ func (a *app) check() error {
 	return a.summarise(path, c, settings)
 }
 
-// missingFiles reports the files that a valid configuration names and that
-// cannot be used.
+// missingFiles reports the files, and the group, that a valid configuration names and
+// that cannot be used.
 func missingFiles(c config.Config) []*config.Problem {
 	var out []*config.Problem
 	bad := func(key, path string, err error, remedy string) {
@@ -75,6 +76,10 @@ func missingFiles(c config.Config) []*config.Problem {
 				out = append(out, &config.Problem{Key: "buffer.dir", What: fmt.Sprintf("%s is on %s: %s", h.Dir, h.FS, h.What), Remedy: h.Remedy})
 			}
 		}
+	}
+	if g := c.Control.Group; g != "" {
+		_, err := user.LookupGroup(g)
+		bad("control.group", g, err, "make the group, or leave it empty for root only")
 	}
 	t := c.Transport
 	if t.PasswordFile != "" {

@@ -166,6 +166,49 @@ func TestRefused(t *testing.T) {
 	}
 }
 
+// TestStartRefusesConfiguration starts the sensor with what a start finds out to be wrong.
+// What no new start heals ends with code 78; what may be there a moment later does not, and
+// is tried again by systemd.
+func TestStartRefusesConfiguration(t *testing.T) {
+	needRoot(t)
+	if _, err := os.Stat("/sys/kernel/btf/vmlinux"); err != nil {
+		t.Skip(err)
+	}
+	var inMemory unix.Statfs_t
+	_, groups := os.Stat("/sys/fs/cgroup/cgroup.procs")
+	_, mixed := os.Stat("/sys/fs/cgroup/unified/cgroup.procs")
+	for _, tt := range []struct {
+		name, key, value string
+		code             int
+		says             string
+		skip             bool
+	}{
+		{"buffer in memory", "BUFFER__DIR", "/dev/shm/edr-refused", exitConfig, "set buffer.dir to a directory on a local disk", unix.Statfs("/dev/shm", &inMemory) != nil || inMemory.Type != unix.TMPFS_MAGIC},
+		{"unknown group", "CONTROL__GROUP", "no-such-group", exitConfig, `control.group: "no-such-group" is no group of this host; make it`, false},
+		{"no process", "SENSOR__SCOPE", "tree:4194304", exitConfig, `sensor.scope: "tree:4194304" is no process here; name one`, false},
+		{"no cgroup", "SENSOR__SCOPE", "cgroup:/cgroup.procs", exitConfig, "cgroup.procs is no cgroup of version 2", groups != nil && mixed != nil},
+		{"no cgroup yet", "SENSOR__SCOPE", "cgroup:/no/such/group", exitFailure, "no such file or directory", false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			if tt.skip {
+				t.Skip("this host has another file system there")
+			}
+			_, path := configForAll(t)
+			t.Setenv("EDR_SENSOR_BUFFER__ALLOW_UNSAFE", fmt.Sprint(tt.key != "BUFFER__DIR"))
+			t.Setenv("EDR_SENSOR_"+tt.key, tt.value)
+			code, out, errs := handicapped(t, "none", nil, "run", "--config", path)
+			if code != tt.code || out != "" {
+				t.Errorf("exit code %d, want %d:\n%s%s", code, tt.code, out, errs)
+			}
+			var line struct{ Level, Msg, Code, Error string }
+			last := errs[strings.LastIndex(strings.TrimSpace(errs), "\n")+1:]
+			if err := json.Unmarshal([]byte(last), &line); err != nil || line.Level != "error" || line.Code != "NOT_STARTED" || !strings.Contains(line.Error, tt.says) {
+				t.Errorf("%v: %+v, want …%s…", err, line, tt.says)
+			}
+		})
+	}
+}
+
 func needRoot(t *testing.T) {
 	t.Helper()
 	switch {

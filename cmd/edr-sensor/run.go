@@ -12,6 +12,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
+	"github.com/aurorasoc/edr-sensor/buffer"
 	"github.com/aurorasoc/edr-sensor/internal/agent"
 	"github.com/aurorasoc/edr-sensor/internal/config"
 	"github.com/aurorasoc/edr-sensor/internal/logging"
@@ -74,10 +75,13 @@ SIGINT or SIGTERM and at once at the second.`,
 }
 
 // exitCode maps the error of a run. A refusal is about the host or the privileges of
-// the process: starting again does not help.
+// the process, a problem about the configuration: starting again does not help.
 func exitCode(err error) int {
 	if refusal := (*sensor.Refusal)(nil); errors.As(err, &refusal) {
 		return exitPrivilege
+	}
+	if problem := (*config.Problem)(nil); errors.As(err, &problem) || errors.Is(err, buffer.ErrUnsafe) {
+		return exitConfig
 	}
 	return exitFailure
 }

@@ -171,7 +171,7 @@ func TestNewUndoesWhatItBuilt(t *testing.T) {
 	cfg.Sensor.Scope = config.Scope{Kind: config.ScopeTree, PID: 1<<31 - 1}
 	for range 2 { // the second would find the buffer locked
 		_, err := New(t.Context(), Options{Loaded: Loaded{Config: cfg}, Version: "test"})
-		if err == nil || !strings.Contains(err.Error(), "sensor.scope tree:2147483647: no such process") {
+		if err == nil || !strings.Contains(err.Error(), "sensor.scope: \"tree:2147483647\" is no process here") {
 			t.Errorf("New: %v", err)
 		}
 	}

@@ -40,16 +40,21 @@ func (a *Agent) kept(ctx context.Context) (sensor.Keeper, []sensor.Kept) {
 	return nil, kept
 }
 
-// scopeOf turns the configured scope into what the kernel compares.
+// scopeOf turns the configured scope into what the kernel compares. What cannot be one is a
+// problem of the configuration; a cgroup that is not there may be made by a service that
+// starts later.
 func scopeOf(c config.Scope) (sensor.Scope, error) {
 	switch c.Kind {
 	case config.ScopeTree:
 		if _, err := os.Stat(fmt.Sprintf("/proc/%d", c.PID)); err != nil {
-			return sensor.Scope{}, fmt.Errorf("sensor.scope %s: no such process: name one that runs", c)
+			return sensor.Scope{}, &config.Problem{Key: "sensor.scope", Value: c.String(), What: "is no process here", Remedy: "name one that runs"}
 		}
 		return sensor.Scope{Mode: sensor.ScopeTree, PID: c.PID}, nil
 	case config.ScopeCgroup:
 		id, err := cgroupID(c.Cgroup)
+		if errors.Is(err, errNoCgroup) {
+			return sensor.Scope{}, &config.Problem{Key: "sensor.scope", Value: c.String(), What: "cannot be watched: " + err.Error(), Remedy: "name a directory of the cgroup v2 hierarchy"}
+		}
 		if err != nil {
 			return sensor.Scope{}, fmt.Errorf("sensor.scope %s: %w: name a directory of the cgroup v2 hierarchy", c, err)
 		}
@@ -68,6 +73,8 @@ func filesOf(c config.File) sensor.FileOptions {
 	}
 }
 
+var errNoCgroup = errors.New("is no cgroup of version 2")
+
 // cgroupID is the inode number of the cgroup's directory (cgroup_id in the
 // kernel). The path is below the v2 mount, wherever that is, or absolute. A directory
 // elsewhere has such a number, too, which is nobody's: nothing would be watched.
@@ -85,7 +92,7 @@ func cgroupID(path string) (uint64, error) {
 		case err != nil:
 			errs = append(errs, fmt.Errorf("%s: %w", p, err))
 		case fs.Type != unix.CGROUP2_SUPER_MAGIC || st.Mode&unix.S_IFMT != unix.S_IFDIR:
-			errs = append(errs, fmt.Errorf("%s is no cgroup of version 2", p))
+			errs = append(errs, fmt.Errorf("%s %w", p, errNoCgroup))
 		default:
 			return st.Ino, nil
 		}

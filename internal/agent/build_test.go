@@ -3,6 +3,7 @@
 package agent
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"testing"
@@ -40,9 +41,10 @@ func TestScopeOfCgroup(t *testing.T) {
 	if _, err := os.Stat(file); err != nil {
 		t.Fatal(err)
 	}
-	for _, path := range []string{t.TempDir(), file, "/no/such/group"} {
-		if scope, err := scopeOf(config.Scope{Kind: config.ScopeCgroup, Cgroup: path}); err == nil {
-			t.Errorf("cgroup:%s is group %d, want an error", path, scope.CgroupID)
+	for path, wrong := range map[string]bool{root + "/..": true, file: true, "/no/such/group": false} {
+		scope, err := scopeOf(config.Scope{Kind: config.ScopeCgroup, Cgroup: path})
+		if problem := (*config.Problem)(nil); err == nil || errors.As(err, &problem) != wrong {
+			t.Errorf("cgroup:%s is group %d: %v; want an error, of the configuration: %t", path, scope.CgroupID, err, wrong)
 		}
 	}
 }

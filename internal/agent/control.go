@@ -20,6 +20,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"github.com/aurorasoc/edr-sensor/internal/config"
 	"github.com/aurorasoc/edr-sensor/internal/logging"
 	"github.com/aurorasoc/edr-sensor/sensor/event"
 )
@@ -203,8 +204,11 @@ func (a *Agent) controlGroup(ctx context.Context) func() (uint32, bool) {
 
 func lookupGroup(name string) (uint32, error) {
 	g, err := user.LookupGroup(name)
+	if unknown := user.UnknownGroupError(""); errors.As(err, &unknown) {
+		return 0, &config.Problem{Key: "control.group", Value: name, What: "is no group of this host", Remedy: "make it, or leave it empty for root only"}
+	}
 	if err != nil {
-		return 0, fmt.Errorf("control.group: %w: make the group, or leave it empty for root only", err)
+		return 0, fmt.Errorf("control.group: %w", err)
 	}
 	gid, err := strconv.ParseUint(g.Gid, 10, 32)
 	if err != nil {

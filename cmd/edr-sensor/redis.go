@@ -38,10 +38,10 @@ func newRedis(t config.Transport) (*redis.Client, error) {
 			return nil, fmt.Errorf("transport.password_file: %w", err)
 		}
 	}
-	to, err := agent.Destination(t, "reader")
-	if err != nil {
-		return nil, err
+	if _, err := agent.ClientTLS(t.TLS); err != nil {
+		return nil, fmt.Errorf("transport.tls: %w", err)
 	}
+	to := agent.Destination(t, "reader")
 	o.Dialer = func(ctx context.Context, _, _ string) (net.Conn, error) { return transport.Dial(ctx, to) }
 	return redis.NewClient(o), nil
 }

@@ -102,10 +102,7 @@ func cgroupID(path string) (uint64, error) {
 
 func (a *Agent) newSender(ctx context.Context) (*transport.Sender, error) {
 	t := a.cfg.Transport
-	o, err := Destination(t, a.identity.ID)
-	if err != nil {
-		return nil, err
-	}
+	o := Destination(t, a.identity.ID)
 	length, age, err := config.ParseTrim(t.Trim)
 	if err != nil {
 		return nil, fmt.Errorf("transport.trim: %w", err)
@@ -124,8 +121,10 @@ func (a *Agent) newSender(ctx context.Context) (*transport.Sender, error) {
 	return s, nil
 }
 
-// Destination is where the records of an agent go, and how to get there.
-func Destination(t config.Transport, agentID string) (transport.Options, error) {
+// Destination is where the records of an agent go, and how to get there. The files of
+// transport.tls are read when there is a connection to make, and no sooner: where they
+// cannot be, events wait in the buffer.
+func Destination(t config.Transport, agentID string) transport.Options {
 	o := transport.Options{
 		Topology: transport.Topology(t.Topology), Addr: t.Address,
 		Master: t.Sentinel.Master, SentinelUsername: t.Sentinel.Username, SentinelPasswordFile: t.Sentinel.PasswordFile,
@@ -135,11 +134,8 @@ func Destination(t config.Transport, agentID string) (transport.Options, error) 
 	}
 	if t.TLS.Enabled {
 		o.TLS = func() (*tls.Config, error) { return ClientTLS(t.TLS) }
-		if _, err := o.TLS(); err != nil {
-			return o, fmt.Errorf("transport.tls: %w", err)
-		}
 	}
-	return o, nil
+	return o
 }
 
 // Placed returns t with the shard and the keys that the agent of c uses: more than one
@@ -150,11 +146,7 @@ func Placed(c config.Config) config.Transport {
 	if b, err := os.ReadFile(filepath.Join(c.Agent.StateDir, "agent_id")); id == "" && err == nil {
 		id = strings.TrimSpace(string(b))
 	}
-	o, err := Destination(t, id)
-	if err != nil {
-		return t
-	}
-	shard, keys := o.Place()
+	shard, keys := Destination(t, id).Place()
 	t.Shard, t.Shards = shard, 1
 	t.DecisionsKey, t.AgentsKey, t.ApprovalsKey = keys[0], keys[1], keys[2]
 	return t

@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"strings"
 	"time"
 
@@ -81,9 +82,19 @@ func auditStreams(ctx context.Context, client redis.UniversalClient, t config.Tr
 	}
 	var recs []consumer.Record
 	for {
+		read := maps.Clone(s.last)
 		entries, err := s.next(ctx, 0)
 		if err != nil {
 			return nil, err
+		}
+		for _, key := range t.Streams() {
+			cut, err := cutBehind(ctx, client, key, read[key])
+			if err != nil {
+				return nil, err
+			}
+			if cut {
+				audit.Cut(key)
+			}
 		}
 		if len(entries) == 0 {
 			break
@@ -101,7 +112,7 @@ func auditStreams(ctx context.Context, client redis.UniversalClient, t config.Tr
 			}
 		}
 	}
-	// Afterwards: what was deleted while it was read is not missing.
+	// Afterwards: what was deleted before it was read is not missing.
 	for _, key := range t.Streams() {
 		info, err := client.XInfoStream(ctx, key).Result()
 		switch {
@@ -122,6 +133,24 @@ func auditStreams(ctx context.Context, client redis.UniversalClient, t config.Tr
 		v.Clean = v.Clean && v.Agents[i].Clean()
 	}
 	return v, nil
+}
+
+// cutBehind reports whether a stream, read up to an entry, may have been trimmed behind that.
+func cutBehind(ctx context.Context, client redis.UniversalClient, key, read string) (bool, error) {
+	last := parseID(read)
+	if last == (streamID{}) {
+		return false, nil // there is nothing to be behind of
+	}
+	info, err := client.XInfoStream(ctx, key).Result()
+	switch {
+	case err != nil && strings.Contains(err.Error(), "no such key"):
+		return false, nil
+	case err != nil:
+		return false, err
+	case info.Length == 0:
+		return parseID(info.LastGeneratedID).compare(last) > 0, nil
+	}
+	return parseID(info.FirstEntry.ID).compare(last) > 0, nil
 }
 
 // addEnds tells the audit how far each agent has come. A user who may only read

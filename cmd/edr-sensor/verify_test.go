@@ -3,6 +3,7 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"fmt"
 	"strings"
@@ -12,6 +13,8 @@ import (
 	"github.com/klauspost/compress/zstd"
 	"github.com/redis/go-redis/v9"
 
+	"github.com/aurorasoc/edr-sensor/internal/agent"
+	"github.com/aurorasoc/edr-sensor/internal/config"
 	"github.com/aurorasoc/edr-sensor/transport/consumer"
 	"github.com/aurorasoc/edr-sensor/transport/redistest"
 )
@@ -139,6 +142,58 @@ func TestVerify(t *testing.T) {
 	server.Kill9()
 	if code, _, _ := run(t, "events", "--verify", "--config", path); code != exitUnavailable {
 		t.Errorf("without a server: exit code %d", code)
+	}
+}
+
+// TestVerifyWhileItIsTrimmed has a stream lose its beginning, and what is behind what has
+// been read of it, while it is audited.
+func TestVerifyWhileItIsTrimmed(t *testing.T) {
+	server := redistest.Start(t, redistest.Options{})
+	client := server.Client()
+	defer client.Close()
+	const n = 3*readCount + 10
+	p := client.Pipeline()
+	for seq := 1; seq <= n; seq++ {
+		p.XAdd(t.Context(), &redis.XAddArgs{Stream: eventsKey, Values: []any{"id", "u", "timestamp", "t", "data", "{}", "agent", "a", "epoch", streamEpoch, "seq", seq}})
+	}
+	if _, err := p.Exec(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	trimming := server.Client()
+	defer trimming.Close()
+	trimming.AddHook(trimBehind{t, client})
+	c := config.Default()
+	c.Transport.Address = server.Addr()
+	v, err := auditStreams(t.Context(), trimming, agent.Placed(c))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(v.Agents) != 1 || !v.Clean || v.Agents[0].Records != readCount+5 || v.Agents[0].Trimmed != n-readCount-5 {
+		t.Errorf("%+v", v)
+	}
+}
+
+// trimBehind trims the stream to its last five entries after the first read.
+type trimBehind struct {
+	t      *testing.T
+	client *redis.Client
+}
+
+func (trimBehind) DialHook(next redis.DialHook) redis.DialHook { return next }
+
+func (trimBehind) ProcessPipelineHook(next redis.ProcessPipelineHook) redis.ProcessPipelineHook {
+	return next
+}
+
+func (h trimBehind) ProcessHook(next redis.ProcessHook) redis.ProcessHook {
+	return func(ctx context.Context, cmd redis.Cmder) error {
+		err := next(ctx, cmd)
+		if cmd.Name() == "xread" {
+			if err := h.client.XTrimMaxLen(ctx, eventsKey, 5).Err(); err != nil {
+				h.t.Error(err)
+			}
+		}
+		return err
 	}
 }
 

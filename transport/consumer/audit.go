@@ -31,6 +31,9 @@ type ledger struct {
 	seen       spans
 	named      spans
 	first      map[string]uint64 // lowest seq seen, by stream
+	last       map[string]uint64 // newest seq seen, by stream
+	cut        map[string]bool   // streams of which nothing was seen since they were cut
+	trimmed    spans             // what may have been in what was cut off
 	records    uint64
 	duplicates uint64
 	disordered uint64
@@ -84,6 +87,14 @@ func NewAudit() *Audit {
 // Trimmed says that entries of a stream have been deleted.
 func (a *Audit) Trimmed(stream string) { a.trimmed[stream] = true }
 
+// Cut says that entries of a stream may have been deleted behind what was added of it, and
+// before what will be.
+func (a *Audit) Cut(stream string) {
+	for _, l := range a.agents {
+		l.cut[stream] = true
+	}
+}
+
 // End says that the server had everything of an agent up to there, before the
 // first Add.
 func (a *Audit) End(agent string, at Position) { a.ends[agent] = at }
@@ -114,6 +125,11 @@ func (a *Audit) Add(r *Record) {
 	default:
 		a.last[s] = now
 	}
+	if l.cut[r.Stream] {
+		delete(l.cut, r.Stream)
+		a.spans += l.trim(r.Stream, r.Seq-1)
+	}
+	l.last[r.Stream] = max(l.last[r.Stream], r.Seq)
 	if isNew {
 		l.records++
 		if first, found := l.first[r.Stream]; !found || r.Seq < first {
@@ -134,9 +150,19 @@ func (a *Audit) ledger(k agentEpoch) *ledger {
 		a.full = true
 		return nil
 	}
-	l = &ledger{first: make(map[string]uint64)}
+	l = &ledger{first: make(map[string]uint64), last: make(map[string]uint64), cut: make(map[string]bool)}
 	a.agents[k] = l
 	return l
+}
+
+// trim notes that nothing is known of a stream behind what was seen of it, up to a seq,
+// and returns by how many the spans have grown.
+func (l *ledger) trim(stream string, to uint64) int {
+	before := len(l.trimmed)
+	if from := l.last[stream] + 1; from <= to {
+		l.trimmed.add(from, to)
+	}
+	return len(l.trimmed) - before
 }
 
 // name takes what a loss record names.
@@ -212,6 +238,9 @@ func (a *Audit) finding(k agentEpoch, l *ledger) Finding {
 		}
 		floor = max(floor, first)
 	}
+	for stream := range l.cut {
+		l.trim(stream, maxSeq)
+	}
 	next := uint64(1)
 	hole := func(first, last uint64) {
 		for _, r := range l.named.without(first, last) {
@@ -222,9 +251,13 @@ func (a *Audit) finding(k agentEpoch, l *ledger) Finding {
 			if r.Last < r.First {
 				continue
 			}
-			f.Missing += r.Last - r.First + 1
-			if len(f.MissingRanges) < maxRanges {
-				f.MissingRanges = append(f.MissingRanges, r)
+			f.Trimmed += r.Last - r.First + 1
+			for _, r := range l.trimmed.without(r.First, r.Last) {
+				n := r.Last - r.First + 1
+				f.Trimmed, f.Missing = f.Trimmed-n, f.Missing+n
+				if len(f.MissingRanges) < maxRanges {
+					f.MissingRanges = append(f.MissingRanges, r)
+				}
 			}
 		}
 	}

@@ -65,6 +65,29 @@ func TestAudit(t *testing.T) {
 	}
 }
 
+// TestAuditOfWhatIsTrimmedMeanwhile cuts streams between two reads.
+func TestAuditOfWhatIsTrimmedMeanwhile(t *testing.T) {
+	a := NewAudit()
+	a.End("a", Position{epoch1, 20})
+	for _, r := range []*Record{rec("s", 1), rec("d", 2), rec("s", 4)} { // 3 is missing
+		a.Add(r)
+	}
+	a.Cut("s")
+	a.Trimmed("s")
+	for _, r := range []*Record{rec("d", 6), rec("s", 9), rec("s", 10), rec("d", 12)} { // 5, 7 and 8 may have been in s; 11 was nowhere
+		a.Add(r)
+	}
+	want := Finding{Agent: "a", Epoch: epoch1, Last: 20, Records: 7, Trimmed: 3, Missing: 10, MissingRanges: []Range{{3, 3}, {11, 11}, {13, 20}}}
+	if d := cmp.Diff([]Finding{want}, a.Findings()); d != "" {
+		t.Errorf("findings (-want +got):\n%s", d)
+	}
+	a.Cut("s") // and nothing comes behind it
+	want.Trimmed, want.Missing, want.MissingRanges = 12, 1, []Range{{3, 3}}
+	if d := cmp.Diff([]Finding{want}, a.Findings()); d != "" {
+		t.Errorf("findings (-want +got):\n%s", d)
+	}
+}
+
 func TestAuditOfEpochs(t *testing.T) {
 	a := NewAudit()
 	second := rec("s", 1)

@@ -213,6 +213,9 @@ func (s *Sender) take(ctx context.Context, r reply) error {
 	}
 	if r.last < s.pos {
 		s.holes = nil // the record that named one may be lost, too
+		if s.syncer != nil {
+			s.syncer.rewind(r.last)
+		}
 		s.m.rewinds.Inc()
 		s.limiter.Log(ctx, zapcore.WarnLevel, "rewind", "server lost confirmed records, sending them again",
 			zap.Uint64(logging.KeyFirst, r.last+1), zap.Uint64(logging.KeyLast, s.pos))

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -46,8 +47,7 @@ func (s *Sender) settle(ctx context.Context) error {
 		if err := s.syncer.err(); err != nil {
 			return fmt.Errorf("confirm: %w", err)
 		}
-		s.syncer.replied.Store(s.pos)
-		s.confirm(min(s.syncer.durable.Load(), s.pos))
+		s.confirm(s.syncer.reach(s.pos))
 	case s.pos > s.acked:
 		wait := replicaWait
 		if !s.short1st.IsZero() {
@@ -95,11 +95,15 @@ func unconfirmable(err error) error {
 // takes up to a second. Replication offsets are the server's: what was replied
 // before the heartbeat was written is on disk when that is.
 type syncer struct {
-	replied, durable atomic.Uint64
-	failed           atomic.Pointer[error]
-	conn             *conn
-	cancel           context.CancelFunc
-	done             chan struct{}
+	failed atomic.Pointer[error]
+	conn   *conn
+
+	mu               sync.Mutex
+	replied, durable uint64
+	rewinds          int
+
+	cancel context.CancelFunc
+	done   chan struct{}
 }
 
 // startSyncer begins to confirm what the server at s.node has.
@@ -113,7 +117,7 @@ func (s *Sender) startSyncer(ctx context.Context) error {
 	s.syncer = y
 	beats := s.o.Prefix + ":{" + s.o.Shard + "}:beats"
 	// At once, so that a server that cannot do it is found before records rely on it.
-	if err := y.sync(ctx, beats, s.o.AgentID, 0); err != nil {
+	if err := y.sync(ctx, beats, s.o.AgentID); err != nil {
 		close(y.done)
 		return err
 	}
@@ -124,8 +128,8 @@ func (s *Sender) startSyncer(ctx context.Context) error {
 func (y *syncer) run(ctx context.Context, beats, agent string) {
 	defer close(y.done)
 	for ctx.Err() == nil {
-		if seq := y.replied.Load(); seq > y.durable.Load() {
-			if err := y.sync(ctx, beats, agent, seq); err != nil {
+		if y.behind() {
+			if err := y.sync(ctx, beats, agent); err != nil {
 				y.failed.Store(&err)
 				return
 			}
@@ -134,8 +138,34 @@ func (y *syncer) run(ctx context.Context, beats, agent string) {
 	}
 }
 
+// reach says up to where the server has replied, and returns up to where that is on disk.
+func (y *syncer) reach(seq uint64) uint64 {
+	y.mu.Lock()
+	defer y.mu.Unlock()
+	y.replied = seq
+	return min(y.durable, seq)
+}
+
+// rewind is for a server that has less than it had replied: what is sent again is not on
+// disk because what it replaces was, nor by a heartbeat that was written before.
+func (y *syncer) rewind(last uint64) {
+	y.mu.Lock()
+	defer y.mu.Unlock()
+	y.replied, y.durable = min(y.replied, last), min(y.durable, last)
+	y.rewinds++
+}
+
+func (y *syncer) behind() bool {
+	y.mu.Lock()
+	defer y.mu.Unlock()
+	return y.replied > y.durable
+}
+
 // sync writes a heartbeat and waits until that is on disk.
-func (y *syncer) sync(ctx context.Context, beats, agent string, seq uint64) error {
+func (y *syncer) sync(ctx context.Context, beats, agent string) error {
+	y.mu.Lock()
+	seq, rewinds := y.replied, y.rewinds
+	y.mu.Unlock()
 	if err := y.conn.redis.HSet(ctx, beats, agent, seq).Err(); err != nil {
 		return err
 	}
@@ -144,7 +174,11 @@ func (y *syncer) sync(ctx context.Context, beats, agent string, seq uint64) erro
 		return unconfirmable(err)
 	}
 	if len(got) == 2 && got[0] >= 1 { // fewer is no error
-		y.durable.Store(max(seq, y.durable.Load()))
+		y.mu.Lock()
+		defer y.mu.Unlock()
+		if y.rewinds == rewinds {
+			y.durable = max(seq, y.durable)
+		}
 	}
 	return nil
 }

@@ -118,6 +118,7 @@ func TestAckFsync(t *testing.T) {
 				t.Skipf("needs a mirror of Debian: %v", err)
 			}
 			t.Cleanup(release)
+			t.Run("rewind", func(t *testing.T) { syncAcrossRewind(t, path) })
 			encodings(t, func(t *testing.T, e Encoding) {
 				srv := redistest.Start(t, redistest.Options{TCP: true, AOF: "everysec", Program: path})
 				c := srv.Client()
@@ -161,6 +162,42 @@ func TestAckFsync(t *testing.T) {
 				}
 			})
 		})
+	}
+}
+
+// syncAcrossRewind has the server go back while a heartbeat that was written before is on
+// its way to the disk: what is sent again is not there with it.
+func syncAcrossRewind(t *testing.T, program string) {
+	srv := redistest.Start(t, redistest.Options{TCP: true, AOF: "everysec", Program: program, Config: map[string]string{"appendfsync": "no"}})
+	c := srv.Client()
+	defer c.Close()
+	o := fast(srv.Addr())
+	o.setDefaults()
+	conn, err := dial(t.Context(), &o, srv.Addr(), login{}, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.close()
+	y := &syncer{conn: conn}
+	y.reach(100)
+	done := make(chan error, 1)
+	go func() { done <- y.sync(t.Context(), "beats", "a") }()
+	await(t, text("the wait for the disk"), func() bool { return parseInfo(c.Info(t.Context(), "clients").Val())["blocked_clients"] == "1" })
+	y.rewind(0)
+	y.reach(95)
+	if err := c.ConfigSet(t.Context(), "appendfsync", "always").Err(); err != nil {
+		t.Fatal(err)
+	}
+	for i, want := range []uint64{0, 95} {
+		if i > 0 {
+			go func() { done <- y.sync(t.Context(), "beats", "a") }()
+		}
+		if err := <-done; err != nil {
+			t.Fatal(err)
+		}
+		if got := y.reach(95); got != want {
+			t.Errorf("sync %d: on disk up to %d, want %d", i+1, got, want)
+		}
 	}
 }
 

@@ -307,6 +307,9 @@ func (k *kernel) reattach(i int, why error, dir string) bool {
 		k.mu.Unlock()
 		return false
 	}
+	if n, err := old.missed(); err == nil {
+		k.gone += n
+	}
 	// The link that is lost may be no more than deaf: two of a kind would report twice.
 	errs := []error{fmt.Errorf("%s: %w", old.section, errors.Join(why, k.attached[i].detach()))}
 	k.mu.Unlock()

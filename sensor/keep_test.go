@@ -833,6 +833,12 @@ func TestRootTakeOver(t *testing.T) {
 					}
 				}
 			})
+			// As each transaction of the buffer does until there is a mark of ours in one: it
+			// must not pass for that.
+			sensor.Release(o.Mark)
+			if n := sensor.committed.Load(); n > sensor.mark.serial {
+				t.Errorf("commit %d is durable, and this process has made %d", n, sensor.mark.serial)
+			}
 			stop := runWorker(t, sensor)
 			await(t, "taken over", counted("TAKEN_OVER"))
 			run("edr-after")

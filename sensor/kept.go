@@ -229,6 +229,31 @@ func (s *keptSet) openProgram(id string) (*ebpf.Program, error) {
 	return p, nil
 }
 
+// missed is kernel.missed of what was kept.
+func (s *keptSet) missed() (sum uint64, err error) {
+	for _, h := range s.manifest.Hooks {
+		var a attachment
+		for i, id := range slices.Concat(h.Programs, h.Spares) {
+			p, err := s.openProgram(id)
+			if err != nil {
+				return sum, err
+			}
+			defer p.Close()
+			if i < len(h.Programs) {
+				a.programs = append(a.programs, p)
+			} else {
+				a.spares = append(a.spares, p)
+			}
+		}
+		n, err := a.missed()
+		if err != nil {
+			return sum, err
+		}
+		sum += n
+	}
+	return sum, nil
+}
+
 // openLink returns what attaches a program: before 5.15 the event of a kprobe, which is
 // no link.
 func (s *keptSet) openLink(id string) (link.Link, error) {

@@ -61,7 +61,8 @@ type kernel struct {
 
 	mu       sync.Mutex // of what follows
 	attached []attachment
-	detached bool // and nothing is to be attached again
+	detached bool   // and nothing is to be attached again
+	gone     uint64 // what programs that were replaced have missed
 
 	priority, bulk *ebpf.Map // the rings; owned by the kernel value
 
@@ -421,9 +422,9 @@ func readCounters(m *ebpf.Map) (sums [event.Kinds]KindCounter, err error) {
 // see it were interrupted on that CPU; no counter of ours saw it. Zero before kernel
 // 5.12, which does not tell.
 func (k *kernel) missed() (uint64, error) {
-	var sum uint64
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	sum := k.gone
 	for i := range k.attached {
 		n, err := k.attached[i].missed()
 		if err != nil {

@@ -24,15 +24,22 @@ func (s *Sensor) reportRepeats(ctx context.Context, now time.Time, all bool) {
 // counter of ours can see.
 func (s *Sensor) reportMissed(ctx context.Context, i event.SelfInfo) {
 	missed, err := s.kernel.missed()
-	if err != nil || missed <= s.missed {
+	if err != nil {
 		return // statistics end with the detached programs
 	}
-	i.Count, s.missed = missed-s.missed, missed
-	s.metrics.missed.Add(float64(i.Count))
-	s.lost.Add(i.Count)
-	i.Code, i.Message = "RECURSION", fmt.Sprintf("the kernel left out up to %d events, since the programs that see them were interrupted on their CPU", i.Count)
+	if missed > s.missed {
+		s.tellMissed(ctx, i, missed-s.missed)
+	}
+	// Less than before where programs are gone, with what they counted. Not sooner: the
+	// mark must not be ahead of the record.
+	s.missed, s.mark.missed = missed, missed
+}
+
+func (s *Sensor) tellMissed(ctx context.Context, i event.SelfInfo, n uint64) {
+	s.metrics.missed.Add(float64(n))
+	s.lost.Add(n)
+	i.Code, i.Count, i.Message = "RECURSION", n, fmt.Sprintf("the kernel left out up to %d events, since the programs that see them were interrupted on their CPU", n)
 	s.decide(ctx, &i, nil)
-	s.mark.missed = missed // not before: the mark must not be ahead of the record
 }
 
 // reportSuppressed reports what the kernel left out on purpose, once per window.

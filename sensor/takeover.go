@@ -336,7 +336,8 @@ func forgetDead(pids *ebpf.Map) error {
 func (s *Sensor) continueRings() {
 	m := s.taken.mark
 	if s.taken.how == howReplaced && m != nil { // the mark stays theirs until they are read
-		s.mark.lost, s.mark.suppressed, s.mark.missed = m.lost, m.suppressed, m.missed
+		s.mark.serial, s.mark.lost, s.mark.suppressed, s.mark.missed = m.serial, m.lost, m.suppressed, m.missed
+		s.committed.Store(m.serial) // which is durable: ours have to be above it
 	}
 	if s.taken.how != howAdopted || m == nil {
 		return
@@ -522,8 +523,16 @@ func (s *Sensor) reportOldLoss(ctx context.Context, old *predecessor) {
 			counters[kind] = s.reported[kind]
 		}
 	}
-	s.reportLoss(ctx, event.SelfInfo{Activity: event.ActivityLost, Severity: 4, Failed: true, From: s.lastTick, To: time.Now()}, counters)
+	lost := event.SelfInfo{Activity: event.ActivityLost, Severity: 4, Failed: true, From: s.lastTick, To: time.Now()}
+	s.reportLoss(ctx, lost, counters)
 	s.reported = own
+	missed, err := old.set.missed()
+	if err != nil {
+		logging.From(ctx).Error("read statistics of replaced programs", zap.Error(err))
+	}
+	if missed > s.mark.missed {
+		s.tellMissed(ctx, lost, missed-s.mark.missed)
+	}
 }
 
 // dropPredecessor lets go of the old programs when everything that they saw is durable.

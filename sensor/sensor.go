@@ -111,6 +111,7 @@ type Sensor struct {
 
 	events  [pollRecords]event.Event
 	after   [pollRecords]uint64 // the ring's position behind each event
+	bad     [pollRecords]uint64 // how many records before each, and behind the one before it, were none
 	self    event.Event
 	losses  []event.Loss
 	open    []*event.Case // as applied last
@@ -249,6 +250,9 @@ func (s *Sensor) Discarded() uint64 { return s.discarded.Load() }
 
 // discard counts events that cannot become records; the next flush reports them.
 func (s *Sensor) discard(reason string, n uint64) {
+	if n == 0 {
+		return
+	}
 	s.unwritten[reason] += n
 	s.discarded.Add(n)
 }

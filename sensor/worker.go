@@ -91,15 +91,9 @@ func (s *Sensor) drain(ctx context.Context) error {
 	if s.o.Keeper == nil || s.keepErr != nil {
 		err = s.kernel.detach()
 	}
-	ends := [...]uint64{s.in.priority.producer(), s.in.bulk.producer()}
-	for n := 1; n > 0 && (int64(ends[0]-s.in.priority.position()) > 0 || int64(ends[1]-s.in.bulk.position()) > 0); {
-		var perr error
-		if n, perr = s.poll(ctx); perr != nil {
-			return errors.Join(err, perr)
-		}
-		if ferr := s.flush(ctx, false); ferr != nil {
-			return errors.Join(err, ferr)
-		}
+	clean, derr := s.empty(ctx, s.o.Keeper == nil || s.keepErr != nil)
+	if derr != nil {
+		return errors.Join(err, derr)
 	}
 	s.tick(ctx, time.Now())
 	if s.in == &s.own {
@@ -109,8 +103,48 @@ func (s *Sensor) drain(ctx context.Context) error {
 	s.limiter.Flush()
 	s.writeNotices(ctx)
 	s.reportRepeats(ctx, time.Now(), true)
-	return errors.Join(err, s.flush(ctx, true))
+	return errors.Join(err, s.flush(ctx, clean))
 }
+
+// empty reads what is in the rings and, where nothing is attached any more, what programs
+// that were under way then have yet to write. It reports whether that is all: one that is
+// not done with its record after a while holds up those behind it.
+func (s *Sensor) empty(ctx context.Context, detached bool) (all bool, err error) {
+	ends, late := [...]uint64{s.in.priority.producer(), s.in.bulk.producer()}, time.Now().Add(drainAtMost)
+	for looked := !detached; ; {
+		switch {
+		case !s.in.reached(ends):
+		case looked:
+			return true, nil
+		default:
+			looked = true
+			<-time.After(drainPause)
+			ends = [...]uint64{s.in.priority.producer(), s.in.bulk.producer()}
+			continue
+		}
+		n, err := s.poll(ctx)
+		if err != nil {
+			return false, err
+		}
+		if err := s.flush(ctx, false); err != nil {
+			return false, err
+		}
+		switch {
+		case n > 0:
+			late = time.Now().Add(drainAtMost)
+		case time.Now().After(late):
+			return !detached, nil // or the next process reads on
+		default:
+			<-time.After(pollMin)
+		}
+	}
+}
+
+// How long a program may take to write its record after it was detached.
+const (
+	drainPause  = 5 * time.Millisecond
+	drainAtMost = time.Second
+)
 
 // poll reads up to pollRecords records ahead, starts the hashing they need, and
 // then writes them in order.
@@ -120,11 +154,11 @@ func (s *Sensor) poll(ctx context.Context) (int, error) {
 	// ring already shows, so the priority ring goes first.
 	in := s.in
 	priority, bulk := in.limits()
-	first, err := s.read(ctx, in.priority, priority, 0, pollRecords-bulkShare)
+	first, bad, err := s.read(ctx, in.priority, priority, 0, pollRecords-bulkShare)
 	if err != nil {
 		return 0, err
 	}
-	n, err := s.read(ctx, in.bulk, bulk, first, pollRecords)
+	n, more, err := s.read(ctx, in.bulk, bulk, first, pollRecords)
 	if err != nil {
 		return 0, err
 	}
@@ -140,6 +174,7 @@ func (s *Sensor) poll(ctx context.Context) (int, error) {
 		if ev.Severity > 0 {
 			s.tampering(ctx, ev)
 		}
+		s.discard("UNDECODABLE", s.bad[i]) // the mark is to cover them, and no others
 		s.mark.ktime, s.mark.wall = max(s.mark.ktime, ev.KTime), max(s.mark.wall, ev.Time)
 		if i < first {
 			s.mark.priority.pos = s.after[i]
@@ -153,6 +188,7 @@ func (s *Sensor) poll(ctx context.Context) (int, error) {
 		}
 	}
 	// Records that were discarded or could not be decoded are covered too.
+	s.discard("UNDECODABLE", bad+more)
 	s.mark.priority.pos, s.mark.bulk.pos = in.priority.position(), in.bulk.position()
 	if in == &s.own {
 		s.pulse.rings[0].reached.Store(s.mark.priority.pos)
@@ -165,12 +201,13 @@ func (s *Sensor) poll(ctx context.Context) (int, error) {
 // seconds of a span that a clock which was set may have made negative.
 func seconds(ns int64) float64 { return float64(max(ns, 0)) / 1e9 }
 
-// read decodes records of one ring into s.events[n:most], up to a position.
-func (s *Sensor) read(ctx context.Context, r *ring, limit uint64, n, most int) (int, error) {
+// read decodes records of one ring into s.events[n:most], up to a position. bad is how many
+// behind the last event could not be decoded.
+func (s *Sensor) read(ctx context.Context, r *ring, limit uint64, n, most int) (end int, bad uint64, err error) {
 	for n < most && r.position() < limit {
 		rec, ok, err := r.next()
 		if err != nil {
-			return n, fmt.Errorf("read ring: %w", err)
+			return n, bad, fmt.Errorf("read ring: %w", err)
 		}
 		if !ok {
 			break
@@ -187,24 +224,24 @@ func (s *Sensor) read(ctx context.Context, r *ring, limit uint64, n, most int) (
 		if f := s.in.foreign[kindNumber(rec)]; f != 0 {
 			if f == lostRecord {
 				s.metrics.decodeErrors.Inc()
-				s.discard("UNDECODABLE", 1)
+				bad++
 			}
 			continue
 		}
 		ev := &s.events[n]
 		if err := s.dec.decode(rec, ev); err != nil {
 			s.metrics.decodeErrors.Inc()
-			s.discard("UNDECODABLE", 1)
+			bad++
 			s.limiter.Log(ctx, zap.ErrorLevel, "decode", "decode record", zap.Error(err))
 			continue
 		}
 		ev.Hook = s.hooks.Load()[ev.Kind]
-		s.after[n] = r.position()
+		s.after[n], s.bad[n], bad = r.position(), bad, 0
 		s.metrics.events[ev.Kind].Inc()
 		s.o.Enricher.Prefetch(ev)
 		n++
 	}
-	return n, nil
+	return n, bad, nil
 }
 
 // write encodes one event into the sink's open batch. What fits neither there

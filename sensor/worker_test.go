@@ -1,0 +1,126 @@
+// SPDX-License-Identifier: Apache-2.0
+
+package sensor
+
+import (
+	"context"
+	"encoding/json"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"go.uber.org/zap"
+
+	"github.com/aurorasoc/edr-sensor/internal/logging"
+	"github.com/aurorasoc/edr-sensor/sensor/enrich"
+	"github.com/aurorasoc/edr-sensor/sensor/event"
+)
+
+// memoryWorker is a worker with rings in memory.
+func memoryWorker(t *testing.T, sink Sink) (s *Sensor, priority, bulk *memoryRing) {
+	t.Helper()
+	s = newWorker(prometheus.NewPedanticRegistry(), sink)
+	priority, bulk = newMemoryRing(4096), newMemoryRing(4096)
+	s.in.priority, s.in.bulk = priority.open(t), bulk.open(t)
+	s.o.Enricher = enrich.New(enrich.Options{HashPerSecond: -1})
+	t.Cleanup(func() { s.o.Enricher.Close() })
+	s.hooks.Store(new([event.Kinds]string))
+	return s, priority, bulk
+}
+
+// TestEmptyWaitsForARecord that a program was writing when it was detached, and for those
+// behind it. What is never written ends the wait, and is not called all.
+func TestEmptyWaitsForARecord(t *testing.T) {
+	ctx := logging.Into(t.Context(), zap.NewNop())
+	for _, tt := range []struct {
+		name                   string
+		written, detached, all bool
+		read                   uint64
+	}{
+		{"written late", true, true, true, 3},
+		{"never written", false, true, false, 0},
+		{"never written, and programs go on", false, false, true, 0},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			s, ring, _ := memoryWorker(t, &flushSink{})
+			busy, _ := ring.put([]byte("in the making"), ringBusy)
+			ring.put([]byte("behind it"), 0)
+			if tt.written {
+				time.AfterFunc(20*time.Millisecond, func() {
+					ring.header(busy, uint32(len("in the making")))
+					ring.put([]byte("late"), 0)
+				})
+			}
+			all, err := s.empty(ctx, tt.detached)
+			if all != tt.all || err != nil || s.Discarded() != tt.read {
+				t.Errorf("all %t, %v, %d read; want %t, %d", all, err, s.Discarded(), tt.all, tt.read)
+			}
+		})
+	}
+}
+
+// TestUndecodableWithTheMark: what cannot be decoded is named where the mark passes it, not
+// where it was read ahead: who goes on at that mark meets the rest, and names that.
+func TestUndecodableWithTheMark(t *testing.T) {
+	ctx := logging.Into(t.Context(), zap.NewNop())
+	sink := &markedSink{}
+	s, ring, _ := memoryWorker(t, sink)
+	at := make(map[uint64]uint64) // behind a position, how many were none
+	for i, none := range []int{1, 0, 2, 1} {
+		for range none {
+			ring.put([]byte("what is this?"), 0)
+		}
+		if i < 3 {
+			ring.put(wireExit(), 0)
+			at[ring.produced()] = uint64([]int{1, 1, 3}[i])
+		}
+	}
+	at[ring.produced()] = 4
+	if n, err := s.poll(ctx); n != 3 || err != nil {
+		t.Fatalf("%d events, %v", n, err)
+	}
+	if err := s.flush(ctx, false); err != nil {
+		t.Fatal(err)
+	}
+	for _, m := range sink.marks {
+		if want, known := at[m.pos]; !known || m.named != want {
+			t.Errorf("up to %d %d are named as undecodable, want %d", m.pos, m.named, want)
+		}
+	}
+	if len(sink.marks) != 4 {
+		t.Errorf("marks: %+v", sink.marks)
+	}
+}
+
+// markedSink is full after each event, and notes how many were named when a mark came.
+type markedSink struct {
+	fullSink
+	size  int
+	named uint64
+	marks []struct{ pos, named uint64 }
+}
+
+func (s *markedSink) Size() int { return s.size }
+
+func (s *markedSink) End(rec []byte, _ bool, _ []event.Loss) error {
+	s.size = flushBytes
+	var d struct {
+		Code  string `json:"status_code"`
+		Count uint64 `json:"count"`
+	}
+	if err := json.Unmarshal(rec, &d); err != nil {
+		return err
+	}
+	if d.Code == "UNDECODABLE" {
+		s.named += d.Count
+	}
+	return nil
+}
+
+func (s *markedSink) Flush(_ context.Context, stored []byte) error {
+	s.size = 0
+	m, err := parseMark(stored)
+	s.marks = append(s.marks, struct{ pos, named uint64 }{m.priority.pos, s.named})
+	return err
+}

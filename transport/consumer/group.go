@@ -180,20 +180,21 @@ func (g *Group) entry(ctx context.Context, stream string, m redis.XMessage, sink
 	}
 	g.recs = recs
 	fresh := recs[:0]
-	if s := (source{stream, recs[0].Agent}); !recs[0].Foreign() {
-		if _, saved := g.undo[s]; !saved {
-			g.undo[s], _ = g.positions.get(s)
-		}
+	from, foreign := source{stream, recs[0].Agent}, recs[0].Foreign()
+	if _, saved := g.undo[from]; !saved && !foreign {
+		g.undo[from], _ = g.positions.get(from)
 	}
 	for i := range recs {
 		if !g.positions.Fresh(&recs[i]) {
 			g.dropped++
 			continue
 		}
-		if !recs[i].Foreign() {
-			at[recs[i].Agent] = Position{recs[i].Epoch, recs[i].Seq}
-		}
 		fresh = append(fresh, recs[i])
+	}
+	if !foreign {
+		// Also when all was dropped: an entry comes again when a commit has failed or
+		// the server went back, and then the position is not stored either.
+		at[from.agent], _ = g.positions.get(from)
 	}
 	if len(fresh) == 0 {
 		return nil

@@ -80,6 +80,20 @@ func drain(t *testing.T, g *Group, sink *collector) {
 	}
 }
 
+// stored is the seq of the position that the server has of agent a.
+func stored(t *testing.T, c *redis.Client, group string) uint64 {
+	t.Helper()
+	text, err := c.HGet(t.Context(), PositionsKey(stream, group), "a").Result()
+	if errors.Is(err, redis.Nil) {
+		return 0
+	}
+	at, bad := ParsePosition(text)
+	if err != nil || bad != nil {
+		t.Fatal(err, bad)
+	}
+	return at.Seq
+}
+
 func upTo(first, last uint64) (out []uint64) {
 	for seq := first; seq <= last; seq++ {
 		out = append(out, seq)
@@ -258,11 +272,11 @@ func TestGroupThroughLossyProxy(t *testing.T) {
 	o := c.Options()
 	o.Network, o.Addr, o.Dialer = "tcp", proxy.Addr(), nil
 	for _, retries := range []int{-1, 3} { // by the client, unseen by the Group
-		t.Run(fmt.Sprint(retries), func(t *testing.T) { groupThrough(t, *o, retries, total) })
+		t.Run(fmt.Sprint(retries), func(t *testing.T) { groupThrough(t, c, *o, retries, total) })
 	}
 }
 
-func groupThrough(t *testing.T, o redis.Options, retries, total int) {
+func groupThrough(t *testing.T, c *redis.Client, o redis.Options, retries, total int) {
 	o.MaxRetries = retries
 	lossy := redis.NewClient(&o)
 	defer lossy.Close()
@@ -275,6 +289,8 @@ func groupThrough(t *testing.T, o redis.Options, retries, total int) {
 	for len(sink.seqs) < total && failures < 10*total {
 		if err := g.Read(t.Context(), sink); err != nil {
 			failures++
+		} else if n := len(sink.seqs); n > 0 && stored(t, c, g.o.Group) != sink.seqs[n-1] {
+			t.Fatalf("%d is stored after a Read without an error, %d was handed over last", stored(t, c, g.o.Group), sink.seqs[n-1])
 		}
 	}
 	if d := cmp.Diff(upTo(1, uint64(total)), sink.seqs); d != "" {
@@ -284,6 +300,56 @@ func groupThrough(t *testing.T, o redis.Options, retries, total int) {
 		t.Errorf("%d failures: the proxy does not bite", failures)
 	}
 	t.Logf("%d failures, %d dropped by the rule", failures, g.Dropped())
+}
+
+// TestGroupStoresThePositionOfWhatItDrops has entries come again whose position is
+// not stored: the next member must know it, for the server may show them once more.
+func TestGroupStoresThePositionOfWhatItDrops(t *testing.T) {
+	for name, again := range map[string]func(t *testing.T, c *redis.Client, p *redistest.Proxy, g *Group, sink *collector){
+		"the transaction is lost": func(t *testing.T, _ *redis.Client, p *redistest.Proxy, g *Group, sink *collector) {
+			p.SetFaults(redistest.Faults{Word: "xack"})
+			if err := g.Read(t.Context(), sink); err == nil || p.Refused.Load() == 0 {
+				t.Fatalf("Read: %v, %d requests lost", err, p.Refused.Load())
+			}
+			p.SetFaults(redistest.Faults{})
+		},
+		"the server went back": func(t *testing.T, c *redis.Client, _ *redistest.Proxy, g *Group, sink *collector) {
+			drain(t, g, sink)
+			c.Del(t.Context(), PositionsKey(stream, "soc"))
+			if err := c.XGroupSetID(t.Context(), stream, "soc", "0").Err(); err != nil {
+				t.Fatal(err)
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			srv := redistest.Start(t, redistest.Options{})
+			c := srv.Client()
+			defer c.Close()
+			put(t, c, stream, jsonEntry(1, "{}"))
+			put(t, c, stream, jsonEntry(2, "{}"))
+			proxy := redistest.StartProxy(t, srv.Addr(), redistest.Faults{})
+			o := *c.Options()
+			o.Network, o.Addr, o.Dialer, o.MaxRetries = "tcp", proxy.Addr(), nil, -1
+			lossy := redis.NewClient(&o)
+			defer lossy.Close()
+			sink := &collector{}
+			g := group(t, lossy, "one")
+			again(t, c, proxy, g, sink)
+			if d := cmp.Diff(upTo(1, 2), sink.seqs); d != "" || stored(t, c, "soc") != 0 {
+				t.Fatalf("%d is stored, seqs (-want +got):\n%s", stored(t, c, "soc"), d)
+			}
+			drain(t, g, sink)
+			if stored(t, c, "soc") != 2 {
+				t.Errorf("%d is stored after what was dropped", stored(t, c, "soc"))
+			}
+			put(t, c, stream, jsonEntry(1, "{}"))
+			put(t, c, stream, jsonEntry(2, "{}"))
+			drain(t, group(t, c, "one"), sink)
+			if d := cmp.Diff(upTo(1, 2), sink.seqs); d != "" {
+				t.Errorf("after a restart (-want +got):\n%s", d)
+			}
+		})
+	}
 }
 
 func TestGroupRefusesSpoiltPosition(t *testing.T) {

@@ -6,6 +6,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"strings"
 	"time"
 
@@ -31,7 +33,8 @@ type Options struct {
 	// [Sink] takes for Count entries.
 	ClaimAfter time.Duration
 	// Agents (65536) is for how many agents, streams counted singly, positions
-	// are kept in memory. Those of others are read from the server when needed.
+	// are kept in memory. Those of others are read from the server when needed. Kept
+	// besides are those that a full server has not taken.
 	Agents int
 	Limits Limits
 }
@@ -61,6 +64,10 @@ var ErrShared = errors.New("another member of the group reads these streams")
 // in one transaction with the acknowledgement, in the hash [PositionsKey] beside
 // each stream. It is not safe for concurrent use.
 //
+// A server that is full takes acknowledgements but no positions: those are stored
+// once it can. If the member ends before, the next one hands over again what a server
+// shows again, and only that.
+//
 // A sink that fails between its own Flush and the acknowledgement sees the
 // records again after a restart; one that must not keeps (agent, epoch, seq) with
 // them.
@@ -71,9 +78,10 @@ type Group struct {
 	positions *Positions
 
 	joined  bool
-	pending map[string]string   // stream -> id after which our unacknowledged entries go on; absent: none are left
-	undo    map[source]Position // of this Read: where positions were before
-	gone    []EntryError        // deleted before they were acknowledged, still to be told
+	unsaved map[string]map[string]Position // stream -> agent -> position handed over and not known to be stored
+	pending map[string]string              // stream -> id after which our unacknowledged entries go on; absent: none are left
+	undo    map[source]Position            // of this Read: where positions were before
+	gone    []EntryError                   // deleted before they were acknowledged, still to be told
 	recs    []Record
 	dropped uint64
 }
@@ -99,7 +107,11 @@ func New(c redis.UniversalClient, o Options) (*Group, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Group{o: o, c: c, d: d, positions: NewPositions(o.Agents)}, nil
+	g := &Group{o: o, c: c, d: d, positions: NewPositions(o.Agents), unsaved: make(map[string]map[string]Position)}
+	for _, s := range o.Streams {
+		g.unsaved[s] = make(map[string]Position)
+	}
+	return g, nil
 }
 
 // Dropped is how many records the rule has dropped.
@@ -137,7 +149,7 @@ func (g *Group) Read(ctx context.Context, sink Sink) error {
 		return err
 	}
 	if len(got) == 0 {
-		return nil
+		return g.save(ctx)
 	}
 	if err := g.load(ctx, got); err != nil {
 		return err
@@ -150,7 +162,11 @@ func (g *Group) Read(ctx context.Context, sink Sink) error {
 		g.joined = false
 		return err
 	}
-	return g.commit(ctx, got, at)
+	if err := g.commit(ctx, got, at); err != nil {
+		g.joined = false
+		return err
+	}
+	return nil
 }
 
 // hand gives what was read to the sink and returns the positions that it has then, by
@@ -206,7 +222,10 @@ func (g *Group) entry(ctx context.Context, stream string, m redis.XMessage, sink
 // are dead. Only when nobody else holds an entry is new reading in order.
 func (g *Group) join(ctx context.Context) error {
 	for _, s := range g.o.Streams {
-		err := g.c.XGroupCreateMkStream(ctx, s, g.o.Group, "0").Err()
+		_, _, err := g.held(ctx, s) // a server that is full refuses to create what is there, too
+		if redis.HasErrorPrefix(err, "NOGROUP") {
+			err = g.c.XGroupCreateMkStream(ctx, s, g.o.Group, "0").Err()
+		}
 		if err != nil && !redis.HasErrorPrefix(err, "BUSYGROUP") {
 			return fmt.Errorf("join group %s of %s: %w", g.o.Group, s, err)
 		}
@@ -361,9 +380,15 @@ func (g *Group) load(ctx context.Context, got []redis.XStream) error {
 		asked := make(map[string]bool)
 		for _, m := range s.Messages {
 			agent, _ := m.Values["agent"].(string)
-			if _, known := g.positions.get(source{s.Stream, agent}); agent != "" && len(agent) <= maxAgent && !known && !asked[agent] {
-				agents, asked[agent] = append(agents, agent), true
+			from := source{s.Stream, agent}
+			if _, known := g.positions.get(from); known || agent == "" || len(agent) > maxAgent || asked[agent] {
+				continue
 			}
+			if at, later := g.unsaved[s.Stream][agent]; later {
+				g.positions.set(from, at)
+				continue
+			}
+			agents, asked[agent] = append(agents, agent), true
 		}
 		if len(agents) == 0 {
 			continue
@@ -392,27 +417,72 @@ func (g *Group) load(ctx context.Context, got []redis.XStream) error {
 
 // commit acknowledges the entries and stores the positions, all of a stream or
 // nothing. When the reply is lost, the entries come again and the rule drops them.
+// A server that is full gets the acknowledgement alone: what is not acknowledged
+// nobody may delete, and it would stay full.
 func (g *Group) commit(ctx context.Context, got []redis.XStream, at map[string]map[string]Position) error {
+	stored := false
 	for _, s := range got {
 		ids := make([]string, len(s.Messages))
 		for i := range s.Messages {
 			ids[i] = s.Messages[i].ID
 		}
-		_, err := g.c.TxPipelined(ctx, func(p redis.Pipeliner) error {
+		unsaved := g.unsaved[s.Stream]
+		maps.Copy(unsaved, at[s.Stream]) // first: if the reply is lost, no older ones may be stored over these
+		cmds, err := g.c.TxPipelined(ctx, func(p redis.Pipeliner) error {
 			p.XAck(ctx, s.Stream, g.o.Group, ids...)
-			if len(at[s.Stream]) > 0 {
-				fields := make([]any, 0, 2*len(at[s.Stream]))
-				for agent, to := range at[s.Stream] {
-					fields = append(fields, agent, to.String())
-				}
-				p.HSet(ctx, PositionsKey(s.Stream, g.o.Group), fields...)
-			}
-			return nil
+			return g.store(ctx, p, s.Stream, at[s.Stream])
 		})
+		switch {
+		case err == nil:
+			for agent := range at[s.Stream] {
+				delete(unsaved, agent)
+			}
+			stored = true
+		case full(err, cmds):
+			err = g.c.XAck(ctx, s.Stream, g.o.Group, ids...).Err()
+		}
 		if err != nil {
-			g.joined = false
 			return fmt.Errorf("acknowledge entries of %s: %w", s.Stream, err)
 		}
 	}
+	if !stored {
+		return nil
+	}
+	return g.save(ctx)
+}
+
+// save stores the positions that no commit has stored, unless the server is full.
+func (g *Group) save(ctx context.Context) error {
+	for stream, at := range g.unsaved {
+		if len(at) == 0 {
+			continue
+		}
+		err := g.store(ctx, g.c, stream, at)
+		if redis.IsOOMError(err) {
+			return nil
+		}
+		if err != nil {
+			return fmt.Errorf("store positions of %s: %w", stream, err)
+		}
+		clear(at)
+	}
 	return nil
+}
+
+func (g *Group) store(ctx context.Context, c redis.Cmdable, stream string, at map[string]Position) error {
+	if len(at) == 0 {
+		return nil
+	}
+	fields := make([]any, 0, 2*len(at))
+	for agent, to := range at {
+		fields = append(fields, agent, to.String())
+	}
+	return c.HSet(ctx, PositionsKey(stream, g.o.Group), fields...).Err()
+}
+
+// full reports whether a transaction was refused for lack of memory. The reply to EXEC
+// says so only when memory ran out after the commands were queued.
+func full(err error, cmds []redis.Cmder) bool {
+	return redis.IsOOMError(err) || redis.IsExecAbortError(err) && strings.Contains(err.Error(), "OOM ") ||
+		slices.ContainsFunc(cmds, func(c redis.Cmder) bool { return redis.IsOOMError(c.Err()) })
 }

@@ -352,6 +352,125 @@ func TestGroupStoresThePositionOfWhatItDrops(t *testing.T) {
 	}
 }
 
+func maxmemory(t *testing.T, c *redis.Client, bytes string) {
+	t.Helper()
+	if err := c.ConfigSet(t.Context(), "maxmemory", bytes).Err(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestGroupDrainsAFullServer has everything to be read while the server takes
+// nothing: what is acknowledged can be deleted, and only that ends it.
+func TestGroupDrainsAFullServer(t *testing.T) {
+	srv := redistest.Start(t, redistest.Options{})
+	c := srv.Client()
+	defer c.Close()
+	sink := &collector{}
+	g := group(t, c, "one")
+	g.positions = NewPositions(2) // others push a out
+	put(t, c, stream, jsonEntry(1, "{}"))
+	drain(t, g, sink)
+	for i, seq := range []uint64{2, 3, 4, 5, 6, 7, 8, 9, 4, 5, 10, 11} {
+		put(t, c, stream, with(jsonEntry(seq, "{}"), "agent", "aaaabcddaaab"[i:i+1]))
+	}
+	maxmemory(t, c, "1")
+	drain(t, g, sink)
+	if d := cmp.Diff(upTo(1, 11), sink.seqs); d != "" || stored(t, c, "soc") != 1 {
+		t.Errorf("%d is stored, seqs (-want +got):\n%s", stored(t, c, "soc"), d)
+	}
+	if p, err := c.XPending(t.Context(), stream, "soc").Result(); err != nil || p.Count != 0 {
+		t.Errorf("pending %+v, %v", p, err)
+	}
+	// Positions are stored when there is memory, also when nothing comes any more.
+	maxmemory(t, c, "0")
+	drain(t, g, sink)
+	if stored(t, c, "soc") != 10 {
+		t.Errorf("%d is stored", stored(t, c, "soc"))
+	}
+
+	// A member that is new joins a full server, too.
+	put(t, c, stream, jsonEntry(12, "{}"))
+	maxmemory(t, c, "1")
+	g = group(t, c, "two")
+	drain(t, g, sink)
+	if d := cmp.Diff(upTo(1, 12), sink.seqs); d != "" || stored(t, c, "soc") != 10 {
+		t.Errorf("%d is stored, seqs (-want +got):\n%s", stored(t, c, "soc"), d)
+	}
+	// What another agent's commit finds unsaved is stored after it.
+	maxmemory(t, c, "0")
+	put(t, c, "decisions:system", with(jsonEntry(13, "{}"), "agent", "b"))
+	if err := g.Read(t.Context(), sink); err != nil || stored(t, c, "soc") != 12 {
+		t.Errorf("Read: %v, %d is stored", err, stored(t, c, "soc"))
+	}
+	put(t, c, stream, jsonEntry(12, "{}"))
+	put(t, c, stream, jsonEntry(14, "{}"))
+	drain(t, group(t, c, "two"), sink)
+	if d := cmp.Diff(upTo(1, 14), sink.seqs); d != "" {
+		t.Errorf("after a restart (-want +got):\n%s", d)
+	}
+}
+
+// flusher is a collector that does something before what it got is acknowledged.
+type flusher struct {
+	collector
+	before func()
+}
+
+func (f *flusher) Flush(ctx context.Context) error {
+	f.before()
+	return f.collector.Flush(ctx)
+}
+
+// TestGroupStoresNoOlderPosition loses the reply to a commit while an older position
+// waits to be stored.
+func TestGroupStoresNoOlderPosition(t *testing.T) {
+	srv := redistest.Start(t, redistest.Options{})
+	c := srv.Client()
+	defer c.Close()
+	put(t, c, stream, jsonEntry(1, "{}"))
+	proxy := redistest.StartProxy(t, srv.Addr(), redistest.Faults{})
+	o := *c.Options()
+	o.Network, o.Addr, o.Dialer, o.MaxRetries = "tcp", proxy.Addr(), nil, -1
+	lossy := redis.NewClient(&o)
+	defer lossy.Close()
+	g := group(t, lossy, "one")
+	sink := &flusher{before: func() { maxmemory(t, c, "1") }}
+	if err := g.Read(t.Context(), sink); err != nil || stored(t, c, "soc") != 0 {
+		t.Fatalf("Read: %v, %d is stored", err, stored(t, c, "soc"))
+	}
+	maxmemory(t, c, "0")
+	put(t, c, stream, jsonEntry(2, "{}"))
+	sink.before = func() { proxy.SetFaults(redistest.Faults{DropReply: 1}) }
+	if err := g.Read(t.Context(), sink); err == nil || stored(t, c, "soc") != 2 {
+		t.Fatalf("Read: %v, %d is stored", err, stored(t, c, "soc"))
+	}
+	proxy.SetFaults(redistest.Faults{})
+	drain(t, g, &sink.collector)
+	if d := cmp.Diff(upTo(1, 2), sink.seqs); d != "" || stored(t, c, "soc") != 2 {
+		t.Errorf("%d is stored, seqs (-want +got):\n%s", stored(t, c, "soc"), d)
+	}
+}
+
+func TestFull(t *testing.T) {
+	const oom, abort = "OOM command not allowed when used memory > 'maxmemory'.", "EXECABORT Transaction discarded because of"
+	for _, c := range []struct {
+		name, err, cmd string
+		want           bool
+	}{
+		{"while queuing", abort + " previous errors.", oom, true},
+		{"while queuing, as a cluster's client says it", oom, oom, true},
+		{"at EXEC", abort + ": " + oom, "", true},
+		{"another cause", abort + " previous errors.", "NOPERM this user has no permissions to run the 'hset' command", false},
+		{"no reply", "EOF", "EOF", false},
+	} {
+		cmd := redis.NewStatusCmd(t.Context())
+		cmd.SetErr(errors.New(c.cmd))
+		if got := full(errors.New(c.err), []redis.Cmder{cmd}); got != c.want {
+			t.Errorf("%s: %v", c.name, got)
+		}
+	}
+}
+
 func TestGroupRefusesSpoiltPosition(t *testing.T) {
 	srv := redistest.Start(t, redistest.Options{})
 	c := srv.Client()

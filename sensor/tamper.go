@@ -150,7 +150,7 @@ func (s *Sensor) tampering(ctx context.Context, ev *event.Event) {
 	}
 	i := event.SelfInfo{
 		Name: "Tampering", Severity: ev.Severity, Failed: true, Code: "TAMPERING", After: ev.Kind.String(),
-		Attrs: map[string]any{"event": ev.Kind.String(), "hook": ev.Hook}, Process: ev.Subject,
+		Attrs: map[string]any{"event": ev.Kind.String(), "hook": ev.Hook}, Process: ev.Subject, Boot: ev.Time - int64(ev.KTime),
 	}
 	who := "an unknown process"
 	if isTamper := ev.Kind == event.Signal || ev.Kind == event.Ptrace; isTamper {

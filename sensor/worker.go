@@ -344,7 +344,7 @@ func (s *Sensor) writeSelf(ctx context.Context, i *event.SelfInfo, names []event
 func (s *Sensor) writeSelfAt(ctx context.Context, now, at int64, i *event.SelfInfo, names []event.Loss) {
 	s.self = event.Event{Kind: event.Lifecycle, Time: at, Self: i, Hook: "userspace/agent", Subject: i.Process}
 	if i.Process != nil {
-		s.self.Actor = i.Process.Key
+		s.self.Actor, s.self.KTime = i.Process.Key, uint64(at-i.Boot)
 	}
 	s.metrics.events[event.Lifecycle].Inc()
 	if s.write(ctx, now, &s.self, i.Severity >= 4, names) && len(names) == 0 {

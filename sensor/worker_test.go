@@ -124,3 +124,30 @@ func (s *markedSink) Flush(_ context.Context, stored []byte) error {
 	s.marks = append(s.marks, struct{ pos, named uint64 }{m.priority.pos, s.named})
 	return err
 }
+
+// TestTamperingKnowsTheProcess: its record names the process as the event does that it is
+// about, however much later it is written.
+func TestTamperingKnowsTheProcess(t *testing.T) {
+	ctx := logging.Into(t.Context(), zap.NewNop())
+	sink := &flushSink{}
+	s := newWorker(prometheus.NewPedanticRegistry(), sink)
+	const boot, started, ktime = 1_700_000_000_000_000_000, 5_000_000_000, 9_000_000_000
+	p := &event.Process{Key: event.ProcessKey{PID: 7, StartTime: started}}
+	s.tampering(ctx, &event.Event{
+		Kind: event.Signal, Severity: 5, KTime: ktime, Time: boot + ktime, Actor: p.Key, Creator: p, Tamper: event.TamperInfo{Signal: 9},
+	})
+	if len(sink.batch) != 1 {
+		t.Fatalf("records %q", sink.batch)
+	}
+	var d struct {
+		Actor struct {
+			Process struct {
+				PID     uint32 `json:"pid"`
+				Created int64  `json:"created_time"`
+			} `json:"process"`
+		} `json:"actor"`
+	}
+	if err := json.Unmarshal([]byte(sink.batch[0]), &d); err != nil || d.Actor.Process.PID != 7 || d.Actor.Process.Created != (boot+started)/1e6 {
+		t.Errorf("%v: %s", err, sink.batch[0])
+	}
+}

@@ -431,6 +431,7 @@ type SelfInfo struct {
 	After    string
 	Attrs    map[string]any // further evidence, under unmapped.sensor
 	Process  *Process       // who did what the record is about; nil: nobody, or unknown
+	Boot     int64          // when the clock of Process.Key.StartTime began, in ns since the Unix epoch
 	// The case that the decision is about, and who made it, if any.
 	CaseID, InvestigationID, UserID string
 }

@@ -540,7 +540,7 @@ func goldens() []golden {
 	unknownConnect := tcpEvent(event.TCPConnect)
 	unknownConnect.Subject, unknownConnect.Parent = nil, nil
 	stop := selfEvent(event.SelfInfo{Activity: event.ActivityStop, Message: "stopped: SIGTERM"})
-	stop.Subject, stop.Actor = login(), login().Key
+	stop.Subject, stop.Actor, stop.KTime = login(), login().Key, testKTime
 	return append([]golden{
 		{"process.exec", execEvent()},
 		{"process.exec-unusual", suidExec()},

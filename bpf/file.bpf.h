@@ -493,8 +493,8 @@ static __always_inline int handle_path_rename(const __u64 *args)
 }
 
 /* setattr_kind names a change of attributes by its gravest part, or none when it is not
- * worth a record: a change of times to now or forward, and what belongs to an open,
- * which the record at its close covers. */
+ * worth a record: a change of times to now or forward, and what belongs to an open for
+ * writing, which the record at its close covers. One for reading may empty a file, too. */
 static __always_inline enum event_kind setattr_kind(struct inode *inode, struct iattr *attr,
 						    __u32 valid)
 {
@@ -505,8 +505,12 @@ static __always_inline enum event_kind setattr_kind(struct inode *inode, struct 
 		return EVENT_KIND_FILE_CHOWN;
 	if (valid & ATTR_MODE)
 		return EVENT_KIND_FILE_CHMOD;
-	if (valid & ATTR_SIZE)
-		return valid & ATTR_OPEN ? EVENT_KIND_NONE : EVENT_KIND_FILE_TRUNCATE;
+	if (valid & ATTR_SIZE) {
+		if (valid & ATTR_OPEN &&
+		    (!(valid & ATTR_FILE) || BPF_CORE_READ(attr, ia_file, f_mode) & FMODE_WRITE))
+			return EVENT_KIND_NONE;
+		return EVENT_KIND_FILE_TRUNCATE;
+	}
 	if (!(valid & ATTR_MTIME_SET))
 		return EVENT_KIND_NONE;
 	fill_times(&info, inode);
@@ -800,6 +804,8 @@ static __always_inline int handle_file_release(const __u64 *args)
 	written = *found;
 	bpf_map_delete_elem(&written_files, &key);
 	inode = BPF_CORE_READ(file, f_inode);
+	if (!inode) /* it could not be opened after all */
+		return 0;
 	size = BPF_CORE_READ(inode, i_size);
 	fill_times(&info, inode);
 	/* The clock of the times is coarse, so a position that moved tells as well; of a

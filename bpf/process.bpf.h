@@ -337,6 +337,14 @@ struct {
 	__type(value, __u64);
 } reported SEC(".maps");
 
+static __always_inline bool was_reported(enum event_kind kind, __u64 object, __u32 pid, __u64 which)
+{
+	struct report_key key = {.object = object, .pid = pid, .kind = kind};
+	__u64 *last = bpf_map_lookup_elem(&reported, &key);
+
+	return last && *last == which;
+}
+
 static __always_inline bool first_to_report(enum event_kind kind, __u64 object, __u32 pid,
 					    __u64 which)
 {
@@ -440,6 +448,7 @@ static __always_inline int handle_exit(struct task_struct *task)
 	struct task_struct *leader, *parent;
 	struct exit_event *event;
 	__u32 code, tgid;
+	__u64 start;
 
 	if (BPF_CORE_READ(signal, live.counter) != 0) {
 		handle_heartbeat(task); /* the sensor itself goes on */
@@ -449,10 +458,15 @@ static __always_inline int handle_exit(struct task_struct *task)
 		return 0;
 	leader = BPF_CORE_READ(task, group_leader);
 	tgid = BPF_CORE_READ(task, tgid);
-	/* When the last threads end at the same time, each sees that none is alive. */
-	if ((copies > 1 || BPF_CORE_READ(signal, nr_threads) != 1) &&
-	    !first_to_report(EVENT_KIND_EXIT, BPF_CORE_READ(leader, start_boottime), tgid, 1))
+	/* When the last threads end at the same time, each sees that none is alive; the
+	 * leader may come when the one that has told is no more. */
+	start = BPF_CORE_READ(leader, start_boottime);
+	if (copies > 1 || BPF_CORE_READ(signal, nr_threads) != 1) {
+		if (!first_to_report(EVENT_KIND_EXIT, start, tgid, 1))
+			return 0;
+	} else if (was_reported(EVENT_KIND_EXIT, start, tgid, 1)) {
 		return 0;
+	}
 	count_attempt(EVENT_KIND_EXIT);
 	if (scope_mode == SCOPE_TREE)
 		bpf_map_delete_elem(&scope_pids, &tgid);

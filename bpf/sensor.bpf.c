@@ -125,8 +125,8 @@ SECURITY_HOOK(path_rename)
  * Sees: changes of mode, owner, size and times, and of extended attributes.
  * Why: the one place for every way to do it, on every kernel; the path_ hooks of
  * chmod, chown and truncate differ between versions, and there is none for the rest.
- * Ignores: times that are set to now or forward; a size that an open sets to zero, which
- * the record at its close tells.
+ * Ignores: times that are set to now or forward; a size that an open for writing sets to
+ * zero, which the record at its close tells.
  */
 SECURITY_HOOK(inode_setattr)
 SECURITY_HOOK(inode_setxattr)

@@ -90,7 +90,7 @@ type hashJob struct {
 	key         fileKey
 	pid, parent uint32 // a process that runs it, and that one's parent
 	path        string // empty when no path leads to it
-	anyDevice   bool   // see hashFile
+	magic       uint32 // of its file system
 	done        chan struct{}
 	sum, note   string
 }
@@ -168,7 +168,7 @@ func (h *hasher) request(p program) (sum, note string, job *hashJob) {
 	if !budget.take(h.now()) {
 		return "", noteRate, nil
 	}
-	job = &hashJob{key: key, pid: p.pid, parent: p.parent, anyDevice: hidesDevice(p.file.FSMagic), done: make(chan struct{})}
+	job = &hashJob{key: key, pid: p.pid, parent: p.parent, magic: p.file.FSMagic, done: make(chan struct{})}
 	if p.flags&(event.FlagMemfd|event.FlagDeleted|event.FlagExeTruncated) == 0 {
 		job.path = string(p.path)
 	}
@@ -250,7 +250,7 @@ func (h *hasher) hash(job *hashJob, buf []byte) (sum, note string, keep bool) {
 		if !way.own && (job.path == "" || strings.HasPrefix(way.path, string(h.proc)+"/0/")) {
 			continue
 		}
-		sum, n, keep := h.hashFile(way.path, job.key, leeway{device: way.own || job.anyDevice, ctime: way.own}, buf)
+		sum, n, keep := h.hashFile(way.path, job, way.own, buf)
 		switch n {
 		case "":
 			return sum, "", keep
@@ -266,16 +266,22 @@ func (h *hasher) hash(job *hashJob, buf []byte) (sum, note string, keep bool) {
 // opened.
 type leeway struct{ device, ctime bool }
 
-// hashFile hashes what path leads to, if it is the file and version of key from
+// hashFile hashes what path leads to, if it is the file and version of job.key from
 // the first byte to the last.
 //
-// The ctime may differ when path is the link of a process to its executable: the
-// kernel denies writing to that file for as long as the process runs it, so a
-// ctime that moved is no change of content but of names. A program that unlinks
-// itself is hashed all the same. The device may differ there, too, and on file
-// systems that show another one than the kernel uses; then the inode, size and
-// times, the ctime among them, must do.
-func (h *hasher) hashFile(path string, key fileKey, may leeway, buf []byte) (sum, note string, keep bool) {
+// The ctime may have moved when path is the link of a process to its own executable:
+// the kernel denies writing to that file for as long as a process runs it, so this is
+// no change of content but of names. A program that unlinks itself is hashed all the
+// same. When nothing runs it any more, its owner can write something else into it, or
+// have its inode's number for another file, give that the size and mtime, and have the
+// process run it before this looks: the result is then of what runs by now. No version
+// of an inode, and no time of an exec, can be read that would tell.
+//
+// The device may differ where a file system shows another one than the kernel uses;
+// then the inode, size and times, the ctime among them, must do. Two files of one such
+// file system that were changed within one tick of its clock can have them in common.
+func (h *hasher) hashFile(path string, job *hashJob, own bool, buf []byte) (sum, note string, keep bool) {
+	key := job.key
 	fd, err := openQuietly(path)
 	if err != nil {
 		return "", noteGone, false
@@ -285,10 +291,11 @@ func (h *hasher) hashFile(path string, key fileKey, may leeway, buf []byte) (sum
 	if err != nil {
 		return "", noteError, false
 	}
+	may := leeway{device: hidesDevice(job.magic) && isOn(fd, job.magic), ctime: own}
 	if !key.matches(found, may) {
 		// Another file means that this way leads elsewhere by now; the same file
 		// with other content means that what ran is lost.
-		if found.ino == key.ino && (may.device || found.major == key.major && found.minor == key.minor) {
+		if found.ino == key.ino && (may.device || found.sameDevice(key)) {
 			return "", noteChanged, false
 		}
 		return "", noteGone, false
@@ -320,15 +327,23 @@ func (h *hasher) hashFile(path string, key fileKey, may leeway, buf []byte) (sum
 	return hex.EncodeToString(digest.Sum(buf[:0])), "", keep
 }
 
-// matches tells whether k and found are one version of one file.
+// matches tells whether k and found are one version of one file. Numbers of inodes
+// are a file system's own, and size and mtime are anybody's choice: only on the same
+// device is it the same file, and its ctime never goes back.
 func (k fileKey) matches(found fileKey, may leeway) bool {
-	if may.device {
+	switch {
+	case found.sameDevice(k):
+		if may.ctime {
+			found.ctime = min(found.ctime, k.ctime)
+		}
+	case may.device:
 		found.major, found.minor = k.major, k.minor
 	}
-	if may.ctime {
-		found.ctime = k.ctime
-	}
 	return k == found
+}
+
+func (k fileKey) sameDevice(other fileKey) bool {
+	return k.major == other.major && k.minor == other.minor
 }
 
 // hidesDevice tells the file systems on which stat(2) shows another device than
@@ -336,6 +351,12 @@ func (k fileKey) matches(found fileKey, may leeway) bool {
 func hidesDevice(magic uint32) bool {
 	const bcachefs = 0xca451a4e
 	return magic == unix.OVERLAYFS_SUPER_MAGIC || magic == unix.BTRFS_SUPER_MAGIC || magic == bcachefs
+}
+
+// isOn tells whether a file is on a file system of that kind.
+func isOn(fd int, magic uint32) bool {
+	var fs unix.Statfs_t
+	return unix.Fstatfs(fd, &fs) == nil && uint32(fs.Type) == magic
 }
 
 // openQuietly opens without waiting for a pipe's writer, without becoming a

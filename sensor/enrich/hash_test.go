@@ -119,10 +119,15 @@ func TestHash(t *testing.T) {
 				addProc(t, proc, "7", map[string]string{"exe": "-> " + prog})
 			},
 			change: func(p *program) { p.file.DevMajor, p.file.DevMinor = 0, 99; p.path = []byte("/nowhere") },
-			sum:    sha("content"),
+			note:   noteGone,
 		},
 		{
-			name: "the device differs on overlayfs, by path", change: func(p *program) { p.file.DevMinor, p.file.FSMagic = 99, unix.OVERLAYFS_SUPER_MAGIC }, sum: sha("content"),
+			name: "the ctime was later, by the process's own link",
+			prepare: func(t *testing.T, proc string) {
+				addProc(t, proc, "7", map[string]string{"exe": "-> " + prog})
+			},
+			change: func(p *program) { p.file.CTime++ },
+			note:   noteChanged,
 		},
 		{name: "elsewhere the device may not differ", change: func(p *program) { p.file.DevMinor++ }, note: noteGone},
 		{name: "deleted", change: func(p *program) { p.flags = event.FlagDeleted }, note: noteGone},
@@ -186,6 +191,96 @@ func TestHash(t *testing.T) {
 			}
 			sum, note := newTestHasher(t, procfs(proc)).await(t, p)
 			if sum != tt.sum || note != tt.note {
+				t.Errorf("got %q, %q; want %q, %q", sum, note, tt.sum, tt.note)
+			}
+		})
+	}
+}
+
+// mountAt mounts a file system on a new directory, until the test ends.
+func mountAt(t *testing.T, kind, options string) string {
+	t.Helper()
+	dir := t.TempDir()
+	if err := unix.Mount("edr-test", dir, kind, 0, options); err != nil {
+		t.Skipf("mounting %s: %v", kind, err)
+	}
+	t.Cleanup(func() { _ = unix.Unmount(dir, unix.MNT_DETACH) })
+	return dir
+}
+
+// TestHashOfTwoMounts: an inode's number, its size and its mtime are those of another
+// file, in a mount of its own, that the process runs by the time of hashing.
+func TestHashOfTwoMounts(t *testing.T) {
+	old := time.Now().Add(-time.Hour)
+	prog, other := filepath.Join(mountAt(t, "tmpfs", ""), "prog"), filepath.Join(mountAt(t, "tmpfs", ""), "prog")
+	for path, content := range map[string]string{prog: "content", other: "CONTENT"} {
+		writeFile(t, path, content)
+		if err := os.Chtimes(path, old, old); err != nil {
+			t.Fatal(err)
+		}
+	}
+	p, o := programAt(t, prog, 7), fileAt(t, other)
+	otherCTime := o.CTime
+	o.DevMajor, o.DevMinor, o.CTime = p.file.DevMajor, p.file.DevMinor, p.file.CTime
+	if p.file != o {
+		t.Fatalf("%+v and %+v differ in more than the device and ctime", p.file, o)
+	}
+	p.path = nil
+	onOverlay := p // and changed within one tick of the clock
+	onOverlay.file.FSMagic, onOverlay.file.CTime = unix.OVERLAYFS_SUPER_MAGIC, otherCTime
+	for _, tt := range []struct {
+		name            string
+		program         program
+		runs, sum, note string
+	}{
+		{"the other", p, other, "", noteGone},
+		{"the other, instead of one on overlayfs", onOverlay, other, "", noteGone},
+		{"the program", p, prog, sha("content"), ""},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			proc := t.TempDir()
+			addProc(t, proc, "7", map[string]string{"exe": "-> " + tt.runs})
+			if sum, note := newTestHasher(t, procfs(proc)).await(t, tt.program); sum != tt.sum || note != tt.note {
+				t.Errorf("got %q, %q; want %q, %q", sum, note, tt.sum, tt.note)
+			}
+		})
+	}
+}
+
+// TestHashOnOverlay: of layers on several file systems, each file has another device
+// than the kernel's.
+func TestHashOnOverlay(t *testing.T) {
+	lower, upper := mountAt(t, "tmpfs", ""), mountAt(t, "tmpfs", "")
+	for _, dir := range []string{"files", "work"} {
+		if err := os.Mkdir(filepath.Join(upper, dir), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	writeFile(t, filepath.Join(lower, "prog"), "content")
+	prog := filepath.Join(mountAt(t, "overlay", "lowerdir="+lower+",upperdir="+upper+"/files,workdir="+upper+"/work"), "prog")
+	for _, tt := range []struct {
+		name      string
+		own       bool
+		change    func(f *event.File)
+		sum, note string
+	}{
+		{name: "by path", sum: sha("content")},
+		{name: "by the process's own link", own: true, sum: sha("content")},
+		{name: "the ctime moved", own: true, change: func(f *event.File) { f.CTime-- }, note: noteChanged},
+		{name: "the ctime moved, the device is the kernel's", own: true, change: func(f *event.File) { f.CTime--; f.DevMinor-- }, sum: sha("content")},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			proc := t.TempDir()
+			p := programAt(t, prog, 7)
+			p.file.DevMinor, p.file.FSMagic = p.file.DevMinor+1, unix.OVERLAYFS_SUPER_MAGIC
+			if tt.own {
+				p.path = nil
+				addProc(t, proc, "7", map[string]string{"exe": "-> " + prog})
+			}
+			if tt.change != nil {
+				tt.change(&p.file)
+			}
+			if sum, note := newTestHasher(t, procfs(proc)).await(t, p); sum != tt.sum || note != tt.note {
 				t.Errorf("got %q, %q; want %q, %q", sum, note, tt.sum, tt.note)
 			}
 		})

@@ -9,7 +9,6 @@ import (
 	"errors"
 	"io"
 	"strconv"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -239,18 +238,20 @@ func (h *hasher) run(job *hashJob, buf []byte) {
 // root sees what a container sees; the path is the last.
 func (h *hasher) hash(job *hashJob, buf []byte) (sum, note string, keep bool) {
 	note = noteGone
-	for _, way := range [...]struct {
-		path string
-		own  bool
-	}{
-		{h.proc.path(job.pid, "exe"), true},
-		{h.proc.path(job.parent, "root") + job.path, false},
-		{job.path, false},
+	for _, way := range [...]struct{ root, path string }{
+		{"", h.proc.path(job.pid, "exe")},
+		{h.proc.path(job.parent, "root"), job.path},
+		{"/", job.path},
 	} {
-		if !way.own && (job.path == "" || strings.HasPrefix(way.path, string(h.proc)+"/0/")) {
+		if way.path == "" {
 			continue
 		}
-		sum, n, keep := h.hashFile(way.path, job, way.own, buf)
+		at, err := find(way.root, way.path)
+		if err != nil {
+			continue
+		}
+		sum, n, keep := h.hashFile(at, job, way.root == "", buf)
+		unix.Close(at)
 		switch n {
 		case "":
 			return sum, "", keep
@@ -266,10 +267,11 @@ func (h *hasher) hash(job *hashJob, buf []byte) (sum, note string, keep bool) {
 // opened.
 type leeway struct{ device, ctime bool }
 
-// hashFile hashes what path leads to, if it is the file and version of job.key from
-// the first byte to the last.
+// hashFile hashes what at, which was opened with O_PATH, is, if it is the file and
+// version of job.key from the first byte to the last. Nothing else is opened: with some
+// files of others, opening alone has effects.
 //
-// The ctime may have moved when path is the link of a process to its own executable:
+// The ctime may have moved when a process's own link to its executable has led there:
 // the kernel denies writing to that file for as long as a process runs it, so this is
 // no change of content but of names. A program that unlinks itself is hashed all the
 // same. When nothing runs it any more, its owner can write something else into it, or
@@ -280,18 +282,13 @@ type leeway struct{ device, ctime bool }
 // The device may differ where a file system shows another one than the kernel uses;
 // then the inode, size and times, the ctime among them, must do. Two files of one such
 // file system that were changed within one tick of its clock can have them in common.
-func (h *hasher) hashFile(path string, job *hashJob, own bool, buf []byte) (sum, note string, keep bool) {
+func (h *hasher) hashFile(at int, job *hashJob, own bool, buf []byte) (sum, note string, keep bool) {
 	key := job.key
-	fd, err := openQuietly(path)
-	if err != nil {
-		return "", noteGone, false
-	}
-	defer unix.Close(fd)
-	found, err := keyOfFD(fd)
+	found, err := keyOfFD(at)
 	if err != nil {
 		return "", noteError, false
 	}
-	may := leeway{device: hidesDevice(job.magic) && isOn(fd, job.magic), ctime: own}
+	may := leeway{device: hidesDevice(job.magic) && isOn(at, job.magic), ctime: own}
 	if !key.matches(found, may) {
 		// Another file means that this way leads elsewhere by now; the same file
 		// with other content means that what ran is lost.
@@ -300,6 +297,11 @@ func (h *hasher) hashFile(path string, job *hashJob, own bool, buf []byte) (sum,
 		}
 		return "", noteGone, false
 	}
+	fd, err := openQuietly("/proc/self/fd/" + strconv.Itoa(at))
+	if err != nil {
+		return "", noteError, false
+	}
+	defer unix.Close(fd)
 	digest := sha256.New()
 	for left := key.size; left > 0; {
 		select {
@@ -329,7 +331,7 @@ func (h *hasher) hashFile(path string, job *hashJob, own bool, buf []byte) (sum,
 
 // matches tells whether k and found are one version of one file. Numbers of inodes
 // are a file system's own, and size and mtime are anybody's choice: only on the same
-// device is it the same file, and its ctime never goes back.
+// device is it the same file, and its ctime only goes forward.
 func (k fileKey) matches(found fileKey, may leeway) bool {
 	switch {
 	case found.sameDevice(k):
@@ -359,10 +361,30 @@ func isOn(fd int, magic uint32) bool {
 	return unix.Fstatfs(fd, &fs) == nil && uint32(fs.Type) == magic
 }
 
-// openQuietly opens without waiting for a pipe's writer, without becoming a
-// terminal's session, and without moving the file's access time.
+// find opens, with O_PATH, what path leads to in the file system that has its root at
+// root, or if that is empty, what the link at path leads to. A path from the kernel has
+// no symlinks in it: what has become one since is not followed, out of a container or
+// to a server that hangs.
+func find(root, path string) (int, error) {
+	if root == "" {
+		return unix.Open(path, unix.O_PATH|unix.O_CLOEXEC, 0)
+	}
+	dir, err := unix.Open(root, unix.O_PATH|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return -1, err
+	}
+	defer unix.Close(dir)
+	fd, err := unix.Openat2(dir, path, &unix.OpenHow{Flags: unix.O_PATH | unix.O_CLOEXEC, Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_SYMLINKS})
+	if errors.Is(err, unix.ENOSYS) || errors.Is(err, unix.EPERM) { // seccomp filters from before it
+		fd, err = unix.Openat(dir, "./"+path, unix.O_PATH|unix.O_CLOEXEC|unix.O_NOFOLLOW, 0)
+	}
+	return fd, err
+}
+
+// openQuietly opens without waiting for the end of a lease, and without moving the
+// file's access time.
 func openQuietly(path string) (int, error) {
-	const flags = unix.O_RDONLY | unix.O_CLOEXEC | unix.O_NONBLOCK | unix.O_NOCTTY
+	const flags = unix.O_RDONLY | unix.O_CLOEXEC | unix.O_NONBLOCK
 	fd, err := unix.Open(path, flags|unix.O_NOATIME, 0)
 	if errors.Is(err, unix.EPERM) { // neither owner nor CAP_FOWNER
 		fd, err = unix.Open(path, flags, 0)

@@ -3,6 +3,7 @@
 package enrich
 
 import (
+	"bytes"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
@@ -14,6 +15,7 @@ import (
 	"strconv"
 	"testing"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -112,6 +114,27 @@ func TestHash(t *testing.T) {
 			// The kernel's view, of before it was moved, has the ctime of after.
 			change: func(p *program) { p.file = fileAt(t, moved) },
 			sum:    sha("content"),
+		},
+		{
+			name: "a symlink in its place, to the same file",
+			prepare: func(t *testing.T, _ string) {
+				if err := errors.Join(os.Rename(prog, moved), os.Symlink(moved, prog)); err != nil {
+					t.Fatal(err)
+				}
+			},
+			change: func(p *program) { p.file = fileAt(t, moved) },
+			note:   noteGone,
+		},
+		{
+			name: "a symlink on its path, out of the parent's root",
+			prepare: func(t *testing.T, proc string) {
+				root := filepath.Join(proc, "1", "root")
+				if err := errors.Join(os.MkdirAll(root, 0o755), os.Symlink(dir, filepath.Join(root, "out"))); err != nil {
+					t.Fatal(err)
+				}
+			},
+			change: func(p *program) { p.path = []byte("/out/prog") },
+			note:   noteGone,
 		},
 		{
 			name: "the device differs, by the process's own link",
@@ -285,6 +308,93 @@ func TestHashOnOverlay(t *testing.T) {
 			}
 		})
 	}
+}
+
+// TestHashWakesNoWriter: what waits for a reader of a pipe does not get the hasher,
+// which would leave it with a broken pipe, whether the pipe is where the program was,
+// or a symlink there leads to it.
+func TestHashWakesNoWriter(t *testing.T) {
+	dir := t.TempDir()
+	pipe, link, prog := filepath.Join(dir, "pipe"), filepath.Join(dir, "link"), filepath.Join(dir, "prog")
+	if err := errors.Join(unix.Mkfifo(pipe, 0o600), os.Symlink(pipe, link)); err != nil {
+		t.Fatal(err)
+	}
+	writeFile(t, prog, "content")
+	tid, woken := make(chan int, 1), make(chan error, 1)
+	go func() {
+		runtime.LockOSThread()
+		tid <- unix.Gettid()
+		fd, err := unix.Open(pipe, unix.O_WRONLY|unix.O_CLOEXEC, 0)
+		woken <- errors.Join(err, unix.Close(fd))
+	}()
+	for waits, id := false, <-tid; !waits; runtime.Gosched() {
+		stat, err := os.ReadFile("/proc/self/task/" + strconv.Itoa(id) + "/stat")
+		if err != nil {
+			t.Fatal(err)
+		}
+		waits = bytes.Contains(stat, []byte(") S "))
+	}
+	for _, path := range []string{pipe, link} {
+		p := programAt(t, prog, 7)
+		p.path = []byte(path)
+		newTestHasher(t, procfs(t.TempDir())).await(t, p)
+		select {
+		case err := <-woken:
+			t.Fatalf("%s was opened: %v", path, err)
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
+	fd, err := unix.Open(link, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0) // which does wake it
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	if err := <-woken; err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestHashWithoutOpenat2 finds a file, and follows no symlink in its place, where a
+// seccomp filter refuses openat2.
+func TestHashWithoutOpenat2(t *testing.T) {
+	dir := t.TempDir()
+	prog, link := filepath.Join(dir, "prog"), filepath.Join(dir, "link")
+	writeFile(t, prog, "content")
+	if err := os.Symlink(prog, link); err != nil {
+		t.Fatal(err)
+	}
+	filter := []unix.SockFilter{
+		{Code: unix.BPF_LD | unix.BPF_W | unix.BPF_ABS}, // the number of the system call
+		{Code: unix.BPF_JMP | unix.BPF_JEQ | unix.BPF_K, K: unix.SYS_OPENAT2, Jf: 1},
+		{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ERRNO | uint32(unix.EPERM)},
+		{Code: unix.BPF_RET | unix.BPF_K, K: unix.SECCOMP_RET_ALLOW},
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		runtime.LockOSThread() // for good: the thread ends with its filter
+		program := unix.SockFprog{Len: uint16(len(filter)), Filter: &filter[0]}
+		if err := errors.Join(unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0),
+			unix.Prctl(unix.PR_SET_SECCOMP, unix.SECCOMP_MODE_FILTER, uintptr(unsafe.Pointer(&program)), 0, 0)); err != nil {
+			t.Error("seccomp:", err)
+			return
+		}
+		if _, err := unix.Openat2(unix.AT_FDCWD, dir, &unix.OpenHow{Flags: unix.O_PATH}); !errors.Is(err, unix.EPERM) {
+			t.Errorf("openat2: %v", err)
+		}
+		for path, ok := range map[string]bool{prog: true, link: false} {
+			at, err := find("/", path)
+			if err != nil {
+				t.Error(err)
+				continue
+			}
+			if _, err := keyOfFD(at); (err == nil) != ok {
+				t.Errorf("%s: %v", path, err)
+			}
+			unix.Close(at)
+		}
+	}()
+	<-done
 }
 
 func rename(t *testing.T, from, to string) {

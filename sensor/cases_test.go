@@ -117,6 +117,37 @@ func TestRootDeepLiftsExclusions(t *testing.T) {
 	}
 }
 
+// TestNothingIsTaggedAfterTheAnswer: until the worker answers, it tags for a case that has
+// ended, and counts that; afterwards it does not. It answers also while it stops.
+func TestNothingIsTaggedAfterTheAnswer(t *testing.T) {
+	ctx := logging.Into(t.Context(), zap.NewNop())
+	s, ring, _ := memoryWorker(t, &fullSink{})
+	s.wait = &waiter{closed: true}
+	c := &event.Case{ID: "C", Scope: event.CaseScope{Kind: event.CaseUser, UID: 1}}
+	s.SetCases([]*event.Case{c})
+	s.applyCases()
+	read := func(want uint64) {
+		t.Helper()
+		ring.put(wireExec(event.Exec, 0, "/bin/true", "", "/bin/true", "/", "/", "true"), 0)
+		if n, err := s.poll(ctx); n != 1 || err != nil {
+			t.Fatalf("%d events, %v", n, err)
+		}
+		if n := c.Tagged.Load(); n != want {
+			t.Errorf("%d events are tagged, want %d", n, want)
+		}
+	}
+	read(1)
+	answer := s.SetCases(nil)
+	read(2)
+	if len(answer) > 0 {
+		t.Error("there is an answer while the worker tags")
+	}
+	if _, err := s.empty(ctx, false); err != nil || len(answer) == 0 {
+		t.Errorf("%d answers at the stop, %v", len(answer), err)
+	}
+	read(2)
+}
+
 // TestLinesAboutAnEventCarryItsCase has the worker refuse events, which is all that it
 // ever says of a single one: of a case's event it says so with the oldest case's ids, and
 // one case's line never stands for another's, nor for that of an event of none.

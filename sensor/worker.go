@@ -112,6 +112,7 @@ func (s *Sensor) drain(ctx context.Context) error {
 func (s *Sensor) empty(ctx context.Context, detached bool) (all bool, err error) {
 	ends, late := [...]uint64{s.in.priority.producer(), s.in.bulk.producer()}, time.Now().Add(drainAtMost)
 	for looked := !detached; ; {
+		s.applyCases() // who closes a case now is to be answered in time for its record
 		switch {
 		case !s.in.reached(ends):
 		case looked:

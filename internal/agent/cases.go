@@ -158,7 +158,7 @@ func (k *caseKeeper) close(ctx context.Context, p peer, r CaseClose) (cases.Case
 		k.reject(ctx, p, r.ID, r.UserID, err)
 		return cases.Case{}, err
 	}
-	k.update()
+	c.Recount(k.settled(context.WithoutCancel(ctx))) // who hangs up makes no number worse
 	attrs := p.attrs()
 	attrs["opened_by"] = c.UserID
 	k.ended(ctx, c, by, "CASE_CLOSED", "Case Closed", "was closed", attrs)
@@ -167,22 +167,39 @@ func (k *caseKeeper) close(ctx context.Context, p peer, r CaseClose) (cases.Case
 }
 
 // expire ends the cases whose time is over. It never waits: what another call keeps
-// from being ended now is ended at the next.
+// from being ended now is ended at the next, and the end is made known when the worker
+// has answered. Until then, or until ctx ends, no other call gets in between.
 func (k *caseKeeper) expire(ctx context.Context) {
 	if !k.mu.TryLock() {
 		return
 	}
-	defer k.mu.Unlock()
 	k.keepRoots(ctx)
 	over, err := k.set.Expire(k.now())
 	if len(over) == 0 {
+		k.mu.Unlock()
 		return
 	}
-	k.update()
-	for _, c := range over {
-		k.ended(ctx, c, c.UserID, "CASE_EXPIRED", "Case Expired", "expired", nil)
+	go func() {
+		defer k.mu.Unlock()
+		last := k.settled(ctx)
+		for _, c := range over {
+			c.Recount(last)
+			k.ended(ctx, c, c.UserID, "CASE_EXPIRED", "Case Expired", "expired", nil)
+		}
+		k.unwritten(ctx, err)
+	}()
+}
+
+// settled hands the open cases to the worker and reports whether it answered: the numbers
+// of those that have ended grow until then.
+func (k *caseKeeper) settled(ctx context.Context) bool {
+	select {
+	case <-k.update():
+		return true
+	case <-time.After(applyWithin):
+	case <-ctx.Done(): // a decision of later might be in no record any more
 	}
-	k.unwritten(ctx, err)
+	return false
 }
 
 // resumed makes known what became of the cases of the run before.

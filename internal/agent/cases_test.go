@@ -4,7 +4,9 @@ package agent
 
 import (
 	"bytes"
+	"context"
 	"errors"
+	"fmt"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -224,6 +226,84 @@ func TestCaseIsOpenWhenTheWorkerIsBusy(t *testing.T) {
 			t.Errorf("%+v, %v", opened, err)
 		}
 	})
+}
+
+// TestEndOfACaseCountsWhatIsStillTagged has the worker tag for a case until it knows that
+// it has ended. What it tags until it answers is in the number, and where it does not
+// answer the number is none that is exact.
+func TestEndOfACaseCountsWhatIsStillTagged(t *testing.T) {
+	const before, meanwhile, late = 12, 30, 7 // at once, after a second, after ten
+	closes := func(ctx context.Context, d *desk) error {
+		c, err := d.close(ctx, peer{}, CaseClose{ID: "C"})
+		if i := d.all()[1]; err == nil && (c.Tagged != i.Attrs["tagged"] || c.AtLeast != (i.Attrs["tagged_at_least"] == true)) {
+			return fmt.Errorf("%d tagged, at least %t, in the answer, in the decision %v", c.Tagged, c.AtLeast, i.Attrs)
+		}
+		return err
+	}
+	expires := func(ctx context.Context, d *desk) error {
+		at := time.Now()
+		d.now = func() time.Time { return at.Add(time.Hour) }
+		if d.expire(ctx); time.Since(at) > 0 {
+			return errors.New("it waits for the worker")
+		}
+		for range 3 { // the last after the worker's time is over
+			pass(applyWithin / 2)
+			d.expire(ctx)
+		}
+		return nil
+	}
+	for _, tt := range []struct {
+		name            string
+		end             func(context.Context, *desk) error
+		answers, leaves bool
+		code            string
+		tagged          uint64
+		atLeast         any
+	}{
+		{"closed", closes, true, false, "CASE_CLOSED", before + meanwhile, nil},
+		{"closed, who asked hangs up", closes, true, true, "CASE_CLOSED", before + meanwhile, nil},
+		{"closed, the worker is busy", closes, false, false, "CASE_CLOSED", before + meanwhile, true},
+		{"expired", expires, true, false, "CASE_EXPIRED", before + meanwhile, nil},
+		{"expired, the worker is busy", expires, false, false, "CASE_EXPIRED", before + meanwhile, true},
+		{"expired at a stop", expires, true, true, "CASE_EXPIRED", before, true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				d := newDesk(t, t.TempDir(), "boot")
+				if _, err := d.open(t.Context(), peer{}, subtree("C")); err != nil {
+					t.Fatal(err)
+				}
+				live := d.applied[0]
+				live.Tagged.Add(before)
+				time.AfterFunc(2*applyWithin, func() { live.Tagged.Add(late) })
+				d.apply = func([]*event.Case) <-chan []int {
+					answer := make(chan []int, 1)
+					time.AfterFunc(time.Second, func() {
+						live.Tagged.Add(meanwhile)
+						if tt.answers {
+							answer <- nil
+						}
+					})
+					return answer
+				}
+				ctx, leave := context.WithCancel(t.Context())
+				defer leave()
+				if tt.leaves {
+					leave()
+				}
+				if err := tt.end(ctx, d); err != nil {
+					t.Error(err)
+				}
+				if diff := cmp.Diff([]string{"CASE_OPENED C", tt.code + " C"}, d.codes()); diff != "" {
+					t.Fatalf("(-want +got):\n%s", diff)
+				}
+				if a := d.all()[1].Attrs; a["tagged"] != tt.tagged || a["tagged_at_least"] != tt.atLeast {
+					t.Errorf("%v, want %d tagged, at least %v", a, tt.tagged, tt.atLeast)
+				}
+				pass(3 * applyWithin) // until nothing is under way
+			})
+		})
+	}
 }
 
 // FuzzCaseRequest has a request be anything: what is opened can be listed, kept and

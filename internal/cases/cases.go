@@ -54,7 +54,8 @@ type Case struct {
 	Opened          time.Time `json:"opened"`
 	Until           time.Time `json:"until"`
 	// Tagged is how many events carry its ids; at least so many, if AtLeast is set: a
-	// sensor that was killed knew of more than it had written down.
+	// sensor that was killed knew of more than it had written down, and a worker that
+	// does not answer goes on tagging.
 	Tagged  uint64 `json:"tagged"`
 	AtLeast bool   `json:"tagged_at_least,omitempty"`
 
@@ -139,8 +140,8 @@ func (c Case) start() *Case {
 	return &c
 }
 
-// Close takes a case out. It is closed even when the error tells that the file could
-// not be written, in which case a restart would open it again.
+// Close takes a case out; Recount when the worker knows. It is closed even when the error
+// tells that the file could not be written, in which case a restart would open it again.
 func (s *Set) Close(id string) (Case, error) {
 	i := s.find(id)
 	if i < 0 {
@@ -206,8 +207,14 @@ func (s *Set) List() []Case {
 // view is a case as it is now, to keep.
 func (c *Case) view() Case {
 	v := *c
-	v.Tagged, v.live = c.live.Tagged.Load(), nil
+	v.Tagged = c.live.Tagged.Load()
 	return v
+}
+
+// Recount brings Tagged of a case that was taken out up to date: the worker tags for it
+// until it knows. Last says that it does.
+func (c *Case) Recount(last bool) {
+	c.Tagged, c.AtLeast = c.live.Tagged.Load(), c.AtLeast || !last
 }
 
 // Events returns the open cases for the worker, the oldest first. What it points to

@@ -221,7 +221,7 @@ func DecisionTable() []Decision {
 		{"SUPPRESSION_ENDED", "Suppression Ended", DecisionsAgents, "Nothing has been left out for a minute; `events` is how many were in all.", nothing},
 
 		{"CASE_OPENED", "Case Opened", DecisionsApprovals, "An operator opened a case: who, on what, until when, with which collection.", nothing},
-		{"CASE_CLOSED", "Case Closed", DecisionsApprovals, "An operator closed a case. `tagged` is how many events carry its ids; with `tagged_at_least` there may be more, since the sensor was killed meanwhile.", nothing},
+		{"CASE_CLOSED", "Case Closed", DecisionsApprovals, "An operator closed a case. `tagged` is how many events carry its ids, and all of them come before this record; with `tagged_at_least` there may be more, since the sensor was killed meanwhile or was too busy, or about to stop, to say.", nothing},
 		{"CASE_EXPIRED", "Case Expired", DecisionsApprovals, "A case has reached its end and was closed by the sensor.", "Open it again with a longer `--ttl` where it is still needed."},
 		{"CASE_RESUMED", "Case Resumed", DecisionsApprovals, "The sensor was started while a case was open, and goes on with it.", nothing},
 		{"CASE_REJECTED", "Case Rejected", DecisionsApprovals, "Somebody asked to open or close a case in a way that makes no sense; the message says why.", "Ask again as the message says."},

@@ -4,9 +4,12 @@ package sensor
 
 import (
 	"context"
+	"encoding/binary"
 	"encoding/json"
+	"sync/atomic"
 	"testing"
 	"time"
+	"unsafe"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
@@ -46,10 +49,13 @@ func TestEmptyWaitsForARecord(t *testing.T) {
 			s, ring, _ := memoryWorker(t, &flushSink{})
 			busy, _ := ring.put([]byte("in the making"), ringBusy)
 			ring.put([]byte("behind it"), 0)
+			late, _ := ring.put([]byte("late"), 0)
+			end := ring.produced()
+			binary.NativeEndian.PutUint64(ring.producer, late) // it is not there yet
 			if tt.written {
-				time.AfterFunc(20*time.Millisecond, func() {
-					ring.header(busy, uint32(len("in the making")))
-					ring.put([]byte("late"), 0)
+				time.AfterFunc(20*time.Millisecond, func() { // as the kernel does it
+					atomic.StoreUint32((*uint32)(unsafe.Pointer(&ring.data[busy])), uint32(len("in the making")))
+					atomic.StoreUint64((*uint64)(unsafe.Pointer(&ring.producer[0])), end)
 				})
 			}
 			all, err := s.empty(ctx, tt.detached)

@@ -88,12 +88,13 @@ func (s *Sensor) turn(ctx context.Context) error {
 func (s *Sensor) drain(ctx context.Context) error {
 	s.tick(ctx, time.Now()) // the programs' statistics end with them
 	var err error
-	if s.o.Keeper == nil || s.keepErr != nil {
+	detached := s.o.Keeper == nil || s.keepErr != nil
+	if detached {
 		err = s.kernel.detach()
 	}
-	clean, derr := s.empty(ctx, s.o.Keeper == nil || s.keepErr != nil)
-	if derr != nil {
-		return errors.Join(err, derr)
+	clean, rerr := s.empty(ctx, detached)
+	if rerr != nil {
+		return errors.Join(err, rerr)
 	}
 	s.tick(ctx, time.Now())
 	if s.in == &s.own {
@@ -133,8 +134,11 @@ func (s *Sensor) empty(ctx context.Context, detached bool) (all bool, err error)
 		switch {
 		case n > 0:
 			late = time.Now().Add(drainAtMost)
+		case time.Now().After(late) && detached:
+			logging.From(ctx).Error("what is behind a record that a program does not finish is left, as after a kill")
+			return false, nil
 		case time.Now().After(late):
-			return !detached, nil // or the next process reads on
+			return true, nil // the next process reads on
 		default:
 			<-time.After(pollMin)
 		}
@@ -314,8 +318,12 @@ func (s *Sensor) tellUnwritten(ctx context.Context) {
 			Code: reason, Count: n, Message: fmt.Sprintf("%d events could not become records", n),
 		}
 		delete(s.unwritten, reason)
-		if _, ok := s.limiter.Allow(reason); ok {
-			say(ctx, &i)
+		if left, ok := s.limiter.Allow(reason); ok {
+			said := ctx
+			if left > 0 {
+				said = logging.With(ctx, zap.Uint64(logging.KeySuppressed, left))
+			}
+			say(said, &i)
 		}
 		s.writeSelf(ctx, &i, nil)
 	}

@@ -327,11 +327,7 @@ func TestGroupStoresThePositionOfWhatItDrops(t *testing.T) {
 			defer c.Close()
 			put(t, c, stream, jsonEntry(1, "{}"))
 			put(t, c, stream, jsonEntry(2, "{}"))
-			proxy := redistest.StartProxy(t, srv.Addr(), redistest.Faults{})
-			o := *c.Options()
-			o.Network, o.Addr, o.Dialer, o.MaxRetries = "tcp", proxy.Addr(), nil, -1
-			lossy := redis.NewClient(&o)
-			defer lossy.Close()
+			lossy, proxy := throughProxy(t, srv)
 			sink := &collector{}
 			g := group(t, lossy, "one")
 			again(t, c, proxy, g, sink)
@@ -421,6 +417,19 @@ func (f *flusher) Flush(ctx context.Context) error {
 	return f.collector.Flush(ctx)
 }
 
+// throughProxy is a client that reaches the server through a proxy, and retries nothing.
+func throughProxy(t *testing.T, srv *redistest.Server) (*redis.Client, *redistest.Proxy) {
+	t.Helper()
+	proxy := redistest.StartProxy(t, srv.Addr(), redistest.Faults{})
+	direct := srv.Client()
+	defer direct.Close()
+	o := *direct.Options()
+	o.Network, o.Addr, o.Dialer, o.MaxRetries = "tcp", proxy.Addr(), nil, -1
+	lossy := redis.NewClient(&o)
+	t.Cleanup(func() { _ = lossy.Close() })
+	return lossy, proxy
+}
+
 // TestGroupStoresNoOlderPosition loses the reply to a commit while an older position
 // waits to be stored.
 func TestGroupStoresNoOlderPosition(t *testing.T) {
@@ -428,11 +437,7 @@ func TestGroupStoresNoOlderPosition(t *testing.T) {
 	c := srv.Client()
 	defer c.Close()
 	put(t, c, stream, jsonEntry(1, "{}"))
-	proxy := redistest.StartProxy(t, srv.Addr(), redistest.Faults{})
-	o := *c.Options()
-	o.Network, o.Addr, o.Dialer, o.MaxRetries = "tcp", proxy.Addr(), nil, -1
-	lossy := redis.NewClient(&o)
-	defer lossy.Close()
+	lossy, proxy := throughProxy(t, srv)
 	g := group(t, lossy, "one")
 	sink := &flusher{before: func() { maxmemory(t, c, "1") }}
 	if err := g.Read(t.Context(), sink); err != nil || stored(t, c, "soc") != 0 {

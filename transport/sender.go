@@ -154,6 +154,10 @@ func (s *Sender) State() State {
 // a batch in flight gets its reply. It returns an error only when the queue
 // cannot be read; no condition of the server or the network ends it.
 func (s *Sender) Run(ctx context.Context) error {
+	if st := *s.state.Load(); st.Phase == Connecting {
+		st.Since = time.Now() // attaching programs can take seconds after New
+		s.state.Store(&st)
+	}
 	for ctx.Err() == nil {
 		err := s.serve(ctx, 0)
 		if ctx.Err() != nil {

@@ -71,6 +71,7 @@ type Agent struct {
 	enricher *enrich.Enricher
 	sender   *transport.Sender // nil without Redis
 	mode     *modeMachine
+	stepping sync.Mutex // while the mode is decided and told
 	pace     pace
 	tap      *tap
 	cases    *caseKeeper
@@ -398,12 +399,12 @@ func (a *Agent) beginStop(ctx context.Context) {
 		return
 	}
 	notifySystemd(daemon.SdNotifyStopping)
-	before := a.mode.current.Load()
-	a.mode.step(facts{stopping: true}, time.Now())
-	logging.From(ctx).Info("stopping", zap.String(logging.KeyMode, string(Stopping)))
-	a.decide(ctx, event.SelfInfo{
-		Activity: event.ActivityStop, Severity: 1, Code: "STOP", Message: "the sensor was asked to stop",
-		Before: string(before.Mode), After: string(Stopping),
+	a.stepMode(facts{stopping: true}, func(before, now modeState) {
+		logging.From(ctx).Info("stopping", zap.String(logging.KeyMode, string(now.Mode)))
+		a.decide(ctx, event.SelfInfo{
+			Activity: event.ActivityStop, Severity: 1, Code: "STOP", Message: "the sensor was asked to stop",
+			Before: string(before.Mode), After: string(now.Mode),
+		})
 	})
 }
 

@@ -91,8 +91,8 @@ func (l *loss) recent(total uint64, now time.Time) bool {
 	return !l.at.IsZero() && now.Sub(l.at) < lossHold
 }
 
-// modeMachine turns facts into the mode. It is owned by one goroutine;
-// current may be read by any.
+// modeMachine turns facts into the mode. One goroutine at a time has it step (see
+// [Agent.stepMode]); current may be read by any.
 type modeMachine struct {
 	current atomic.Pointer[modeState]
 	gauges  map[Mode]prometheus.Gauge
@@ -149,9 +149,13 @@ func (m *modeMachine) set(s modeState) {
 }
 
 // step decides the mode. It returns the state before and whether the mode is
-// another one now; a new reason alone is kept but is no change.
+// another one now; a new reason alone is kept but is no change. Stopping is the last:
+// facts may have been read before the stop was asked for.
 func (m *modeMachine) step(f facts, now time.Time) (before modeState, changed bool) {
 	before = *m.current.Load()
+	if before.Mode == Stopping {
+		return before, false
+	}
 	next := modeState{Mode: Online, Reason: "all events are seen, kept and delivered", Since: before.Since, Problems: m.problems(f, now)}
 	if len(next.Problems) > 0 {
 		next.Mode, next.Reason = next.Problems[0].Mode, next.Problems[0].String()

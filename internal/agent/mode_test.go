@@ -5,6 +5,7 @@ package agent
 import (
 	"net/http"
 	"net/http/httptest"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -131,6 +132,19 @@ func TestModeKeepsALossForAWhile(t *testing.T) {
 	}
 	if got := testutil.ToFloat64(m.changes); got != 2 {
 		t.Errorf("agent_mode_changes_total is %v, want 2", got)
+	}
+}
+
+// TestStoppingIsTheLastMode, also when facts from before the stop come after it, as they do
+// when the monitor is between reading and deciding while a signal arrives.
+func TestStoppingIsTheLastMode(t *testing.T) {
+	a := &Agent{mode: newModeMachine(prometheus.NewPedanticRegistry(), facts{}, time.Unix(0, 0))}
+	var told []Mode
+	for _, f := range []facts{{started: true, delivering: true}, {stopping: true}, {started: true, delivering: true}, {stopping: true}} {
+		a.stepMode(f, func(before, now modeState) { told = append(told, before.Mode, now.Mode) })
+	}
+	if want := []Mode{Starting, Online, Online, Stopping}; !slices.Equal(told, want) {
+		t.Errorf("told %v, want %v", told, want)
 	}
 }
 

@@ -44,11 +44,8 @@ func (a *Agent) monitor(ctx context.Context) {
 			a.decide(ctx, i)
 		}
 		f := a.facts(time.Now())
-		before, changed := a.mode.step(f, time.Now())
+		a.stepMode(f, func(before, now modeState) { a.reportMode(ctx, before, now) })
 		now := a.mode.current.Load()
-		if changed {
-			a.reportMode(ctx, before, *now)
-		}
 		if s := "STATUS=" + string(now.Mode) + ": " + now.Reason; s != status {
 			status = s
 			notifySystemd(s)
@@ -65,6 +62,16 @@ func (a *Agent) monitor(ctx context.Context) {
 			return
 		case <-tick.C:
 		}
+	}
+}
+
+// stepMode has the mode decided and a change told before anybody else can change it: a stop
+// comes at any time, and its record is to follow that of the mode that it ends.
+func (a *Agent) stepMode(f facts, tell func(before, now modeState)) {
+	a.stepping.Lock()
+	defer a.stepping.Unlock()
+	if before, changed := a.mode.step(f, time.Now()); changed {
+		tell(before, *a.mode.current.Load())
 	}
 }
 

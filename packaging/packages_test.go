@@ -10,6 +10,7 @@ import (
 	"debug/elf"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"flag"
 	"fmt"
 	"os"
@@ -19,6 +20,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/santhosh-tekuri/jsonschema/v6"
@@ -330,8 +332,13 @@ const (
 
 func TestBillOfMaterials(t *testing.T) {
 	b := packages(t)
-	out, err := exec.Command("go", "mod", "download", "-json", schemas).Output()
-	require(t, err == nil, "the module proxy does not give "+schemas)
+	var out []byte
+	err := errors.New("not asked")
+	for n := 0; err != nil && n < 3; n++ {
+		time.Sleep(time.Duration(n) * 5 * time.Second)
+		out, err = exec.Command("go", "mod", "download", "-json", schemas).Output()
+	}
+	require(t, err == nil, fmt.Sprintf("the module proxy does not give %s: %v: %s", schemas, err, out))
 	var at struct{ Dir, Sum string }
 	if err := json.Unmarshal(out, &at); err != nil || at.Sum != schemasSum {
 		t.Fatalf("%s: sum %q, want %q (%v)", schemas, at.Sum, schemasSum, err)

@@ -6,6 +6,7 @@
 package debian
 
 import (
+	"context"
 	"errors"
 	"os"
 	"path/filepath"
@@ -13,6 +14,23 @@ import (
 
 	"golang.org/x/sys/unix"
 )
+
+// fetch tries three times to get something, once where something old will do: mirrors of one
+// name can be behind each other for a moment, so that a list names what another has no more.
+func (c Cache) fetch(ctx context.Context, old bool, try func() error) error {
+	for n := 1; ; n++ {
+		err := try()
+		if err == nil || old || n == 3 {
+			return err
+		}
+		c.Logf("once more: %v", err)
+		select {
+		case <-time.After(c.Pause):
+		case <-ctx.Done():
+			return err
+		}
+	}
+}
 
 // keep is how long something is used before a newer one is asked for.
 const keep = 30 * 24 * time.Hour
@@ -22,12 +40,14 @@ type Cache struct {
 	Dir string
 	// Logf hears when something old has to do, since a newer one could not be fetched.
 	Logf func(format string, args ...any)
+	// Pause is between two attempts to fetch something.
+	Pause time.Duration
 }
 
 // UserCache returns the cache of this user.
 func UserCache(logf func(string, ...any)) (Cache, error) {
 	user, err := os.UserCacheDir()
-	return Cache{filepath.Join(user, "edr-sensor", "vmtest"), logf}, err
+	return Cache{filepath.Join(user, "edr-sensor", "vmtest"), logf, 15 * time.Second}, err
 }
 
 // dirLock keeps two processes from filling the same directory (LOCK_EX), or one from

@@ -3,6 +3,7 @@
 package debian
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -43,6 +44,33 @@ func TestKernelDependencies(t *testing.T) {
 	}
 }
 
+// olds counts how often something old has to do.
+func olds(n *int) func(string, ...any) {
+	return func(format string, _ ...any) {
+		if strings.Contains(format, "has to do") {
+			*n++
+		}
+	}
+}
+
+func TestFetch(t *testing.T) {
+	for _, tt := range []struct {
+		old         bool
+		fails, want int // attempts
+	}{{false, 0, 1}, {false, 2, 3}, {false, 9, 3}, {true, 9, 1}} {
+		n := 0
+		err := Cache{Logf: t.Logf}.fetch(t.Context(), tt.old, func() error {
+			if n++; n <= tt.fails {
+				return errors.New("404")
+			}
+			return nil
+		})
+		if n != tt.want || (err != nil) != (tt.fails >= tt.want) {
+			t.Errorf("%+v: %d attempts, %v", tt, n, err)
+		}
+	}
+}
+
 // A kernel in the cache is used until it is old, and then still, if there is no other.
 func TestKernelFromCache(t *testing.T) {
 	t.Setenv("PATH", t.TempDir()) // nothing to fetch with
@@ -52,8 +80,7 @@ func TestKernelFromCache(t *testing.T) {
 		t.Fatal(err)
 	}
 	var said int
-	logf := func(string, ...any) { said++ }
-	c := Cache{cache, logf}
+	c := Cache{Dir: cache, Logf: olds(&said)}
 	if _, err := c.Kernel(t.Context(), "6.1", "bookworm", "amd64"); err == nil || !strings.Contains(err.Error(), "bookworm") {
 		t.Errorf("without a kernel: %v", err)
 	}
@@ -87,7 +114,7 @@ func TestKernelFromCache(t *testing.T) {
 func TestRootFromCache(t *testing.T) {
 	t.Setenv("PATH", t.TempDir()) // nothing to make one with
 	var said int
-	c := Cache{t.TempDir(), func(string, ...any) { said++ }}
+	c := Cache{Dir: t.TempDir(), Logf: olds(&said)}
 	want := func(when string, good bool, complaints int) {
 		t.Helper()
 		dir, release, err := c.Root(t.Context(), "bookworm")

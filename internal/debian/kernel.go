@@ -60,7 +60,11 @@ func (c Cache) Kernel(ctx context.Context, name, suite, arch string) (Kernel, er
 	if complete && young(old.Dir) {
 		return old, nil
 	}
-	fresh, err := download(ctx, dir, suite, arch)
+	var fresh Kernel
+	err = c.fetch(ctx, complete, func() (err error) {
+		fresh, err = download(ctx, dir, suite, arch)
+		return err
+	})
 	switch {
 	case err == nil:
 		return fresh, nil

@@ -32,7 +32,7 @@ func (c Cache) Program(ctx context.Context, suite, pkg string) (path string, rel
 		err = l.change(unix.LOCK_EX)
 		if err == nil && !young(path) { // another may have made it meanwhile
 			_, missing := os.Stat(path)
-			err = unpackProgram(ctx, kept, dir, path, suite, pkg)
+			err = c.fetch(ctx, missing == nil, func() error { return unpackProgram(ctx, kept, dir, path, suite, pkg) })
 			if err != nil && missing == nil {
 				c.Logf("the old %s of %s has to do: %v", pkg, suite, err)
 				err = nil

@@ -44,7 +44,7 @@ func (c Cache) Root(ctx context.Context, suite string) (dir string, release func
 	if !complete() || !young(made) {
 		err = l.change(unix.LOCK_EX)
 		if err == nil && (!complete() || !young(made)) { // another may have made it meanwhile
-			err = bootstrap(ctx, kept, dir, suite)
+			err = c.fetch(ctx, complete(), func() error { return bootstrap(ctx, kept, dir, suite) })
 			switch {
 			case err == nil:
 				err = os.WriteFile(made, want, 0o644) // last: without it there is no root

@@ -38,6 +38,11 @@ if [ ! -e "$policy" ]; then
 fi
 echo "installing: ${missing[*]}"
 export DEBIAN_FRONTEND=noninteractive
-apt-get update -qq
-apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+# Again after a pause: a mirror can be between two states, and another apt at work.
+for try in 1 2 3; do
+	apt-get update -qq -o Acquire::Retries=5 &&
+		apt-get install -y -qq -o Acquire::Retries=5 -o DPkg::Lock::Timeout=300 --no-install-recommends "${missing[@]}" >/dev/null && break
+	[ $try -lt 3 ] || exit 1
+	sleep 15
+done
 [ -z "$made" ] || rm -f "$policy"

@@ -37,12 +37,12 @@ run: build
 test: deps lint
 	CGO_ENABLED=1 $(GO) test -race -timeout 40m $$($(GO) list ./... | grep -v /internal/vmtest)
 	$(GO) -C bench test ./...
-	$(GO) test -count=1 -timeout 35m -parallel $$(($$(nproc)+1)) ./internal/vmtest # alone: emulated kernels want the whole machine
+	$(GO) test -count=1 -timeout 45m -parallel $$(($$(nproc)+1)) ./internal/vmtest # alone: emulated kernels want the whole machine
 
 ## test-vm: the kernel programs' tests on every supported kernel, in virtual machines; KERNEL=6.1 (or 6.12-arm64) for one only
 .PHONY: test-vm
 test-vm: deps
-	KERNEL=$(KERNEL) $(GO) test -count=1 -v -timeout 25m -run TestVM ./internal/vmtest
+	KERNEL=$(KERNEL) $(GO) test -count=1 -v -timeout 45m -run TestVM ./internal/vmtest
 
 ## test-systemd: the packages' lives on Debian 11, 12 and 13 under systemd, in virtual machines (root); RELEASE=bookworm-rpm for one only
 .PHONY: test-systemd

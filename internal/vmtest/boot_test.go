@@ -20,9 +20,13 @@ import (
 	"github.com/aurorasoc/edr-sensor/internal/debian"
 )
 
-// bootTimeout ends a virtual machine that hangs. None takes half as long on a machine that
-// does nothing else.
-const bootTimeout = 20 * time.Minute
+// A virtual machine that hangs is ended: soon, and tried again, where it did not come to its
+// tests, which takes seconds; else after more than twice what any takes on a machine that does
+// nothing else.
+const (
+	beginTimeout = 5 * time.Minute
+	bootTimeout  = 25 * time.Minute
+)
 
 // machine is a computer to emulate.
 type machine struct {
@@ -77,6 +81,8 @@ const securityModules = "lockdown,capability,landlock,yama,apparmor,bpf"
 func boot(ctx context.Context, dir string, m machine, kernel debian.Kernel, initramfs, lsm string) (out, console []byte, spent time.Duration, err error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, bootTimeout, fmt.Errorf("no end after %s", bootTimeout))
 	defer cancel()
+	ctx, hung := context.WithCancelCause(ctx)
+	defer hung(nil)
 	serial := filepath.Join(dir, "console")
 	cmd := exec.CommandContext(ctx, m.emulator, slices.Concat(m.accel, []string{
 		"-smp", strconv.Itoa(m.cpus), "-m", "1024",
@@ -93,7 +99,13 @@ func boot(ctx context.Context, dir string, m machine, kernel debian.Kernel, init
 	}
 	defer report.Close()
 	var says, errs bytes.Buffer
-	cmd.Stdout, cmd.Stderr = io.MultiWriter(&says, report), &errs
+	begins := time.AfterFunc(beginTimeout, func() { hung(fmt.Errorf("no test began within %s", beginTimeout)) })
+	defer begins.Stop()
+	cmd.Stdout, cmd.Stderr = io.MultiWriter(&says, report, onWrite(func() {
+		if bytes.Contains(says.Bytes(), []byte(begun)) {
+			begins.Stop()
+		}
+	})), &errs
 	err = cmd.Run()
 	if ctx.Err() != nil {
 		err = context.Cause(ctx)
@@ -109,6 +121,17 @@ func boot(ctx context.Context, dir string, m machine, kernel debian.Kernel, init
 		spent = s.UserTime() + s.SystemTime()
 	}
 	return says.Bytes(), console, spent, errors.Join(err, errRead)
+}
+
+// begun is what a machine says when the first of its tests begins.
+const begun = "@vm begin"
+
+// onWrite is a writer that only wants to know that there is something new.
+type onWrite func()
+
+func (f onWrite) Write(p []byte) (int, error) {
+	f()
+	return len(p), nil
 }
 
 // tail returns the last lines of a console, without what terminals make of them.

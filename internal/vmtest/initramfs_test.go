@@ -54,8 +54,9 @@ func suites(r release) []suite {
 const ownDoing = "StuckStage|Adopt|CarryOn|TakeOver|Copies"
 
 // testTimeout is when a test binary gives up and shows its goroutines. Emulated, the
-// sensor's suite takes three minutes, most of it in the verifier.
-const testTimeout = "10m"
+// sensor's suite takes three minutes, most of it in the verifier, and twice that and more
+// beside two other machines.
+const testTimeout = "17m"
 
 // build compiles the test binaries of the suites into dir, with edr-sensor itself for
 // those that run it.

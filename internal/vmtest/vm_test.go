@@ -244,7 +244,7 @@ func again(out, console []byte, err error) bool {
 		return true
 	}
 	hung := err != nil || bytes.Contains(console, []byte("soft lockup"))
-	return hung && !bytes.Contains(out, []byte("@vm begin"))
+	return hung && !bytes.Contains(out, []byte(begun))
 }
 
 // replay has the tests of a machine end here as they ended there.

@@ -174,7 +174,7 @@ func (m *machine) pid() string { m.t.Helper(); return m.show("MainPID") }
 func (m *machine) awaitAnother(pid string) {
 	m.t.Helper()
 	m.await("another process after "+pid, func() string {
-		if got := m.run("systemctl show -p ActiveState,MainPID " + unit); !strings.Contains(got, "ActiveState=active") || strings.Contains(got, "MainPID="+pid) {
+		if got := m.run("systemctl show -p ActiveState,MainPID " + unit); !strings.Contains(got, "ActiveState=active") || strings.Contains(got+"\n", "MainPID="+pid+"\n") {
 			return got
 		}
 		return ""

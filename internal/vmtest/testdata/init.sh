@@ -49,7 +49,7 @@ while read -r name package command <&3; do
 	cd "/tests/$package" || continue
 	read -r up _ </proc/uptime
 	say begin "$name" "$up"
-	timeout -s KILL 620 sh -c "$command" </dev/null # later than its own limit
+	timeout -s KILL 1050 sh -c "$command" </dev/null # later than its own limit
 	code=$?
 	read -r up _ </proc/uptime
 	echo # should the last line be unfinished

@@ -13,7 +13,7 @@ say security "$(cat /sys/kernel/security/lsm)"
 run() { # name, test
 	read -r up _ </proc/uptime
 	say begin "$1" "$up"
-	timeout -s KILL 1150 ./run.test -test.v=test2json -test.timeout=19m -test.run="^$2\$" </dev/null
+	timeout -s KILL 1330 ./run.test -test.v=test2json -test.timeout=22m -test.run="^$2\$" </dev/null
 	code=$?
 	read -r up _ </proc/uptime
 	echo # should the last line be unfinished

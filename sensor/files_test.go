@@ -484,7 +484,7 @@ func TestRootFilterChangesLive(t *testing.T) {
 	k := watchFiles(t, a, FileOptions{}, "", event.FileMkdir, event.FileModify)
 	exe := real(t, "/proc/self/exe")
 	n := 0
-	counted := func(what string, times int, seen, suppressed uint64) {
+	made := func(times int) (seen, suppressed uint64) {
 		t.Helper()
 		before, err := k.counters()
 		if err != nil {
@@ -499,8 +499,12 @@ func TestRootFilterChangesLive(t *testing.T) {
 			t.Fatal(err)
 		}
 		b, c := before[event.FileMkdir], after[event.FileMkdir]
-		if c.Attempts-b.Attempts != seen || c.Suppressed-b.Suppressed != suppressed {
-			t.Errorf("%s: %d seen, %d suppressed; want %d and %d", what, c.Attempts-b.Attempts, c.Suppressed-b.Suppressed, seen, suppressed)
+		return c.Attempts - b.Attempts, c.Suppressed - b.Suppressed
+	}
+	counted := func(what string, times int, wantSeen, wantSuppressed uint64) {
+		t.Helper()
+		if seen, suppressed := made(times); seen != wantSeen || suppressed != wantSuppressed {
+			t.Errorf("%s: %d seen, %d suppressed; want %d and %d", what, seen, suppressed, wantSeen, wantSuppressed)
 		}
 	}
 	set := func(o FileOptions, absent int) {
@@ -529,7 +533,11 @@ func TestRootFilterChangesLive(t *testing.T) {
 	set(FileOptions{ExcludeExecutables: []string{"/bin/sh"}}, 0)
 	counted("another executable excluded", 2, 2, 0)
 	set(FileOptions{Rate: 1, Burst: 1}, 0)
-	counted("limited", 5, 1, 4)
+	start := time.Now()
+	seen, suppressed := made(5)
+	if most := 1 + uint64(time.Since(start)/time.Second); seen < 1 || seen > most || seen+suppressed != 5 {
+		t.Errorf("limited to one a second: %d seen, %d suppressed of 5 within %s", seen, suppressed, time.Since(start))
+	}
 	set(FileOptions{}, 0)
 	counted("unlimited", 5, 5, 0)
 	var key exclusionKey

@@ -271,6 +271,22 @@ static __always_inline void forget_replaced(struct file *file)
 		bpf_map_delete_elem(&protected_files, &key);
 }
 
+/*
+ * at_our_root tells whether the current task's root is a directory that the sensor lies below,
+ * as its own root is. In a container or after chroot(2) the same path is another file.
+ */
+static __always_inline bool at_our_root(void)
+{
+	struct dentry *root = BPF_CORE_READ(current_task(), fs, root.dentry);
+	struct file_key key = {
+		.ino = BPF_CORE_READ(root, d_inode, i_ino),
+		.dev = BPF_CORE_READ(root, d_sb, s_dev),
+	};
+	struct protection *found = bpf_map_lookup_elem(&protected_files, &key);
+
+	return found && found->reach & REACH_ABOVE;
+}
+
 /* protected_text is the same for a path that a process wrote. */
 __noinline int protected_text(__u64 src)
 {
@@ -278,7 +294,7 @@ __noinline int protected_text(__u64 src)
 	struct name_key key = {};
 	__u32 *of;
 
-	if (!filter || !filter->protected_files || !src ||
+	if (!filter || !filter->protected_files || !src || !at_our_root() ||
 	    bpf_probe_read_user_str(key.name, sizeof(key.name), (void *)src) < 0)
 		return 0;
 	of = bpf_map_lookup_elem(&protected_names, &key);

@@ -278,6 +278,16 @@ func TestRootProtectedFiles(t *testing.T) {
 	do(stranger, "append", at("bin/other"))
 	do(victim, "append", at("etc/config"))
 	do(victim, "append", at("state/buffer"))
+	// Nor what has the same path below another root, as in a container.
+	jail, prisoner := real(t, t.TempDir()), startActor(t)
+	if err := os.CopyFS(filepath.Join(jail, dir), os.DirFS(dir)); err != nil {
+		t.Fatal(err)
+	}
+	prisoner.must(request{Op: "chroot", Path: jail})
+	do(prisoner, "append", at("etc/config"))
+	do(prisoner, "chmod", at("bin/sensor"))
+	do(prisoner, "rename", at("bin/other"), at("bin/sensor"))
+	do(prisoner, "mkdir", at("etc/conf.d"))
 	wrote := event.FileModify
 	if degraded {
 		wrote = event.FileOpenWrite

@@ -324,6 +324,8 @@ func (c *company) play(r request) (reply, error) {
 	case "let go":
 		_, err := c.file.Write(make([]byte, r.Up))
 		return reply{}, errors.Join(err, c.file.Close())
+	case "chroot":
+		return reply{}, errors.Join(unix.Chroot(r.Path), unix.Chdir("/"))
 	case "shell": // without anything to say
 		said, err := exec.Command("/bin/sh", append([]string{"-ec"}, r.Args...)...).CombinedOutput()
 		if err == nil && len(said) > 0 {

@@ -29,6 +29,7 @@ type soakSink struct {
 	rule   atomic.Uint64     // what the rule has dropped
 	held   atomic.Int64      // until when it does not read, in nanoseconds since the Unix epoch
 	broken []string
+	failed atomic.Pointer[error] // the last read that did
 }
 
 func (s *soakSink) Records(_ context.Context, recs []consumer.Record) error {
@@ -73,6 +74,7 @@ func soakConsumer(ctx context.Context, c redis.UniversalClient, decisions string
 			if errors.Is(err, consumer.ErrShared) || errors.Is(err, consumer.ErrField) {
 				return err
 			}
+			sink.failed.Store(&err)
 			sleep(ctx, 20*time.Millisecond)
 			continue
 		}
@@ -168,6 +170,13 @@ func (s *soak) run(long time.Duration, pick func(n int) befalls, calm func()) {
 	deadline := time.Now().Add(3 * time.Minute)
 	for (sink.at.Load() < last || sink.idle.Load() < 3) && time.Now().Before(deadline) {
 		sleep(t.Context(), 20*time.Millisecond)
+	}
+	if sink.at.Load() < last {
+		why := errors.New("none")
+		if err := sink.failed.Load(); err != nil {
+			why = *err
+		}
+		t.Errorf("the consumer has read up to %d of %d; its last error: %v", sink.at.Load(), last, why)
 	}
 	cancel()
 	if err := <-consumed; err != nil {
@@ -312,5 +321,10 @@ func soakFailover(t *testing.T, long time.Duration, g *redistest.Group, pair int
 			return faults[1-n/2%2]
 		}
 		return faults[2+s.rng.IntN(len(faults)-2)]
-	}, func() {})
+	}, func() {
+		// A server that was killed comes back as a master until it is told otherwise, seconds
+		// later. An agent that ended while it delivered to that one would have been the last
+		// to know what is lost then.
+		g.Pair(pair)
+	})
 }

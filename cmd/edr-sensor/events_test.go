@@ -181,7 +181,7 @@ func (s *syncBuffer) String() string {
 
 func TestEventsFollowsAcrossARestart(t *testing.T) {
 	server := redistest.Start(t, redistest.Options{})
-	path := configFor(t, fmt.Sprintf("transport: {address: %q, timeout: 1s}\n", server.Addr()))
+	path := configFor(t, fmt.Sprintf("transport: {address: %q, timeout: 30s}\n", server.Addr()))
 	add(t, server.Client(), eventsKey, "*", execOf(1)) // before the start: not shown
 
 	ctx, cancel := context.WithCancel(t.Context())

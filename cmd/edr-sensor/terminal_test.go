@@ -3,6 +3,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -130,13 +131,18 @@ func newDemo(t *testing.T) *demoSensor {
 	return d
 }
 
-// inTerminal starts edr-sensor in a terminal.
-func inTerminal(t *testing.T, p *ptytest.Terminal, env []string, args ...string) {
-	t.Helper()
+// ownProcess is edr-sensor as one of its own.
+func ownProcess(env []string, args ...string) *exec.Cmd {
 	cmd := exec.Command("/proc/self/exe", args...)
 	cmd.Args[0] = "edr-sensor" // what the test binary is by that name
 	cmd.Env = append([]string{"PATH=" + os.Getenv("PATH"), "TERM=xterm-256color", "TZ=UTC"}, env...)
-	p.Start(cmd)
+	return cmd
+}
+
+// inTerminal starts edr-sensor in a terminal.
+func inTerminal(t *testing.T, p *ptytest.Terminal, env []string, args ...string) {
+	t.Helper()
+	p.Start(ownProcess(env, args...))
 }
 
 func openTerminal(t *testing.T, width, height int) *ptytest.Terminal {
@@ -390,10 +396,31 @@ func TestEventsInTerminal(t *testing.T) {
 	}
 }
 
-// TestTopElsewhere writes plain tables where there is no terminal, or only a dumb one.
+// TestTopElsewhere writes plain tables where there is no terminal, or only a dumb one. It runs
+// as processes: who shows this view has given way to all others for good.
 func TestTopElsewhere(t *testing.T) {
 	d := newDemo(t)
-	code, out, errs := run(t, "top", "--socket", d.socket, "--every", "100ms", "-n", "2")
+	top := func(args ...string) (code int, out, errs string) {
+		t.Helper()
+		cmd := ownProcess(nil, append([]string{"top"}, args...)...)
+		var stdout, stderr bytes.Buffer
+		cmd.Stdout, cmd.Stderr = &stdout, &stderr
+		if err := cmd.Run(); cmd.ProcessState == nil {
+			t.Fatal(err)
+		}
+		return cmd.ProcessState.ExitCode(), stdout.String(), stderr.String()
+	}
+	// A table has what was read until it was due.
+	patiently := func(show func(every string) (done bool)) {
+		for every := 100 * time.Millisecond; !show(every.String()) && every < 10*time.Second; every *= 4 {
+		}
+	}
+	var code int
+	var out, errs string
+	patiently(func(every string) bool {
+		code, out, errs = top("--socket", d.socket, "--every", every, "-n", "2")
+		return strings.Count(out, " curl --all\n") == 2
+	})
 	if code != 0 || errs != "" || strings.Count(out, "edr-sensor top") != 2 || strings.Contains(out, "\x1b") || strings.Contains(out, "[q]uit") {
 		t.Errorf("exit code %d: %s\n%s", code, errs, out)
 	}
@@ -401,23 +428,28 @@ func TestTopElsewhere(t *testing.T) {
 		t.Errorf("writes:\n%s", out)
 	}
 
-	p := openTerminal(t, 80, 24)
-	before := p.Settings()
-	inTerminal(t, p, []string{"TERM=dumb"}, "top", "--socket", d.socket, "--every", "100ms", "-n", "1")
-	if code := p.Wait(); code != 0 {
-		t.Errorf("exit code %d", code)
-	}
-	restored(t, p, before)
-	if s := p.State(); !strings.Contains(s.String(), "curl --all") || s.Painted {
+	var s ptytest.State
+	patiently(func(every string) bool {
+		p := openTerminal(t, 80, 24)
+		before := p.Settings()
+		inTerminal(t, p, []string{"TERM=dumb"}, "top", "--socket", d.socket, "--every", every, "-n", "1")
+		if code := p.Wait(); code != 0 {
+			t.Errorf("exit code %d", code)
+		}
+		restored(t, p, before)
+		s = p.State()
+		return strings.Contains(s.String(), "curl --all")
+	})
+	if !strings.Contains(s.String(), "curl --all") || s.Painted {
 		t.Errorf("a dumb terminal shows (painted: %t):\n%s", s.Painted, s)
 	}
 
 	for _, args := range [][]string{{"--by", "pid"}, {"--every", "1ms"}, {"--number", "-1"}, {"now"}} {
-		if code, _, errs := run(t, append([]string{"top"}, args...)...); code != exitUsage || !strings.Contains(errs, "Try: edr-sensor top --help") {
+		if code, _, errs := top(args...); code != exitUsage || !strings.Contains(errs, "Try: edr-sensor top --help") {
 			t.Errorf("%v: exit code %d: %s", args, code, errs)
 		}
 	}
-	if code, _, errs := run(t, "top", "--socket", filepath.Join(t.TempDir(), "none")); code != exitFailure || !strings.Contains(errs, "no sensor answers") {
+	if code, _, errs := top("--socket", filepath.Join(t.TempDir(), "none")); code != exitFailure || !strings.Contains(errs, "no sensor answers") {
 		t.Errorf("exit code %d: %s", code, errs)
 	}
 }

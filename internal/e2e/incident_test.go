@@ -79,8 +79,13 @@ func TestIncident(t *testing.T) {
 	did("Redis went away")
 	execs(1, 0) // an idle sensor asks every 30 s only
 	mode("buffering")
-	execs(600, 60<<10)
+	filled := make(chan struct{})
+	go func() { // the mode is over soon after it
+		defer close(filled)
+		execs(600, 60<<10)
+	}()
 	mode("truncating")
+	<-filled
 	if err := os.Truncate(aof(t, server), size); err != nil {
 		t.Fatal(err)
 	}

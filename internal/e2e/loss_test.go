@@ -50,18 +50,23 @@ func TestTruncation(t *testing.T) {
 					t.Errorf("buffer file %v, %v; want at most 16 MiB", fi, err)
 				}
 			}
-			fill()
-			eventually(t, 30*time.Second, "records are truncated", func() bool { return h.mustStatus().Buffer.Truncated > 0 })
+			filled := make(chan struct{})
+			go func() { // what is looked for is over soon after it
+				defer close(filled)
+				fill()
+			}()
+			eventually(t, 90*time.Second, "records are truncated", func() bool { return h.mustStatus().Buffer.Truncated > 0 })
 			h.readyz(503, "not ready: truncating", "(buffer_truncations_total)", "(transport_connected)")
+			<-filled
 			_, page = h.get("/metrics")
 			metricstest.Moved(t, before, metricstest.Parse(page), "buffer_truncations_total")
 			if killed {
+				before := h.mustStatus().Buffer.Truncated
 				done := make(chan struct{})
 				go func() {
 					defer close(done)
 					w.do(order{Op: "exec", From: 1000, N: 300, ArgSize: 60 << 10})
 				}()
-				before := h.mustStatus().Buffer.Truncated
 				eventually(t, 30*time.Second, "truncation goes on", func() bool { return h.mustStatus().Buffer.Truncated > before })
 				h.kill9()
 				<-done
@@ -74,7 +79,7 @@ func TestTruncation(t *testing.T) {
 			eventually(t, 30*time.Second, "no loss is unnamed", func() bool { return h.mustStatus().Buffer.Losses == 0 })
 			s := h.delivered(60 * time.Second)
 			h.readyz(200, "ready: online")
-			h.stop()
+			h.finish()
 
 			recs := readStreams(t, server.Client())
 			named := verify(t, recs)
@@ -235,6 +240,9 @@ func TestRefusedRecord(t *testing.T) {
 		t.Errorf("the copy is %d bytes, %v", len(held), err)
 	}
 
+	// What has a line by now has to be on disk: a kill would take its record away.
+	h.readyz(200, "ready: online")
+	h.delivered(30 * time.Second)
 	h.kill9()
 	proxy.SetFaults(redistest.Faults{})
 	if err := c.FlushAll(t.Context()).Err(); err != nil {
@@ -245,7 +253,7 @@ func TestRefusedRecord(t *testing.T) {
 	h.delivered(60 * time.Second)
 	eventually(t, 30*time.Second, "no loss is unnamed", func() bool { return h.mustStatus().Buffer.Losses == 0 })
 	h.delivered(30 * time.Second)
-	h.stop()
+	h.finish()
 	recs := readStreams(t, c)
 	told := decisions(t, recs, decisionsKey, "RECORD_REFUSED")
 	if lost := verify(t, recs); lost != uint64(len(told)) || lost == 0 {

@@ -136,9 +136,13 @@ func TestCases(t *testing.T) {
 			_, err = f.WriteString("go\n")
 			return errors.Join(err, f.Close()) == nil
 		})
-		eventually(t, 30*time.Second, "the orphan does "+marker, func() bool {
-			return slices.ContainsFunc(readStreams(t, server.Client()), func(r record) bool {
+		eventually(t, 30*time.Second, "the orphan has done "+marker, func() bool {
+			recs := readStreams(t, server.Client())
+			i := slices.IndexFunc(recs, func(r record) bool {
 				return r.event.Metadata.EventCode == "process.exec" && strings.HasSuffix(r.event.Process.CmdLine, " "+marker)
+			})
+			return i >= 0 && slices.ContainsFunc(recs, func(r record) bool {
+				return r.event.Metadata.EventCode == "process.exit" && r.event.Process.UID == recs[i].event.Process.UID
 			})
 		})
 	}

@@ -55,6 +55,7 @@ func TestReload(t *testing.T) {
 	c := server.Client()
 	defer c.Close()
 	h := newHost(t, w, server.Addr(), "")
+	h.env = []string{"EDR_SENSOR_BUFFER__RETAIN_AGE=1h"} // verifyTail reads all decisions from the buffer
 	good, err := os.ReadFile(h.config)
 	if err != nil {
 		t.Fatal(err)
@@ -86,7 +87,7 @@ func TestReload(t *testing.T) {
 				done <- n
 				return
 			default:
-				w.do(order{Op: "exec", From: n, N: 20})
+				w.do(order{Op: "exec", From: n, N: 20, PerSec: 50})
 			}
 		}
 	}()

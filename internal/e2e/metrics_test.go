@@ -379,6 +379,7 @@ func TestMetricsMove(t *testing.T) {
 
 	h.kill9()
 	h = newHost(t, w, server.Addr(), fmt.Sprintf(settings, dir, "20MiB", w.pid(), "128KiB"))
+	h.env = []string{"EDR_SENSOR_TRANSPORT__BACKOFF_LIMIT=1s"} // the return of Redis is waited for
 	h.start()
 	metricstest.Moved(t, worked, scrape(), "agent_config_info", "buffer_capacity_bytes", "sensor_ring_size_bytes")
 	server.Restart()

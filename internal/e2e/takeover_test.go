@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -329,7 +330,13 @@ func TestTakeOverInterrupted(t *testing.T) {
 			_ = h.proc.Wait()
 		}
 		h.kill9()
+		began := time.Now().UnixMilli()
 		h.start()
+		eventually(t, 30*time.Second, "the run has left a record of itself", func() bool { // before it is killed
+			return slices.ContainsFunc(readStreams(t, server.Client(), decisionsKey), func(r record) bool {
+				return r.event.StatusCode == "TAKEN_OVER" && r.event.To >= began
+			})
+		})
 	}
 	made := end()
 	h.delivered(30 * time.Second)

@@ -13,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -50,11 +51,12 @@ transport: {address: "127.0.0.1:6379"}
 
 	// Four times a second or, for five of each twenty seconds, as fast as it goes.
 	start, made := time.Now(), map[string]int{}
+	var over atomic.Bool
 	var mu sync.Mutex
 	var wg sync.WaitGroup
 	blow := func(kind string, n int, do func(from, n int)) {
 		wg.Go(func() {
-			for total := 0; time.Since(start) < storm; total += n {
+			for total := 0; !over.Load(); total += n {
 				began := time.Now()
 				do(total, n)
 				mu.Lock()
@@ -72,22 +74,28 @@ transport: {address: "127.0.0.1:6379"}
 		files.do(order{Op: "create", Dir: "/srv/storm", N: n})
 		m.run("sh", "-c", "rm -f /srv/storm/*") // by somebody who is not watched
 	})
-	outages := 0
+	outages, overflowed := 0, false
 	for on := true; time.Since(start) < storm; on = !on {
 		until := time.Now().Add(min(map[bool]time.Duration{true: up, false: down}[on], time.Until(start.Add(storm))))
 		if !on {
 			m.run("systemctl", "stop", "redis-server")
 			outages++
 		}
-		for time.Now().Before(until) {
+		// A slow storm takes longer to fill the buffer, which is what the outage is for.
+		for time.Now().Before(until) || !on && !overflowed && time.Since(until) < 3*time.Minute {
 			<-time.After(time.Second)
 			usage.look()
+			if !on && !overflowed {
+				s, err := m.status()
+				overflowed = err == nil && s.Buffer.Truncated > 0
+			}
 		}
 		if !on {
 			m.run("systemctl", "start", "redis-server")
 		}
 		t.Logf("%4.0f s, Redis was %s: %s", time.Since(start).Seconds(), map[bool]string{true: "up", false: "down"}[on], usage.String())
 	}
+	over.Store(true)
 	wg.Wait()
 	s := m.delivered(5 * time.Minute)
 	usage.look()

@@ -219,11 +219,12 @@ func (f *fleet) deliver(ctx context.Context, r *result) error {
 		return err
 	}
 	f.load.seen.reset()
-	start, events := time.Now(), f.acked()
 	before, err := sum(ctx, f.servers)
 	if err != nil {
 		return err
 	}
+	// Within the servers' span: a look at them that takes long must not make events cheap.
+	start, events := time.Now(), f.acked()
 	if err := pause(ctx, f.measure); err != nil {
 		return err
 	}

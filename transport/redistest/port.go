@@ -7,12 +7,17 @@ import (
 	"math/rand/v2"
 	"net"
 	"os"
+	"sync"
 	"testing"
 )
 
-// FreePort returns a TCP port on loopback that was free a moment ago. It is none that the
-// kernel gives to outgoing connections: of those other tests make so many that one would
-// take a port between this and the server's start, or while the server is down.
+// given are the ports that this process was given: one that is not listened on yet, or whose
+// server is down, is as free as any. What keeps them apart cannot belong to one test.
+var given sync.Map
+
+// FreePort returns a TCP port on loopback that was free a moment ago, and none twice. It is
+// none that the kernel gives to outgoing connections: of those other tests make so many that
+// one would take a port between this and the server's start, or while the server is down.
 func FreePort(tb testing.TB) int {
 	tb.Helper()
 	const least = 10_000
@@ -29,8 +34,12 @@ func FreePort(tb testing.TB) int {
 		if err != nil {
 			continue
 		}
-		defer ln.Close()
-		return ln.Addr().(*net.TCPAddr).Port
+		port = ln.Addr().(*net.TCPAddr).Port
+		_, again := given.LoadOrStore(port, nil)
+		ln.Close()
+		if !again {
+			return port
+		}
 	}
 	tb.Fatal("no free TCP port on 127.0.0.1 found in 100 tries")
 	return 0

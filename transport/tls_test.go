@@ -105,6 +105,7 @@ func TestTLSRotation(t *testing.T) {
 		}
 		tt.repair()
 		s.delivered(t, last)
+		s.reaches(t, Connected, ClassNone) // the next one's state must not be this one's
 	}
 	exactlyOnce(t, c, q.last)
 }

@@ -23,6 +23,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/aurorasoc/edr-sensor/internal/logging"
 	"github.com/aurorasoc/edr-sensor/sensor/event"
 )
 
@@ -155,6 +156,7 @@ func ask(t testing.TB, conn net.Conn, method, path, body string) (int, string) {
 // testControl has one path for each right, and one that reads JSON.
 func testControl(d *decisions) *control {
 	c := newControl(uint32(os.Geteuid()), func() (uint32, bool) { return operator, true }, d.add)
+	c.refuse = logging.NewLimiter(time.Hour) // however long the test takes
 	for path, r := range map[string]right{"/status": rightStatus, "/tap": rightContent, "/cases": rightCases, "/change": rightChange} {
 		c.handle("GET "+path, r, func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, "content") })
 	}

@@ -9,6 +9,7 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -16,6 +17,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
 	"github.com/redis/go-redis/v9"
+	"golang.org/x/sys/unix"
 
 	"github.com/aurorasoc/edr-sensor/buffer"
 	"github.com/aurorasoc/edr-sensor/internal/debian"
@@ -91,7 +93,7 @@ func TestAckFsyncNeedsTheServer(t *testing.T) {
 	if got := c.HGet(t.Context(), "edr:{s000}:beats", testAgent).Val(); got != fmt.Sprint(last) {
 		t.Errorf("heartbeat %q", got)
 	}
-	if n := disk.open.Load(); n != 2 {
+	if n := disk.connections(); n != 2 {
 		t.Errorf("%d connections", n)
 	}
 }
@@ -268,9 +270,12 @@ func TestRiskReplica(t *testing.T) {
 
 // fakeDisk passes connections on and answers WAITAOF itself.
 type fakeDisk struct {
-	upstream    string
-	synced      atomic.Bool
-	asked, open atomic.Int64
+	upstream string
+	synced   atomic.Bool
+	asked    atomic.Int64
+
+	mu   sync.Mutex
+	open map[net.Conn]chan struct{} // closed when the server's side is
 }
 
 func (d *fakeDisk) start(t *testing.T) string {
@@ -278,29 +283,84 @@ func (d *fakeDisk) start(t *testing.T) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { ln.Close() })
-	go func() {
+	d.open = make(map[net.Conn]chan struct{})
+	var wg sync.WaitGroup
+	wg.Go(func() {
 		for {
 			client, err := ln.Accept()
 			if err != nil {
 				return
 			}
-			go d.serve(client)
+			d.forget()
+			done := make(chan struct{})
+			d.mu.Lock()
+			d.open[client] = done
+			d.mu.Unlock()
+			wg.Go(func() { d.serve(client, done) })
 		}
-	}()
+	})
+	t.Cleanup(func() {
+		ln.Close()
+		d.mu.Lock()
+		for c := range d.open {
+			c.Close()
+		}
+		d.mu.Unlock()
+		wg.Wait()
+	})
 	return ln.Addr().String()
 }
 
-func (d *fakeDisk) serve(client net.Conn) {
-	defer client.Close()
+func (d *fakeDisk) connections() int {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return len(d.open)
+}
+
+// forget waits until the server's side is closed of each connection that the client has
+// closed: the server would have it beside the one that follows it.
+func (d *fakeDisk) forget() {
+	var going []chan struct{}
+	d.mu.Lock()
+	for c, done := range d.open {
+		if left(c) {
+			going = append(going, done)
+		}
+	}
+	d.mu.Unlock()
+	for _, done := range going {
+		<-done
+	}
+}
+
+// left reports whether the other side has closed, whether or not that was read.
+func left(c net.Conn) bool {
+	raw, err := c.(*net.TCPConn).SyscallConn()
+	if err != nil {
+		return true
+	}
+	const established = 1 // TCP_ESTABLISHED
+	var info *unix.TCPInfo
+	return raw.Control(func(fd uintptr) { info, err = unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO) }) != nil ||
+		err != nil || info.State != established
+}
+
+func (d *fakeDisk) serve(client net.Conn, done chan struct{}) {
+	var passing sync.WaitGroup
+	defer func() {
+		client.Close()
+		passing.Wait()
+		d.mu.Lock()
+		delete(d.open, client)
+		d.mu.Unlock()
+		close(done)
+	}()
 	server, err := net.Dial("tcp", d.upstream)
 	if err != nil {
 		return
 	}
 	defer server.Close()
-	d.open.Add(1)
-	defer d.open.Add(-1)
-	go func() {
+	passing.Go(func() {
 		buf := make([]byte, 64<<10)
 		for {
 			n, err := server.Read(buf)
@@ -312,7 +372,7 @@ func (d *fakeDisk) serve(client net.Conn) {
 				return
 			}
 		}
-	}()
+	})
 	buf := make([]byte, 256<<10)
 	for {
 		n, err := client.Read(buf)

@@ -27,7 +27,7 @@ import (
 	"github.com/aurorasoc/edr-sensor/transport/redistest"
 )
 
-// counter watches how many connections that are nobody else's a server has.
+// counter watches how many connections of sensors a server has.
 type counter struct {
 	most atomic.Int64
 	stop func()
@@ -48,7 +48,7 @@ func count(t *testing.T, srv *redistest.Server) *counter {
 				client.Close()
 				client = srv.Client()
 			}
-			now, n := strangers(list), int64(0)
+			now, n := sensors(list), int64(0)
 			for id := range now {
 				if before[id] {
 					n++
@@ -65,8 +65,9 @@ func count(t *testing.T, srv *redistest.Server) *counter {
 	return w
 }
 
-// strangers are the ids in a CLIENT LIST that are no test's, replica's or sentinel's.
-func strangers(list string) map[string]bool {
+// sensors are the ids in a CLIENT LIST that a sensor has logged in on, see [as]: a link of a
+// replica or a sentinel looks like any other until it has said what it is.
+func sensors(list string) map[string]bool {
 	ids := map[string]bool{}
 	for line := range strings.Lines(list) {
 		f := map[string]string{}
@@ -74,7 +75,7 @@ func strangers(list string) map[string]bool {
 			k, v, _ := strings.Cut(w, "=")
 			f[k] = v
 		}
-		if f["name"] == "" && !strings.ContainsAny(f["flags"], "SM") {
+		if f["user"] == "edr-sensor" {
 			ids[f["id"]] = true
 		}
 	}
@@ -83,7 +84,7 @@ func strangers(list string) map[string]bool {
 
 func kick(t *testing.T, c *redis.Client) {
 	t.Helper()
-	for id := range strangers(c.ClientList(t.Context()).Val()) {
+	for id := range sensors(c.ClientList(t.Context()).Val()) {
 		c.ClientKillByFilter(t.Context(), "ID", id)
 	}
 }
@@ -103,12 +104,12 @@ func TestConnections(t *testing.T) {
 	}
 	t.Run("standalone", func(t *testing.T) {
 		t.Parallel()
-		srv := redistest.Start(t, redistest.Options{TCP: true})
+		srv := redistest.Start(t, limited(t))
 		c := srv.Client()
 		defer c.Close()
 		disk := &fakeDisk{upstream: srv.Addr()}
 		disk.synced.Store(true)
-		o := fast(disk.start(t))
+		o := as(t, fast(disk.start(t)))
 		o.Ack, o.ProbeInterval = AckFsync, 10*time.Millisecond
 		w, q := count(t, srv), newMemQueue()
 		s := start(t, o, q)
@@ -127,8 +128,8 @@ func TestConnections(t *testing.T) {
 	})
 	t.Run("sentinel", func(t *testing.T) {
 		t.Parallel()
-		g := redistest.StartSentinel(t, failTimeout, redistest.Options{})
-		o := fast(g.Addr())
+		g := redistest.StartSentinel(t, failTimeout, limited(t))
+		o := asToo(t, g, as(t, fast(g.Addr())))
 		o.Topology, o.Master, o.ProbeInterval = Sentinel, redistest.MasterName, 10*time.Millisecond
 		counters := []*counter{count(t, g.Masters[0]), count(t, g.Replicas[0])}
 		for _, s := range g.Sentinels {
@@ -139,8 +140,8 @@ func TestConnections(t *testing.T) {
 	})
 	t.Run("cluster", func(t *testing.T) {
 		t.Parallel()
-		g := redistest.StartCluster(t, 3, failTimeout, redistest.Options{})
-		o := fast(g.Addr())
+		g := redistest.StartCluster(t, 3, failTimeout, limited(t))
+		o := as(t, fast(g.Addr()))
 		o.Topology, o.Shards, o.ProbeInterval = Cluster, 16, 10*time.Millisecond
 		o.AgentID = "agent-1"
 		tag := Tag(Shard(o.AgentID, 16), 16)
@@ -154,7 +155,7 @@ func TestConnections(t *testing.T) {
 	})
 	t.Run("control", func(t *testing.T) {
 		t.Parallel()
-		srv := redistest.Start(t, redistest.Options{TCP: true})
+		srv := redistest.Start(t, limited(t))
 		w := count(t, srv)
 		for range 3 {
 			c, err := net.Dial("tcp", srv.Addr())
@@ -162,6 +163,9 @@ func TestConnections(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer c.Close()
+			if _, err := c.Write([]byte("AUTH edr-sensor CHANGE-ME\r\n")); err != nil {
+				t.Fatal(err)
+			}
 		}
 		await(t, text("three connections to be seen"), func() bool { return w.most.Load() == 3 })
 	})

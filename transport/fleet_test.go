@@ -188,16 +188,20 @@ func TestStorm(t *testing.T) {
 
 	// What a handshake takes here is the measure of all times below: the quickest one, as
 	// others may have waited for the CPU.
-	quickest := time.Hour
-	for range 20 {
-		began := time.Now()
-		c, err := tls.Dial("tcp", addr, cfg)
-		if err != nil {
-			t.Fatal(err)
+	handshake := func() time.Duration {
+		quickest := time.Hour
+		for range 20 {
+			began := time.Now()
+			c, err := tls.Dial("tcp", addr, cfg)
+			if err != nil {
+				t.Fatal(err)
+			}
+			quickest = min(quickest, time.Since(began))
+			c.Close()
 		}
-		quickest = min(quickest, time.Since(began))
-		c.Close()
+		return quickest
 	}
+	quickest := handshake()
 	all := quickest * fleet
 	patience := all / 4
 
@@ -227,8 +231,8 @@ func TestStorm(t *testing.T) {
 	for _, s := range senders {
 		awaitLong(t, text("the sensors to notice"), func() bool { return s.State().Phase != Connected })
 	}
-	dials.Store(0)
 	srv.Restart()
+	dials.Store(0) // those before it were refused, however long it took to start
 	deliver()
 	jittered := float64(dials.Load()) / fleet
 	for _, s := range senders {
@@ -236,6 +240,7 @@ func TestStorm(t *testing.T) {
 	}
 
 	// Control: all at once, again and again.
+	now := handshake()
 	var succeeded atomic.Int64
 	dials.Store(0)
 	var wg sync.WaitGroup
@@ -259,7 +264,9 @@ func TestStorm(t *testing.T) {
 	wg.Wait()
 	fixed := float64(dials.Load()) / float64(max(1, succeeded.Load()))
 	t.Logf("a handshake takes %v: all of %d came back with %.1f dials each; at fixed times %d did, with %.1f dials for each of them", all/fleet, fleet, jittered, succeeded.Load(), fixed)
-	if fixed <= jittered {
+	if now > 3*quickest || quickest > 3*now { // what is patience for the one was none for the other
+		t.Logf("not compared: a handshake took %v at first and %v before the control", quickest, now)
+	} else if fixed <= jittered {
 		t.Errorf("fixed times need %.1f dials per connection and jitter %.1f: the test does not bite", fixed, jittered)
 	}
 }

@@ -176,7 +176,8 @@ func (s *Sender) Run(ctx context.Context) error {
 
 // Drain delivers what is durable now and returns when the server has it, when ctx
 // ends, or at the first failure: the rest stays in the queue for the next start,
-// and a stop does not wait for a server that is away. Call it after Run.
+// and a stop does not wait for a server that is away. Where nothing is left, as far as the
+// server has said, that it cannot be asked again is no error. Call it after Run.
 func (s *Sender) Drain(ctx context.Context) error {
 	until := s.q.Bounds().Last
 	if until == 0 {
@@ -186,7 +187,10 @@ func (s *Sender) Drain(ctx context.Context) error {
 		if ctx.Err() == nil {
 			s.fail(ctx, err)
 		}
-		return fmt.Errorf("drain: %d records not delivered: %w", until-min(s.reached(), until), err)
+		_, ours := errors.AsType[*queueError](err)
+		if left := until - min(s.reached(), until); left > 0 || ours {
+			return fmt.Errorf("drain: %d records not delivered: %w", left, err)
+		}
 	}
 	return nil
 }

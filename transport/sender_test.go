@@ -359,6 +359,15 @@ func TestSenderDrain(t *testing.T) {
 		t.Fatal(err)
 	}
 
+	s.disconnect()
+	srv.Kill9()
+	if err := s.Drain(quiet(t)); err != nil {
+		t.Errorf("drain of nothing, without a server: %v", err)
+	}
+	srv.Restart()
+	if err := s.Drain(quiet(t)); err != nil {
+		t.Fatal(err)
+	}
 	q.add(5, buffer.Events, false)
 	srv.Kill9()
 	err = s.Drain(quiet(t))

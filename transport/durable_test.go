@@ -183,8 +183,19 @@ func syncAcrossRewind(t *testing.T, program string) {
 	y := &syncer{conn: conn}
 	y.reach(100)
 	done := make(chan error, 1)
-	go func() { done <- y.sync(t.Context(), "beats", "a") }()
-	await(t, text("the wait for the disk"), func() bool { return parseInfo(c.Info(t.Context(), "clients").Val())["blocked_clients"] == "1" })
+	sync := func() { done <- y.sync(t.Context(), "beats", "a") }
+	go sync()
+	await(t, text("the wait for the disk"), func() bool {
+		select {
+		case err := <-done: // it gave up waiting, and nobody had looked meanwhile
+			if err != nil {
+				t.Fatal(err)
+			}
+			go sync()
+		default:
+		}
+		return parseInfo(c.Info(t.Context(), "clients").Val())["blocked_clients"] == "1"
+	})
 	y.rewind(0)
 	y.reach(95)
 	if err := c.ConfigSet(t.Context(), "appendfsync", "always").Err(); err != nil {
@@ -192,7 +203,7 @@ func syncAcrossRewind(t *testing.T, program string) {
 	}
 	for i, want := range []uint64{0, 95} {
 		if i > 0 {
-			go func() { done <- y.sync(t.Context(), "beats", "a") }()
+			go sync()
 		}
 		if err := <-done; err != nil {
 			t.Fatal(err)

@@ -66,11 +66,11 @@ func TestT1LossyProxy(t *testing.T) {
 		srv := redistest.Start(t, redistest.Options{})
 		c := srv.Client()
 		defer c.Close()
-		proxy := redistest.StartProxy(t, srv.Addr(), redistest.Faults{DropReply: 0.10, Reset: 0.05, Stall: 0.03, StallFor: 300 * time.Millisecond, Seed: 7})
+		proxy := redistest.StartProxy(t, srv.Addr(), redistest.Faults{DropReply: 0.10, Reset: 0.05, Stall: 0.01, StallFor: 1200 * time.Millisecond, Seed: 7})
 		q := newMemQueue()
 		q.add(total, buffer.Events, false)
 		o := fast(proxy.Addr())
-		o.Timeout = 200 * time.Millisecond
+		o.Timeout = time.Second
 		o.BatchRecords = batch
 		o.Encoding = e
 		s := start(t, o, q)

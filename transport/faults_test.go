@@ -219,7 +219,7 @@ func TestSenderWaitsWhileServerLoads(t *testing.T) {
 	o.OnChange = func(st State) { told = append(told, st) }
 	s := start(t, o, q)
 	s.delivered(t, q.add(1000, buffer.Events, false))
-	// Two seconds of loading, with a look at the clients four times in each key.
+	// With a look at the clients four times in each key.
 	if _, err := c.Pipelined(t.Context(), func(p redis.Pipeliner) error {
 		for i := range 200 {
 			p.Set(t.Context(), fmt.Sprintf("ballast-%d", i), strings.Repeat("x", 4096), 0)
@@ -237,10 +237,14 @@ func TestSenderWaitsWhileServerLoads(t *testing.T) {
 		return strings.Contains(info, "aof_rewrite_in_progress:0") && strings.Contains(info, "aof_rewrite_scheduled:0")
 	})
 	srv.Kill9()
-	srv.SetConfig("key-load-delay", "10000") // microseconds
+	srv.SetConfig("key-load-delay", "100000") // microseconds, so that it loads until it is told not to wait
 	srv.SetConfig("loading-process-events-interval-bytes", "1024")
 	srv.Launch()
 	last := q.add(10, buffer.Events, false)
+	await(t, text("several attempts"), func() bool { return testutil.ToFloat64(s.m.errors[ClassLoading]) >= 3 })
+	if err := c.ConfigSet(t.Context(), "key-load-delay", "0").Err(); err != nil {
+		t.Fatal(err)
+	}
 	s.delivered(t, last)
 	exactlyOnce(t, c, last)
 	asked := testutil.ToFloat64(s.m.errors[ClassLoading])

@@ -276,11 +276,11 @@ func TestSenderAccountsForEverything(t *testing.T) {
 	t.Logf("seed %d", seed)
 	rng := rand.New(rand.NewPCG(seed, 0))
 	proxy := redistest.StartProxy(t, srv.Addr(), redistest.Faults{
-		DropReply: 0.10, Reset: 0.05, Stall: 0.02, StallFor: 250 * time.Millisecond, Seed: seed,
+		DropReply: 0.10, Reset: 0.05, Stall: 0.01, StallFor: 1200 * time.Millisecond, Seed: seed,
 	})
 	q := newMemQueue()
 	o := fast(proxy.Addr())
-	o.Timeout = 200 * time.Millisecond
+	o.Timeout = time.Second
 	o.BatchRecords = 16
 	s := start(t, o, q)
 	dropped := make(map[uint64]bool) // by the queue, never delivered

@@ -156,6 +156,9 @@ func TestResize(t *testing.T) {
 		for q.Stats().Cap != capacity && t.Context().Err() == nil { // to shrink goes on without us
 			runtime.Gosched()
 		}
+		for q.Resize(t.Context(), capacity) != nil && t.Context().Err() == nil { // it has the size before it is done
+			runtime.Gosched()
+		}
 	}
 	b := config.Default().Buffer
 	b.Cap, b.RetainAge, b.RetainBytes = 1<<60, 0, 0

@@ -5,6 +5,7 @@ package agent
 import (
 	"context"
 	"encoding/json"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -14,13 +15,17 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/aurorasoc/edr-sensor/transport/redistest"
 )
 
 // TestHeldPort starts a sensor whose http.listen another process holds: it watches, says so
 // everywhere but there, and serves as soon as the port is free.
 func TestHeldPort(t *testing.T) {
 	cfg := onlyThis(t, os.Getpid())
-	holder, err := net.Listen("tcp", "127.0.0.1:0")
+	// None that the kernel gives to whoever connects to something between the holder's end and
+	// the next attempt.
+	holder, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", redistest.FreePort(t)))
 	if err != nil {
 		t.Fatal(err)
 	}

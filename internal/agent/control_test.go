@@ -102,7 +102,7 @@ func (d *decisions) all() []event.SelfInfo {
 
 // serveControl serves c on a socket that every user may connect to, so that only
 // the credentials decide.
-func serveControl(t testing.TB, c *control) (path string) {
+func serveControl(t testing.TB, c *control, edit ...func(*http.Server)) (path string) {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "edr-control") // a socket path has at most 107 bytes
 	if err != nil {
@@ -117,6 +117,9 @@ func serveControl(t testing.TB, c *control) (path string) {
 		t.Fatal(err)
 	}
 	s := newServer(t.Context(), c)
+	for _, e := range edit {
+		e(s)
+	}
 	done := make(chan error, 1)
 	go func() { done <- s.Serve(l) }()
 	t.Cleanup(func() {
@@ -293,7 +296,8 @@ func TestControlRefusesBadInput(t *testing.T) {
 func TestControlConnectionsAreBounded(t *testing.T) {
 	requireRoot(t)
 	var d decisions
-	path := serveControl(t, testControl(&d))
+	// What is silent is closed after a while, too: not here.
+	path := serveControl(t, testControl(&d), func(s *http.Server) { s.ReadHeaderTimeout, s.ReadTimeout, s.IdleTimeout = 0, 0, 0 })
 	var held []net.Conn
 	defer func() {
 		for _, c := range held {
@@ -308,9 +312,9 @@ func TestControlConnectionsAreBounded(t *testing.T) {
 		held = append(held, c)
 	}
 	// Those beyond the bound are closed at once.
-	closed := 0
+	closed, deadline := 0, time.Now().Add(time.Minute)
 	for _, c := range held[controlUser:] {
-		if err := c.SetReadDeadline(time.Now().Add(10 * time.Second)); err != nil {
+		if err := c.SetReadDeadline(deadline); err != nil {
 			t.Fatal(err)
 		}
 		if _, err := c.Read(make([]byte, 1)); errors.Is(err, io.EOF) {

@@ -233,7 +233,7 @@ func try(s *Server, args ...any) error {
 
 func (g *Group) await(what string, cond func() bool) {
 	g.tb.Helper()
-	deadline := time.NewTimer(3 * time.Minute)
+	deadline := time.NewTimer(5 * time.Minute)
 	defer deadline.Stop()
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()

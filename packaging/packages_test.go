@@ -335,7 +335,7 @@ func TestBillOfMaterials(t *testing.T) {
 	var out []byte
 	err := errors.New("not asked")
 	for n := 0; err != nil && n < 3; n++ {
-		time.Sleep(time.Duration(n) * 5 * time.Second)
+		<-time.After(time.Duration(n) * 5 * time.Second)
 		out, err = exec.Command("go", "mod", "download", "-json", schemas).Output()
 	}
 	require(t, err == nil, fmt.Sprintf("the module proxy does not give %s: %v: %s", schemas, err, out))

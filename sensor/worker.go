@@ -107,6 +107,18 @@ func (s *Sensor) drain(ctx context.Context) error {
 	return errors.Join(err, s.flush(ctx, clean))
 }
 
+// Conclude hands over what was decided since Run returned, as while the rest was delivered.
+// What is decided after it has a log line only. Call it once, after Run.
+func (s *Sensor) Conclude(ctx context.Context) error {
+	ctx = logging.With(ctx, zap.String(logging.KeyComponent, "sensor"))
+	s.writeNotices(ctx)
+	s.reportRepeats(ctx, time.Now(), true)
+	if !s.pending {
+		return nil
+	}
+	return s.flush(ctx, s.mark.clean)
+}
+
 // empty reads what is in the rings and, where nothing is attached any more, what programs
 // that were under way then have yet to write. It reports whether that is all: one that is
 // not done with its record after a while holds up those behind it.

@@ -6,6 +6,7 @@ import (
 	"context"
 	"encoding/binary"
 	"encoding/json"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -155,5 +156,25 @@ func TestTamperingKnowsTheProcess(t *testing.T) {
 	}
 	if err := json.Unmarshal([]byte(sink.batch[0]), &d); err != nil || d.Actor.Process.PID != 7 || d.Actor.Process.Created != (boot+started)/1e6 {
 		t.Errorf("%v: %s", err, sink.batch[0])
+	}
+}
+
+// TestConclude keeps what is decided behind the worker's back, with the mark as Run has left it.
+func TestConclude(t *testing.T) {
+	ctx := logging.Into(t.Context(), zap.NewNop())
+	var recs []string
+	sink := &shelf{seen: func(rec []byte) { recs = append(recs, string(rec)) }}
+	s, _, _ := memoryWorker(t, sink)
+	s.mark.clean = true
+	s.wait = &waiter{closed: true} // as after Run
+	if err := s.Conclude(ctx); err != nil || sink.mark != nil {
+		t.Errorf("without a decision: %v, mark %v", err, sink.mark)
+	}
+	s.Notify(ctx, event.SelfInfo{Code: "DELIVERY_RESUMED"})
+	if err := s.Conclude(ctx); err != nil || len(recs) != 1 || !strings.Contains(recs[0], "DELIVERY_RESUMED") {
+		t.Errorf("%q, %v", recs, err)
+	}
+	if m, err := parseMark(sink.mark); err != nil || !m.clean {
+		t.Errorf("mark %+v, %v", m, err)
 	}
 }

@@ -41,10 +41,11 @@ import (
 // How long each part of a stop may take; together they stay below the 20 s
 // that the systemd unit allows.
 const (
-	drainWithin   = 5 * time.Second // rings to buffer
-	deliverWithin = 5 * time.Second // buffer to Redis
-	closeWithin   = 5 * time.Second
-	monitorEvery  = time.Second
+	drainWithin    = 5 * time.Second // rings to buffer
+	deliverWithin  = 5 * time.Second // buffer to Redis
+	concludeWithin = time.Second
+	closeWithin    = 5 * time.Second
+	monitorEvery   = time.Second
 )
 
 // Agent is one running sensor.
@@ -386,8 +387,9 @@ func (a *Agent) Run(ctx context.Context) error {
 	a.deliver(end)
 	close(a.ending)
 	stopServing()
+	err = errors.Join(err, servers.Wait(), a.conclude(ctx))
 	sum := a.summarise(before)
-	err = errors.Join(err, servers.Wait(), a.undo(ctx))
+	err = errors.Join(err, a.undo(ctx))
 	a.logEnd(ctx, sum, err)
 	return err
 }
@@ -418,6 +420,14 @@ func (a *Agent) deliver(ctx context.Context) {
 	if err := a.sender.Drain(logging.With(ctx, zap.String(logging.KeyComponent, "transport"))); err != nil {
 		logging.From(ctx).Warn("records stay in the buffer for the next start", zap.Error(err))
 	}
+}
+
+// conclude keeps what was decided meanwhile for the next start to deliver: that Redis lacked
+// something, say, or who has got evidence.
+func (a *Agent) conclude(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), concludeWithin)
+	defer cancel()
+	return a.sensor.Conclude(ctx)
 }
 
 // start serves h on l, if there is one, until ctx ends.

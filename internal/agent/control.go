@@ -173,15 +173,26 @@ func (a *Agent) controlHandler(ctx context.Context) *control {
 	c.handle("GET /config", rightStatus, a.serveConfig)
 	c.handle("GET /tap", rightContent, a.serveTap)
 	c.handle("GET /cases", rightStatus, a.serveCases)
-	c.handle("POST /cases/open", rightCases, a.serveCaseOpen)
-	c.handle("POST /cases/close", rightCases, a.serveCaseClose)
+	c.handle("POST /cases/open", rightCases, a.untilStop(a.serveCaseOpen))
+	c.handle("POST /cases/close", rightCases, a.untilStop(a.serveCaseClose))
 	c.handle("GET /log", rightStatus, serveLog)
 	c.handle("GET /log/recent", rightContent, serveRecent)
-	c.handle("POST /log", rightChange, changeLog(a.decide))
+	c.handle("POST /log", rightChange, a.untilStop(changeLog(a.decide)))
 	c.handle("GET /decisions", rightContent, a.serveDecisions)
-	c.handle("POST /reload", rightChange, a.serveReload)
+	c.handle("POST /reload", rightChange, a.untilStop(a.serveReload))
 	a.newDesk().mount(c)
 	return c
+}
+
+// untilStop refuses what nobody would carry out any more.
+func (a *Agent) untilStop(h http.HandlerFunc) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		if a.stopping.Load() {
+			http.Error(w, errStopping.Error()+": ask again when it runs", http.StatusServiceUnavailable)
+			return
+		}
+		h(w, r)
+	}
 }
 
 // controlGroup looks the group up anew for each request: its number may change,

@@ -56,6 +56,10 @@ func (d *evidenceDesk) mount(c *control) {
 
 // enter takes one of the places, or answers that there is none.
 func (d *evidenceDesk) enter(w http.ResponseWriter) (leave func(), ok bool) {
+	if d.stopping() {
+		http.Error(w, errStopping.Error(), http.StatusServiceUnavailable)
+		return nil, false
+	}
 	select {
 	case d.busy <- struct{}{}:
 		return func() { <-d.busy }, true

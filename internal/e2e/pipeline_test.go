@@ -367,3 +367,40 @@ func TestSecondSignal(t *testing.T) {
 	}
 	checkExecs(t, recs, w.pid(), 1, made, -1, "")
 }
+
+// TestStopKeepsItsDecisions has Redis come back while the sensor stops: what the last
+// deliveries decide is in the log by then, and is delivered as a record by the next run.
+func TestStopKeepsItsDecisions(t *testing.T) {
+	requireHost(t)
+	w := startWorkload(t)
+	server := redistest.Start(t, redistest.Options{AOF: "everysec"})
+	h := newHost(t, w, server.Addr(), "")
+	h.start()
+	last := 0
+	for try := 1; last == 0; try++ {
+		if try > 10 {
+			t.Fatal("Redis never came back during a stop: the test does not bite")
+		}
+		h.delivered(60 * time.Second)
+		server.Kill9()
+		w.do(order{Op: "exec", From: 1, N: 1})
+		h.readyz(200, "ready: buffering")
+		from := len(h.log.all())
+		server.Restart()
+		if code := h.stop(); code != 0 {
+			t.Fatalf("exit code %d", code)
+		}
+		stopping := false
+		for _, l := range h.log.all()[from:] {
+			stopping = stopping || bytes.Contains(l, []byte(`"code":"STOP"`))
+			if stopping && bytes.Contains(l, []byte(`"code":"DELIVERY_RESUMED"`)) {
+				last = try
+			}
+		}
+		h.start()
+	}
+	t.Logf("Redis came back during stop %d", last)
+	h.delivered(60 * time.Second)
+	h.finish()
+	checkTold(t, readStreams(t, server.Client()), h.log.all())
+}

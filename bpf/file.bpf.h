@@ -393,6 +393,15 @@ static __always_inline __u64 shifted(const __u64 *args, const int n)
 	return value;
 }
 
+/*
+ * made_with is the mode that a file gets which is made with that one. Where a folder may have
+ * a default ACL the kernel takes the umask off behind the hooks, elsewhere before them.
+ */
+static __always_inline __u16 made_with(__u64 mode)
+{
+	return (__u16)mode & ~BPF_CORE_READ(current_task(), fs, umask);
+}
+
 /* dir, dentry, mode */
 static __always_inline int handle_made(const __u64 *args, enum event_kind kind)
 {
@@ -402,7 +411,7 @@ static __always_inline int handle_made(const __u64 *args, enum event_kind kind)
 	if (!slot)
 		return 0;
 	slot->event.flags |= FILE_NEW_MODE | (kind == EVENT_KIND_FILE_MKDIR ? FILE_DIRECTORY : 0);
-	slot->event.new_mode = (__u16)args[2];
+	slot->event.new_mode = made_with(args[2]);
 	file_path(index, 0);
 	return file_finish(index);
 }

@@ -253,6 +253,7 @@ struct file_kattr { /* since 6.17 */
 };
 
 struct fs_struct {
+	int umask;
 	struct path root;
 	struct path pwd;
 };

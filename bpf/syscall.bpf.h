@@ -390,6 +390,8 @@ static __always_inline int handle_syscall(struct pt_regs *regs, long result)
 		event->flags |= FILE_XATTR_REMOVED;
 	if (call->mode) {
 		event->new_mode = syscall_argument(at, call->mode) & 07777;
+		if (kind == EVENT_KIND_FILE_CREATE || kind == EVENT_KIND_FILE_MKDIR)
+			event->new_mode = made_with(event->new_mode);
 		event->flags |= FILE_NEW_MODE;
 	}
 	if (call->uid) {

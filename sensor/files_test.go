@@ -400,6 +400,29 @@ func TestRootFilesOpenBefore(t *testing.T) {
 	})
 }
 
+// The mode of what comes into being is that which it has then.
+func TestRootUmask(t *testing.T) {
+	a := startActor(t)
+	k := watchFiles(t, a, FileOptions{}, "", event.FileCreate, event.FileMkdir)
+	bulk := newTap(t, k.bulk)
+	a.must(request{Op: "umask", Count: 0o077})
+	for _, dir := range []string{real(t, t.TempDir()), "/dev/shm"} {
+		for _, op := range []string{"create", "mkdir"} {
+			path := filepath.Join(dir, "umask "+op)
+			defer os.Remove(path)
+			a.must(request{Op: "file", Args: []string{op, path}})
+			e := bulk.until(op, func(r record) bool { return r.file != nil && r.file.path == path })[0].file
+			var st unix.Stat_t
+			if err := unix.Stat(path, &st); err != nil {
+				t.Fatal(err)
+			}
+			if event.FileFlags(e.Flags)&event.FileNewMode != 0 && uint32(e.NewMode)&0o777 != st.Mode&0o777 {
+				t.Errorf("%s: mode %#o, is %#o", path, e.NewMode&0o777, st.Mode&0o777)
+			}
+		}
+	}
+}
+
 // What one process does too much of is counted and told, and does not hide others.
 func TestRootFilesSuppressed(t *testing.T) {
 	a := startActor(t)

@@ -324,6 +324,9 @@ func (c *company) play(r request) (reply, error) {
 	case "let go":
 		_, err := c.file.Write(make([]byte, r.Up))
 		return reply{}, errors.Join(err, c.file.Close())
+	case "umask":
+		unix.Umask(r.Count)
+		return reply{}, nil
 	case "chroot":
 		return reply{}, errors.Join(unix.Chroot(r.Path), unix.Chdir("/"))
 	case "shell": // without anything to say

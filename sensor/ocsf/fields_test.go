@@ -68,7 +68,7 @@ func meanings() map[string]map[string]string {
 			"status_code":   "name of the errno, e.g. `ECONNREFUSED`; of a record about the sensor, its machine-readable cause",
 			"status_detail": "text of the errno", "message": "one sentence for people", "count": "events or records lost, or events left out",
 			"start_time": "ms; connection opened, attempt begun, loss window begun", "end_time": "ms; end of the same",
-			"file": "what is changed, as it is before the change; of what comes into being, as it will be", "file_result": "as it is after the change",
+			"file": "what is changed, as it is before the change; of what comes into being, as it will be, but for what a default ACL of the folder says of its mode", "file_result": "as it is after the change",
 			"access_mask":  "flags of open(2) that the file is open with",
 			"src_endpoint": "the initiator", "dst_endpoint": "the responder, or where a process listens",
 			"connection_info":     caption,

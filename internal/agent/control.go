@@ -54,7 +54,7 @@ const (
 	controlBody   = 64 << 10         // bytes of a request
 	controlConns  = 64               // at the same time, of all users but root
 	controlUser   = 32               // of one of them: nobody keeps the others out
-	controlWrite  = 30 * time.Second // for an answer, or the next part of a live view
+	controlWrite  = 30 * time.Second // for an answer, of http.listen too, or the next part of a live view
 	refusalsEvery = 10 * time.Second
 )
 
@@ -79,7 +79,6 @@ func (c *control) handle(pattern string, r right, h http.HandlerFunc) {
 			return
 		}
 		req.Body = http.MaxBytesReader(w, req.Body, controlBody)
-		answerBy(w)
 		h(w, req)
 	})
 }
@@ -282,15 +281,8 @@ type peerListener struct {
 }
 
 type peerConn struct {
-	net.Conn
+	boundConn
 	peer peer
-	once sync.Once
-	gone func()
-}
-
-func (c *peerConn) Close() error {
-	c.once.Do(c.gone)
-	return c.Conn.Close()
 }
 
 func (l *peerListener) Accept() (net.Conn, error) {
@@ -308,7 +300,7 @@ func (l *peerListener) Accept() (net.Conn, error) {
 			_ = c.Close() // nobody to tell
 			continue
 		}
-		return &peerConn{Conn: c, peer: p, gone: func() { l.leave(p.UID) }}, nil
+		return &peerConn{boundConn{Conn: c, gone: func() { l.leave(p.UID) }}, p}, nil
 	}
 }
 

@@ -345,7 +345,7 @@ type pipeListener struct {
 func (l *pipeListener) Accept() (net.Conn, error) {
 	select {
 	case c := <-l.conns:
-		return &peerConn{Conn: c, gone: func() {}}, nil // of root
+		return &peerConn{boundConn: boundConn{Conn: c, gone: func() {}}}, nil // of root
 	case <-l.done:
 		return nil, net.ErrClosed
 	}

@@ -7,6 +7,8 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus/promhttp"
@@ -32,7 +34,43 @@ func (a *Agent) listenHTTP(ctx context.Context) net.Listener {
 		return nil
 	}
 	a.unserved.Store(nil)
-	return l
+	return &boundListener{Listener: l}
+}
+
+// httpConns is how many connections to http.listen there are at the same time: who
+// connects is not known, and may be any user of the host.
+const httpConns = 64
+
+// boundListener closes at once what connects beyond the bound.
+type boundListener struct {
+	net.Listener
+	open atomic.Int32
+}
+
+func (l *boundListener) Accept() (net.Conn, error) {
+	for {
+		c, err := l.Listener.Accept()
+		if err != nil {
+			return nil, err
+		}
+		if l.open.Add(1) <= httpConns {
+			return &boundConn{Conn: c, gone: func() { l.open.Add(-1) }}, nil
+		}
+		l.open.Add(-1)
+		_ = c.Close() // nobody to tell
+	}
+}
+
+// boundConn tells once that it was closed.
+type boundConn struct {
+	net.Conn
+	once sync.Once
+	gone func()
+}
+
+func (c *boundConn) Close() error {
+	c.once.Do(c.gone)
+	return c.Conn.Close()
 }
 
 // serveLater makes it known when http.listen could not be opened, and tries it again until
@@ -91,7 +129,8 @@ func newServer(ctx context.Context, h http.Handler) *http.Server {
 	return &http.Server{
 		Handler: h, ErrorLog: logging.Std(ctx, zap.WarnLevel),
 		BaseContext: func(net.Listener) context.Context { return ctx }, ConnContext: identify,
-		ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second, IdleTimeout: time.Minute, MaxHeaderBytes: 16 << 10,
+		ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: controlWrite, IdleTimeout: time.Minute,
+		MaxHeaderBytes: 16 << 10,
 	}
 }
 

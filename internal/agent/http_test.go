@@ -5,6 +5,7 @@ package agent
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -14,7 +15,10 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/aurorasoc/edr-sensor/transport/redistest"
 )
@@ -103,6 +107,103 @@ func TestHeldPort(t *testing.T) {
 		t.Errorf("the port is still held after the stop: %v", err)
 	} else {
 		l.Close()
+	}
+}
+
+// TestHTTPConnectionsAreBounded has somebody take what it can get: what is beyond the
+// bound is closed at once, and there is room as soon as one has gone.
+func TestHTTPConnectionsAreBounded(t *testing.T) {
+	a := &Agent{registry: prometheus.NewRegistry()}
+	a.cfg.HTTP.Listen = "127.0.0.1:0"
+	l := a.listenHTTP(t.Context())
+	if l == nil {
+		t.Fatal(*a.unserved.Load())
+	}
+	s := newServer(t.Context(), a.handler())
+	s.ReadHeaderTimeout, s.ReadTimeout, s.IdleTimeout = 0, 0, 0 // what is silent is closed after a while: not here
+	done := make(chan error, 1)
+	go func() { done <- s.Serve(l) }()
+	dial := func() net.Conn {
+		t.Helper()
+		c, err := net.Dial("tcp", l.Addr().String())
+		if err == nil {
+			err = c.SetDeadline(time.Now().Add(time.Minute))
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		return c
+	}
+	const beyond = 16
+	var held []net.Conn
+	for range httpConns + beyond {
+		held = append(held, dial())
+	}
+	closed := 0
+	for _, c := range held[httpConns:] {
+		if _, err := c.Read(make([]byte, 1)); errors.Is(err, io.EOF) {
+			closed++
+		}
+	}
+	if closed != beyond {
+		t.Errorf("%d connections closed, want %d", closed, beyond)
+	}
+	if err := held[0].Close(); err != nil {
+		t.Fatal(err)
+	}
+	for limit := time.Now().Add(time.Minute); ; pass(10 * time.Millisecond) {
+		c := dial()
+		_, err := io.WriteString(c, "GET /healthz HTTP/1.0\r\n\r\n")
+		answer, _ := io.ReadAll(c)
+		c.Close()
+		if err == nil && strings.Contains(string(answer), "200 OK") {
+			break
+		}
+		if time.Now().After(limit) {
+			t.Fatalf("after one has gone: %q, %v", answer, err)
+		}
+	}
+	for _, c := range held {
+		c.Close()
+	}
+	if err := s.Close(); err != nil {
+		t.Error(err)
+	}
+	if err := <-done; !errors.Is(err, http.ErrServerClosed) {
+		t.Error(err)
+	}
+}
+
+// TestHTTPAnswerThatNobodyTakes asks again and again, and reads nothing.
+func TestHTTPAnswerThatNobodyTakes(t *testing.T) {
+	for _, page := range []string{"/metrics", "/healthz"} {
+		t.Run(page, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				a := &Agent{registry: prometheus.NewRegistry()}
+				l := &pipeListener{make(chan net.Conn), make(chan struct{})}
+				s := newServer(t.Context(), a.handler())
+				served := make(chan struct{})
+				go func() { defer close(served); _ = s.Serve(l) }()
+				client, server := net.Pipe()
+				closed := &closeSignal{Conn: server, closed: make(chan struct{})}
+				l.conns <- closed
+				start := time.Now()
+				go func() {
+					_, _ = io.WriteString(client, strings.Repeat("GET "+page+" HTTP/1.1\r\nHost: s\r\n\r\n", 1000))
+				}()
+				select {
+				case <-closed.closed:
+				case <-time.After(time.Hour):
+				}
+				if took := time.Since(start); took > 2*controlWrite {
+					t.Errorf("held open for %s, want at most %s", took, 2*controlWrite)
+				}
+				if err := errors.Join(client.Close(), s.Close()); err != nil {
+					t.Error(err)
+				}
+				<-served
+			})
+		})
 	}
 }
 

@@ -134,6 +134,26 @@ func TestTapNeverWaits(t *testing.T) {
 	}
 }
 
+// TestTapBacklogIsBoundedInBytes has a viewer stand still while records of a megabyte pass.
+func TestTapBacklogIsBoundedInBytes(t *testing.T) {
+	const size, passed = 1 << 20, 64
+	a := &Agent{tap: &tap{}}
+	slow := a.tap.open(false)
+	for range passed {
+		a.tap.publish(make([]byte, size), false)
+	}
+	queued := len(slow.lines)
+	if queued*size > tapBytes+size || queued == 0 || slow.dropped.Load() != uint64(passed-queued) {
+		t.Errorf("%d lines of %d bytes wait, and %d were dropped of %d", queued, size, slow.dropped.Load(), passed)
+	}
+	for range queued {
+		slow.took(<-slow.lines)
+	}
+	if a.tap.publish(make([]byte, 4<<20), false); len(slow.lines) != 1 {
+		t.Error("a viewer who has caught up does not get the largest record")
+	}
+}
+
 func TestTapTellsWhatItDropped(t *testing.T) {
 	a := &Agent{tap: &tap{}, ending: make(chan struct{})}
 	s := httptest.NewServer(http.HandlerFunc(a.serveTap))

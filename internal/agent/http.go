@@ -180,6 +180,7 @@ func (a *Agent) follow(w http.ResponseWriter, r *http.Request, v *viewer, after 
 		case <-a.ending:
 			return
 		case line := <-v.lines:
+			v.took(line)
 			if after > 0 && seqOf(line) <= after {
 				continue
 			}

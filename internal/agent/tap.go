@@ -19,11 +19,16 @@ type tap struct {
 type viewer struct {
 	decisions bool // sees nothing else
 	lines     chan []byte
+	bytes     atomic.Int64 // of lines
 	dropped   atomic.Uint64
 }
 
+// took is told of each line out of lines.
+func (v *viewer) took(line []byte) { v.bytes.Add(-int64(len(line))) }
+
 const (
-	tapLines   = 4096 // a viewer's backlog
+	tapLines   = 4096    // a viewer's backlog
+	tapBytes   = 4 << 20 // of it, and the line that goes beyond
 	tapViewers = 16
 )
 
@@ -32,16 +37,25 @@ func (t *tap) publish(rec []byte, decision bool) {
 	if t.viewers.Load() == 0 {
 		return
 	}
-	line := append(append(make([]byte, 0, len(rec)+1), rec...), '\n')
+	var line []byte
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	for v := range t.set {
 		if v.decisions && !decision {
 			continue
 		}
+		if v.bytes.Load() >= tapBytes {
+			v.dropped.Add(1)
+			continue
+		}
+		if line == nil {
+			line = append(append(make([]byte, 0, len(rec)+1), rec...), '\n')
+		}
+		v.bytes.Add(int64(len(line)))
 		select {
 		case v.lines <- line:
 		default:
+			v.took(line)
 			v.dropped.Add(1)
 		}
 	}

@@ -75,6 +75,7 @@ func decided(t *testing.T, v *viewer, text string) string {
 	for {
 		select {
 		case line := <-v.lines:
+			v.took(line)
 			if strings.Contains(string(line), text) {
 				return string(line)
 			}

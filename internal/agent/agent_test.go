@@ -3,10 +3,13 @@
 package agent
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -15,6 +18,8 @@ import (
 	"regexp"
 	"strings"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/aurorasoc/edr-sensor/internal/config"
 )
@@ -181,6 +186,46 @@ func TestTapTellsWhatItDropped(t *testing.T) {
 		t.Errorf("%q, want %q", got, want)
 	}
 	close(a.ending)
+}
+
+// TestTapTellsOneWhoStaysBehind has more events come than a viewer takes, all the time.
+func TestTapTellsOneWhoStaysBehind(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a := &Agent{tap: &tap{}, ending: make(chan struct{})}
+		l := &pipeListener{make(chan net.Conn), make(chan struct{})}
+		s := newServer(t.Context(), http.HandlerFunc(a.serveTap))
+		served := make(chan struct{})
+		go func() { defer close(served); _ = s.Serve(l) }()
+		client, server := net.Pipe()
+		l.conns <- server
+		if _, err := io.WriteString(client, "GET /tap HTTP/1.1\r\nHost: s\r\n\r\n"); err != nil {
+			t.Fatal(err)
+		}
+		r, err := http.ReadResponse(bufio.NewReader(client), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var got []byte
+		buf, event := make([]byte, 4096), make([]byte, 1024)
+		for start := time.Now(); !bytes.Contains(got, []byte("tap_dropped")); pass(10 * time.Millisecond) {
+			if time.Since(start) > 10*time.Second {
+				t.Error("nothing is said of what was dropped")
+				break
+			}
+			for range 100 {
+				a.tap.publish(event, false)
+			}
+			n, err := r.Body.Read(buf)
+			if err != nil {
+				t.Fatal(err)
+			}
+			got = append(got, buf[:n]...)
+		}
+		if err := errors.Join(client.Close(), s.Close()); err != nil {
+			t.Error(err)
+		}
+		<-served
+	})
 }
 
 func TestNewUndoesWhatItBuilt(t *testing.T) {

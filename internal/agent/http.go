@@ -173,6 +173,7 @@ func (a *Agent) serveTap(w http.ResponseWriter, r *http.Request) {
 // follow writes what v gets until somebody ends it, but for records up to a seq.
 func (a *Agent) follow(w http.ResponseWriter, r *http.Request, v *viewer, after uint64) {
 	rc := http.NewResponseController(w)
+	told := time.Now()
 	for {
 		select {
 		case <-r.Context().Done():
@@ -189,13 +190,12 @@ func (a *Agent) follow(w http.ResponseWriter, r *http.Request, v *viewer, after 
 				return
 			}
 		}
-		if len(v.lines) > 0 {
-			continue
+		behind := len(v.lines) > 0
+		if v.dropped.Load() > 0 && (!behind || time.Since(told) >= tapTold) {
+			fmt.Fprintf(w, "{\"tap_dropped\":%d}\n", v.dropped.Swap(0))
+			told = time.Now()
 		}
-		if n := v.dropped.Swap(0); n > 0 {
-			fmt.Fprintf(w, "{\"tap_dropped\":%d}\n", n)
-		}
-		if rc.Flush() != nil {
+		if !behind && rc.Flush() != nil {
 			return
 		}
 	}

@@ -5,6 +5,7 @@ package agent
 import (
 	"sync"
 	"sync/atomic"
+	"time"
 )
 
 // tap copies encoded events to live viewers. Without viewers it costs one
@@ -27,8 +28,9 @@ type viewer struct {
 func (v *viewer) took(line []byte) { v.bytes.Add(-int64(len(line))) }
 
 const (
-	tapLines   = 4096    // a viewer's backlog
-	tapBytes   = 4 << 20 // of it, and the line that goes beyond
+	tapLines   = 4096        // a viewer's backlog
+	tapBytes   = 4 << 20     // of it, and the line that goes beyond
+	tapTold    = time.Second // between two notes of what was dropped, to one who stays behind
 	tapViewers = 16
 )
 

@@ -24,7 +24,8 @@ const (
 
 // serveDecisions answers with the decisions that the buffer still has, delivered or
 // not, from ?since= on (RFC 3339; without it none), and with ?follow=1 goes on with
-// those to come: one JSON document per line, in order.
+// those to come: one JSON document per line, in order. An answer without an end is not
+// complete.
 func (a *Agent) serveDecisions(w http.ResponseWriter, r *http.Request) {
 	var since time.Time
 	text := r.URL.Query().Get("since")
@@ -61,7 +62,8 @@ func (a *Agent) serveDecisions(w http.ResponseWriter, r *http.Request) {
 		})
 		if err != nil {
 			logging.From(r.Context()).Warn("read decisions from the buffer", zap.Error(err))
-			return
+			_ = rc.Flush()
+			panic(http.ErrAbortHandler) // an answer with an end would look complete
 		}
 	}
 	answerBy(w)

@@ -158,6 +158,44 @@ func TestDecisionsFromTheSensor(t *testing.T) {
 	}
 }
 
+// TestCutDecisions has a sensor that cannot read its buffer to the end.
+func TestCutDecisions(t *testing.T) {
+	dir, err := os.MkdirTemp("", "edr-decisions") // a socket path has at most 107 bytes
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	socket := filepath.Join(dir, "s")
+	l, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /status", func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "{}") })
+	mux.HandleFunc("GET /decisions", func(w http.ResponseWriter, _ *http.Request) {
+		_, _ = io.WriteString(w, `{"metadata":{"log_name":"decisions:system"},"time":1,"status_code":"MODE","message":"first"}`+"\n")
+		_ = http.NewResponseController(w).Flush()
+		panic(http.ErrAbortHandler)
+	})
+	s := &http.Server{Handler: mux}
+	t.Cleanup(func() { _ = s.Close() })
+	go func() { _ = s.Serve(l) }()
+
+	path := configFor(t, fmt.Sprintf("agent: {state_dir: %s/state}\ncontrol: {socket: %s}\n", dir, socket))
+	code, out, errs := run(t, "decisions", "--config", path)
+	if code != exitFailure || !strings.Contains(out, "first") || !strings.Contains(errs, "not complete") {
+		t.Errorf("exit code %d, %q, %q", code, out, errs)
+	}
+	code, out, errs = run(t, "report", "--config", path, "-o", "-")
+	if code != 0 {
+		t.Fatalf("report: exit code %d, %s", code, errs)
+	}
+	files, m := unpack(t, []byte(out))
+	if !strings.Contains(files["decisions.ndjson"], "first") || !m.omits("the rest of decisions.ndjson", io.ErrUnexpectedEOF.Error()) {
+		t.Errorf("report: %q, left out %v", files["decisions.ndjson"], m.LeftOut)
+	}
+}
+
 func TestDecisionsExplain(t *testing.T) {
 	code, out, _ := run(t, "decisions", "--explain", "fenced")
 	want := `FENCED: Fenced, on the stream decisions:system

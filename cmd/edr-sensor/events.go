@@ -228,7 +228,7 @@ func (a *app) tapView(ctx context.Context, c *control, body io.Reader, p view, f
 			if errors.Is(err, io.EOF) && !follows {
 				return p.flush()
 			}
-			return errors.Join(p.flush(), a.tapEnd(ctx, c, err))
+			return errors.Join(p.flush(), a.tapEnd(ctx, c, err, follows))
 		}
 		line = bytes.TrimSuffix(line, []byte{'\n'})
 		if n := dropped(line); n > 0 {
@@ -246,10 +246,13 @@ func (a *app) tapView(ctx context.Context, c *control, body io.Reader, p view, f
 	}
 }
 
-// tapEnd says why a live view ended.
-func (a *app) tapEnd(ctx context.Context, c *control, err error) error {
+// tapEnd says why a live view ended, or an answer that does not follow has no end.
+func (a *app) tapEnd(ctx context.Context, c *control, err error, follows bool) error {
 	if ctx.Err() != nil {
 		return nil //nolint:nilerr // Ctrl-C is how a live view ends
+	}
+	if !follows {
+		return &exit{exitFailure, fmt.Errorf("the answer of the sensor on %s is not complete: %w", c.socket, err), "journalctl -u edr-sensor"}
 	}
 	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
 		return &exit{exitFailure, fmt.Errorf("the sensor on %s ended", c.socket), "systemctl status edr-sensor"}

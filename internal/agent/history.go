@@ -44,7 +44,7 @@ func (a *Agent) serveDecisions(w http.ResponseWriter, r *http.Request) {
 	defer a.tap.close(v)
 	rc := http.NewResponseController(w)
 	w.Header().Set("Content-Type", "application/x-ndjson")
-	last := uint64(0)
+	last, epoch := uint64(0), a.queue.Epoch()
 	if text != "" {
 		flush, cancelFlush := context.WithTimeout(r.Context(), decisionsWithin)
 		_ = a.queue.Flush(flush) // what is not durable by then comes by the live view
@@ -68,7 +68,7 @@ func (a *Agent) serveDecisions(w http.ResponseWriter, r *http.Request) {
 	}
 	answerBy(w)
 	if _, err := w.Write(nil); err == nil && rc.Flush() == nil && r.URL.Query().Get("follow") != "" {
-		a.follow(w, r, v, last)
+		a.follow(w, r, v, last, epoch)
 	}
 }
 

@@ -3,6 +3,7 @@
 package agent
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -52,4 +53,44 @@ func TestCutDecisionsDoNotLookComplete(t *testing.T) {
 		}
 		_ = a.queue.Close(t.Context()) // it cannot be read any more
 	}
+}
+
+// TestDecisionsFollowAcrossARenewal: in the new epoch numbers begin again.
+func TestDecisionsFollowAcrossARenewal(t *testing.T) {
+	a, s := decisionHost(t, 3)
+	r, err := http.Get(s.URL + "?since=2026-01-31T15:04:05Z&follow=1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Body.Close()
+	lines := bufio.NewScanner(r.Body)
+	var got []string
+	read := func(n int) {
+		t.Helper()
+		for range n {
+			if !lines.Scan() {
+				t.Fatalf("%q, %v", got, lines.Err())
+			}
+			got = append(got, lines.Text())
+		}
+	}
+	pass := func(seqs ...uint64) {
+		for _, seq := range seqs {
+			a.tap.publish(fmt.Appendf(nil, `{"metadata":{"sequence":%d}}`, seq), true)
+		}
+	}
+	read(3)
+	pass(3, 4) // the first of them was shown already
+	read(1)
+	if _, err := a.queue.Renew(t.Context(), ""); err != nil {
+		t.Fatal(err)
+	}
+	pass(1, 5, 6)
+	read(2)
+	for n, seq := range []uint64{1, 2, 3, 4, 1, 5} {
+		if want := fmt.Sprintf(`{"metadata":{"sequence":%d}}`, seq); got[n] != want {
+			t.Errorf("line %d: %s, want %s", n, got[n], want)
+		}
+	}
+	close(a.ending)
 }

@@ -167,11 +167,12 @@ func (a *Agent) serveTap(w http.ResponseWriter, r *http.Request) {
 	if _, err := w.Write(nil); err != nil || rc.Flush() != nil {
 		return
 	}
-	a.follow(w, r, v, 0)
+	a.follow(w, r, v, 0, "")
 }
 
-// follow writes what v gets until somebody ends it, but for records up to a seq.
-func (a *Agent) follow(w http.ResponseWriter, r *http.Request, v *viewer, after uint64) {
+// follow writes what v gets until somebody ends it, but for records up to a seq of an
+// epoch. After a renewal of that some may be written twice, but none is passed over.
+func (a *Agent) follow(w http.ResponseWriter, r *http.Request, v *viewer, after uint64, epoch string) {
 	rc := http.NewResponseController(w)
 	told := time.Now()
 	for {
@@ -182,7 +183,7 @@ func (a *Agent) follow(w http.ResponseWriter, r *http.Request, v *viewer, after 
 			return
 		case line := <-v.lines:
 			v.took(line)
-			if after > 0 && seqOf(line) <= after {
+			if after > 0 && seqOf(line) <= after && a.queue.Epoch() == epoch {
 				continue
 			}
 			answerBy(w)

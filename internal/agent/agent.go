@@ -309,9 +309,10 @@ func (a *Agent) Run(ctx context.Context) error {
 	ctx = a.bind(ctx)
 	serve, stopServing := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopServing()
-	servers, serve := errgroup.WithContext(serve)
-	start(serve, servers, a.http, a.handler())
-	start(serve, servers, a.control, a.controlHandler(serve))
+	var servers errgroup.Group // one that fails does not end the other
+	lost := make(chan error, 1)
+	start(serve, &servers, a.http, a.handler(), lost)
+	start(serve, &servers, a.control, a.controlHandler(serve), nil)
 
 	stats := a.queue.Stats()
 	before := summary{seen: stats.Last, sent: stats.Acked, lost: stats.Truncated}
@@ -351,7 +352,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	served := make(chan struct{})
 	go func() {
 		defer close(served)
-		a.serveLater(watch, func(l net.Listener) { start(serve, servers, l, a.handler()) })
+		a.serveLater(watch, lost, func(l net.Listener) { start(serve, &servers, l, a.handler(), lost) })
 	}()
 	watched := make(chan struct{})
 	go func() {
@@ -430,17 +431,23 @@ func (a *Agent) conclude(ctx context.Context) error {
 	return a.sensor.Conclude(ctx)
 }
 
-// start serves h on l, if there is one, until ctx ends.
-func start(ctx context.Context, g *errgroup.Group, l net.Listener, h http.Handler) {
+// start serves h on l, if there is one, until ctx ends. Why it ended before goes to lost,
+// or without that to g.
+func start(ctx context.Context, g *errgroup.Group, l net.Listener, h http.Handler, lost chan<- error) {
 	if l == nil {
 		return
 	}
 	s := newServer(ctx, h)
 	g.Go(func() error {
-		if err := s.Serve(l); !errors.Is(err, http.ErrServerClosed) && !errors.Is(err, net.ErrClosed) {
-			return fmt.Errorf("serve %s: %w", l.Addr(), err)
+		err := s.Serve(l)
+		switch {
+		case errors.Is(err, http.ErrServerClosed), errors.Is(err, net.ErrClosed):
+			return nil
+		case lost != nil:
+			lost <- err
+			return nil
 		}
-		return nil
+		return fmt.Errorf("serve %s: %w", l.Addr(), err)
 	})
 	g.Go(func() error {
 		<-ctx.Done()

@@ -280,6 +280,14 @@ type peerListener struct {
 	sum  int
 }
 
+// passing is an error of accept(2), of the new connection or for want of memory: the
+// server logs it, waits for up to a second and tries again. The socket itself stays.
+type passing struct{ error }
+
+func (passing) Timeout() bool   { return false }
+func (passing) Temporary() bool { return true }
+func (p passing) Unwrap() error { return p.error }
+
 type peerConn struct {
 	boundConn
 	peer peer
@@ -288,8 +296,11 @@ type peerConn struct {
 func (l *peerListener) Accept() (net.Conn, error) {
 	for {
 		c, err := l.Listener.Accept()
-		if err != nil {
+		if errors.Is(err, net.ErrClosed) {
 			return nil, err
+		}
+		if err != nil {
+			return nil, passing{err}
 		}
 		u, ok := c.(*net.UnixConn)
 		if !ok {

@@ -73,13 +73,27 @@ func (c *boundConn) Close() error {
 	return c.Conn.Close()
 }
 
-// serveLater makes it known when http.listen could not be opened, and tries it again until
-// that can be served or ctx ends.
-func (a *Agent) serveLater(ctx context.Context, serve func(net.Listener)) {
-	why, since := a.unserved.Load(), time.Now()
-	if why == nil {
-		return
+// serveLater serves http.listen again whenever it could not be opened or was lost, until
+// ctx ends.
+func (a *Agent) serveLater(ctx context.Context, lost <-chan error, serve func(net.Listener)) {
+	for ctx.Err() == nil {
+		if a.unserved.Load() == nil {
+			select {
+			case <-ctx.Done():
+				return
+			case err := <-lost:
+				why := err.Error()
+				a.unserved.Store(&why)
+			}
+		}
+		a.serveAgain(ctx, serve)
 	}
+}
+
+// serveAgain makes it known that http.listen is not served, and tries it again until it is
+// or ctx ends.
+func (a *Agent) serveAgain(ctx context.Context, serve func(net.Listener)) {
+	why, since := a.unserved.Load(), time.Now()
 	address := a.cfg.HTTP.Listen
 	a.decide(ctx, event.SelfInfo{
 		Name: "HTTP Not Served", Severity: 4, Failed: true, Code: "HTTP_UNSERVED",

@@ -14,11 +14,13 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/sys/unix"
 
 	"github.com/aurorasoc/edr-sensor/transport/redistest"
 )
@@ -65,10 +67,7 @@ func TestHeldPort(t *testing.T) {
 	}
 	decided(t, view, program)
 
-	control := &http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-		var d net.Dialer
-		return d.DialContext(ctx, "unix", cfg.Control.Socket)
-	}}}
+	control := overSocket(cfg.Control.Socket)
 	await := func(what string, told bool) {
 		t.Helper()
 		limit := time.Now().Add(time.Minute)
@@ -205,6 +204,66 @@ func TestHTTPAnswerThatNobodyTakes(t *testing.T) {
 			})
 		})
 	}
+}
+
+// failing is a listener of which the first connection fails.
+type failing struct {
+	net.Listener
+	err  error
+	once sync.Once
+}
+
+func (l *failing) Accept() (c net.Conn, err error) {
+	l.once.Do(func() {
+		err = &net.OpError{Op: "accept", Net: l.Addr().Network(), Addr: l.Addr(), Err: os.NewSyscallError("accept4", l.err)}
+	})
+	if err != nil {
+		return nil, err
+	}
+	return l.Listener.Accept()
+}
+
+// TestFailingListeners: http.listen is opened anew, which is decided, the control socket
+// goes on, and neither ends the other.
+func TestFailingListeners(t *testing.T) {
+	cfg := onlyThis(t, os.Getpid())
+	cfg.HTTP.Listen = fmt.Sprintf("127.0.0.1:%d", redistest.FreePort(t))
+	dir, err := os.MkdirTemp("", "edr-control") // a socket path has at most 107 bytes
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	cfg.Control.Socket = filepath.Join(dir, "control.sock")
+	a, err := New(t.Context(), Options{Loaded: Loaded{Config: cfg}, Version: "test"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	h, c := a.http.(*boundListener), a.control.(*peerListener)
+	h.Listener = &failing{Listener: h.Listener, err: unix.EINVAL}
+	c.Listener = &failing{Listener: c.Listener, err: unix.ENOMEM}
+	view := a.tap.open(false)
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- a.Run(ctx) }()
+
+	if said := decided(t, view, "HTTP_UNSERVED"); !strings.Contains(said, unix.EINVAL.Error()) {
+		t.Errorf("the decision does not say why: %s", said)
+	}
+	decided(t, view, "HTTP_SERVED")
+	get(t, http.DefaultClient, "http://"+cfg.HTTP.Listen+"/metrics")
+	get(t, overSocket(cfg.Control.Socket), "http://sensor/status")
+	cancel()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}
+
+// overSocket is a client of a control socket.
+func overSocket(path string) *http.Client {
+	return &http.Client{Transport: &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		var d net.Dialer
+		return d.DialContext(ctx, "unix", path)
+	}}}
 }
 
 // get is the body of a page that must be there.

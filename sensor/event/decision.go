@@ -76,7 +76,7 @@ func DecisionTable() []Decision {
 		},
 		{
 			"HTTP_UNSERVED", "HTTP Not Served", DecisionsSystem,
-			"`http.listen` could not be opened at the start, so `/metrics` and the other pages there are not served. Events are seen, kept and delivered all the same, and the control socket answers. `error` is why: another process holds the port, or the host does not have the `address` yet.",
+			"`http.listen` could not be opened at the start, or failed since, so `/metrics` and the other pages there are not served. Events are seen, kept and delivered all the same, and the control socket answers. `error` is why: another process holds the port, or the host does not have the `address` yet.",
 			"`ss -ltnp` names who holds the port. Where that is no mistake of configuration, somebody wants the sensor's metrics to be missing or to be theirs. It is tried again each second; another address needs a restart.",
 		},
 		{"HTTP_SERVED", "HTTP Served", DecisionsSystem, "`http.listen` could be opened after HTTP_UNSERVED, and is served.", "Find out who had held the port since `start_time`."},

@@ -112,7 +112,8 @@ func (s *Sender) startSyncer(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	ctx, cancel := context.WithCancel(ctx)
+	// Drain needs what it confirms, after the context of Run has ended: stop ends it.
+	lasting, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	y := &syncer{conn: c, cancel: cancel, done: make(chan struct{})}
 	s.syncer = y
 	beats := s.o.Prefix + ":{" + s.o.Shard + "}:beats"
@@ -121,7 +122,7 @@ func (s *Sender) startSyncer(ctx context.Context) error {
 		close(y.done)
 		return err
 	}
-	go y.run(ctx, beats, s.o.AgentID)
+	go y.run(lasting, beats, s.o.AgentID)
 	return nil
 }
 

@@ -4,6 +4,7 @@ package transport
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"net"
 	"os"
@@ -92,6 +93,37 @@ func TestAckFsyncNeedsTheServer(t *testing.T) {
 	exactlyOnce(t, c, last)
 	if got := c.HGet(t.Context(), "edr:{s000}:beats", testAgent).Val(); got != fmt.Sprint(last) {
 		t.Errorf("heartbeat %q", got)
+	}
+	if n := disk.connections(); n != 2 {
+		t.Errorf("%d connections", n)
+	}
+}
+
+// TestAckFsyncDrain: a stop is confirmed as what came before it, on the connections of Run.
+func TestAckFsyncDrain(t *testing.T) {
+	t.Parallel()
+	srv := redistest.Start(t, redistest.Options{TCP: true})
+	disk := &fakeDisk{upstream: srv.Addr()}
+	disk.synced.Store(true)
+	o := fast(disk.start(t))
+	o.Ack = AckFsync
+	q := newMemQueue()
+	s := start(t, o, q)
+	s.delivered(t, q.add(10, buffer.Events, false))
+	s.cancel()
+	s.cancel = nil
+	if err := <-s.done; err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	last := q.add(1, buffer.Events, false)
+	ctx, cancel := context.WithTimeout(quiet(t), time.Minute)
+	defer cancel()
+	if err := s.Drain(ctx); err != nil {
+		t.Error(err)
+	}
+	if got := q.Bounds().Acked; got != last {
+		t.Errorf("acknowledged %d of %d", got, last)
 	}
 	if n := disk.connections(); n != 2 {
 		t.Errorf("%d connections", n)

@@ -78,7 +78,7 @@ func (c Class) policy() policy {
 	case ClassNetwork:
 		return policy{Retrying, false, "the connection broke; if it breaks on the first command, check whether the server expects TLS"}
 	case ClassTimeout:
-		return policy{Retrying, false, "the server does not answer in time: check its load, latency and slow log"}
+		return policy{Retrying, false, "no answer in time: check the load, latency and slow log of the server, and whether the link carries transport.batch_bytes within transport.timeout"}
 	case ClassDial:
 		return policy{Retrying, false, "check that the server runs, the address, and firewalls in between"}
 	case ClassHandshake:

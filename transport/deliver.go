@@ -128,7 +128,7 @@ func (s *Sender) send(ctx context.Context, recs []buffer.Record) error {
 		if s.pos != recs[n-1].Seq {
 			return nil
 		}
-		s.breaks.taken(s.o.HealthyAfter, s.o.BatchRecords)
+		s.breaks.taken(&s.o, n, took)
 		s.back.delivered()
 		recs = recs[n:]
 	}

@@ -28,6 +28,7 @@ const CauseRefused = "refused"
 // between starts over: a network that breaks everything must never come so far.
 const (
 	breaksToHalve = 3
+	latesToHalve  = 2 // batches that are not answered in time: nothing is set aside for these
 	// Each break of a single record follows a hello that was answered, those from the fourth
 	// on a control, too. A network that resets at random all but hellos, half of it, which is
 	// the worst, does that to one record in 5e8; one that resets hellos, or less, to far fewer.
@@ -43,7 +44,9 @@ type breaks struct {
 	first uint64    // seq of the batch
 	count int       // in a row
 	limit int       // records a call may have; 0: as many as fit
-	since time.Time // when limit was set
+	late  int       // batches in a row that were not answered in time
+	slow  int       // records a call may have so that it is; 0: as many as fit
+	since time.Time // when limit or slow was set
 	row   int       // records refused since one was taken
 	calm  bool      // a control was broken off, too: no hurry until something is taken
 	stuck bool      // a record is refused, and cannot be set aside
@@ -51,8 +54,10 @@ type breaks struct {
 
 // most is how many records the next call may have.
 func (b *breaks) most(limit int) int {
-	if b.limit > 0 {
-		return min(b.limit, limit)
+	for _, l := range []int{b.limit, b.slow} {
+		if l > 0 {
+			limit = min(l, limit)
+		}
 	}
 	return limit
 }
@@ -66,17 +71,32 @@ func (b *breaks) alone(recs []buffer.Record) bool {
 // and the server answers.
 func (b *breaks) hurry() bool { return !b.calm && !b.stuck && (b.limit > 0 || b.count > 1) }
 
-// forget starts over.
+// forget starts over. How much a slow link carries is not forgotten: there, connects fail, too.
 func (b *breaks) forget() { b.first, b.count, b.limit, b.stuck = 0, 0, 0, false }
 
-// taken notes that the server took a batch. Where the whole of a request was too large, the
-// next ones would be: the limit is lifted step by step.
-func (b *breaks) taken(healthy time.Duration, batch int) {
-	b.first, b.count, b.row, b.calm, b.stuck = 0, 0, 0, false, false
-	if b.limit > 0 && time.Since(b.since) > healthy {
-		if b.limit, b.since = 2*b.limit, time.Now(); b.limit >= batch {
-			b.limit = 0
+// taken notes that the server took a batch of n records. Where the whole of a request was
+// too large, or too slow, the next ones would be: the limit is lifted step by step, that of
+// a slow link only when twice as much leaves time to spare.
+func (b *breaks) taken(o *Options, n int, took time.Duration) {
+	b.first, b.count, b.late, b.row, b.calm, b.stuck = 0, 0, 0, 0, false, false
+	lift := func(limit *int) {
+		if *limit > 0 && time.Since(b.since) > o.HealthyAfter {
+			if *limit, b.since = 2**limit, time.Now(); *limit >= o.BatchRecords {
+				*limit = 0
+			}
 		}
+	}
+	lift(&b.limit)
+	if n >= b.slow && took < o.Timeout/4 {
+		lift(&b.slow)
+	}
+}
+
+// timedOut notes that a batch of n records was not answered in time. A link that is too slow
+// for it is too slow for it each time; one record has to wait for a better link.
+func (b *breaks) timedOut(n int) {
+	if b.late++; b.late >= latesToHalve && n > 1 {
+		b.late, b.slow, b.since = 0, n/2, time.Now()
 	}
 }
 
@@ -87,7 +107,9 @@ var errSetAside = errors.New("set aside")
 func (s *Sender) broken(ctx context.Context, recs []buffer.Record, err error) error {
 	b := &s.breaks
 	if c := classify(err); ctx.Err() != nil || c != ClassNetwork && c != ClassOversize {
-		b.forget()
+		if b.forget(); c == ClassTimeout && ctx.Err() == nil {
+			b.timedOut(len(recs))
+		}
 		return err
 	}
 	if b.first != recs[0].Seq {

@@ -305,6 +305,39 @@ func TestRefusedNotAtRandom(t *testing.T) {
 	}
 }
 
+// TestSlowLink: over a link that carries a fourth of a batch in the time that a batch has,
+// batches get smaller, for which nothing is set aside, and larger again over a faster one.
+func TestSlowLink(t *testing.T) {
+	t.Parallel()
+	srv := redistest.Start(t, redistest.Options{})
+	c := srv.Client()
+	defer c.Close()
+	proxy := redistest.StartProxy(t, srv.Addr(), redistest.Faults{})
+	o := fast(proxy.Addr())
+	o.BatchRecords, o.Timeout = 64, 200*time.Millisecond
+	q := newMemQueue()
+	s := start(t, o, q)
+	s.eventually(t, q.add(1, buffer.Events, false)) // the script is loaded
+	proxy.SetFaults(redistest.Faults{Rate: o.BatchRecords * len(payload(1)) / 4 * int(time.Second/o.Timeout)})
+	last := q.add(8*o.BatchRecords, buffer.Events, false)
+	s.eventually(t, last)
+	exactlyOnce(t, c, last)
+	if n := testutil.ToFloat64(s.m.errors[ClassTimeout]); n < latesToHalve {
+		t.Errorf("%v timeouts: the link is not slow", n)
+	}
+	if got := q.setAside(); got != nil {
+		t.Errorf("set aside %v", got)
+	}
+	proxy.SetFaults(redistest.Faults{})
+	await(t, text("a full batch"), func() bool {
+		before := testutil.ToFloat64(s.m.batches[ok])
+		last = q.add(o.BatchRecords, buffer.Events, false)
+		s.eventually(t, last)
+		return testutil.ToFloat64(s.m.batches[ok]) == before+1
+	})
+	exactlyOnce(t, c, last)
+}
+
 // TestDrainPassesWhatWasSetAside: a stop does not wait for the last record when that was
 // set aside.
 func TestDrainPassesWhatWasSetAside(t *testing.T) {

@@ -22,6 +22,8 @@ type Faults struct {
 	Seed      uint64
 	Delay     time.Duration // of each reply, as by a network with such a round trip
 
+	Rate int // bytes a second of each connection's requests; 0: any number
+
 	// What has more bytes than Limit, or Word in it, is reset each time, and what is not
 	// longer than Spare never.
 	Limit, Spare int
@@ -146,6 +148,12 @@ func (p *Proxy) spare() int {
 	return p.faults.Spare
 }
 
+func (p *Proxy) rate() int {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.faults.Rate
+}
+
 func (p *Proxy) delay() time.Duration {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -181,7 +189,15 @@ func (l *link) requests() {
 	defer l.end()
 	buf := make([]byte, 64<<10)
 	for {
-		n, err := l.client.Read(buf)
+		rate := l.p.rate()
+		part := buf
+		if rate > 0 {
+			part = buf[:512]
+		}
+		n, err := l.client.Read(part)
+		if rate > 0 {
+			l.p.wait(time.Second * time.Duration(n) / time.Duration(rate))
+		}
 		if n > 0 {
 			l.mu.Lock()
 			if !l.pending {

@@ -209,6 +209,9 @@ func (s *Sender) serve(ctx context.Context, until uint64) error {
 	if !s.ready {
 		if err := s.connect(ctx); err != nil {
 			s.breaks.forget()
+			if s.finder.conn != nil {
+				err = fmt.Errorf("%s, told by %s: %w", s.node, s.finder.from, err)
+			}
 			// A server that loads its data can be asked again on this connection. Another
 			// one would cost it a handshake, from each sensor of the fleet.
 			if classify(err) != ClassLoading || s.finder.moves() {
@@ -295,7 +298,7 @@ func (s *Sender) connect(ctx context.Context) error {
 		}
 		s.meta = true
 	}
-	s.finder.close()
+	s.finder.settled()
 	if s.o.Ack == AckFsync {
 		if err := s.startSyncer(ctx); err != nil {
 			return fmt.Errorf("confirm: %w", err)

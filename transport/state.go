@@ -104,6 +104,7 @@ func (s *Sender) fail(ctx context.Context, err error) time.Duration {
 	wait := s.back.next(up, p.slow, torn(err))
 	if s.finder.moves() {
 		s.finder.moved(err, s.node)
+		s.finder.failed = s.node
 		if p.phase == Retrying && !p.slow && time.Since(s.lost) < failoverTime {
 			wait = min(wait, rand.N(time.Second))
 		}

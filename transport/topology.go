@@ -38,10 +38,21 @@ type finder struct {
 
 	conn *conn // who answered last; open only while delivery is away
 	from string
+
+	failed string        // the address that was told and did not take anything since
+	doubt  time.Duration // for how long one who tells that address again is believed
+	due    time.Time     // the end of that
 }
 
 // maxAsked is how many candidates one find may ask: each can take a dial timeout.
 const maxAsked = 3
+
+// Who tells an address that fails may itself be cut off from the others, so another one is
+// asked. Each costs a handshake, and a long outage is mostly that of the server.
+const (
+	minDoubt = 2 * time.Second
+	maxDoubt = time.Minute
+)
 
 // maxNodes bounds what is remembered of a cluster's nodes.
 const maxNodes = 256
@@ -67,7 +78,10 @@ func (f *finder) find(ctx context.Context, slot int) (string, error) {
 	}
 	if f.conn != nil {
 		if addr, err := f.ask(ctx, slot); err == nil {
-			return addr, nil
+			if addr != f.failed || time.Now().Before(f.due) {
+				return addr, nil
+			}
+			return f.second(ctx, slot, addr), nil
 		}
 		f.close()
 	}
@@ -95,6 +109,27 @@ func (f *finder) find(ctx context.Context, slot int) (string, error) {
 	return "", errs[len(errs)-1]
 }
 
+// second asks one more candidate, and returns addr, which failed, if that does not answer.
+func (f *finder) second(ctx context.Context, slot int, addr string) string {
+	others := slices.DeleteFunc(f.candidates(), func(c string) bool { return c == f.from || c == addr })
+	f.doubt = min(2*f.doubt, maxDoubt)
+	f.due = time.Now().Add(jitter(f.doubt))
+	if len(others) == 0 {
+		return addr
+	}
+	conn, from := f.conn, f.from
+	f.conn, f.from = nil, others[f.turn%len(others)]
+	f.turn++
+	told, err := f.dialAndAsk(ctx, slot)
+	if err != nil {
+		f.close()
+		f.conn, f.from = conn, from
+		return addr
+	}
+	conn.close()
+	return told
+}
+
 func (f *finder) candidates() []string {
 	all := slices.Clone(f.nodes)
 	for _, s := range f.seeds {
@@ -115,6 +150,8 @@ func (f *finder) dialAndAsk(ctx context.Context, slot int) (string, error) {
 		return "", err
 	}
 	f.conn = c
+	f.doubt = max(f.doubt, minDoubt)
+	f.due = time.Now().Add(jitter(f.doubt))
 	return f.ask(ctx, slot)
 }
 
@@ -256,6 +293,12 @@ func Dial(ctx context.Context, o Options) (net.Conn, error) {
 func (o Options) Place() (shard string, decisions [3]string) {
 	o.setDefaults()
 	return o.Shard, [3]string{o.SystemKey, o.AgentsKey, o.ApprovalsKey}
+}
+
+// settled ends the search: the address that was told takes records.
+func (f *finder) settled() {
+	f.close()
+	f.failed, f.doubt = "", 0
 }
 
 func (f *finder) close() {

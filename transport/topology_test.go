@@ -6,9 +6,11 @@ import (
 	"bytes"
 	"flag"
 	"fmt"
+	"net"
 	"os"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -269,6 +271,82 @@ func TestSentinelFailover(t *testing.T) {
 		defer c.Close()
 		plainFailover(t, c, g, g.Masters[0], g.Replicas[0], eventsKey, 300)
 	})
+}
+
+// fakeNode answers with reply what asks for the master, and with an error all else.
+func fakeNode(t *testing.T, reply string) string {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var wg sync.WaitGroup
+	t.Cleanup(func() { ln.Close(); wg.Wait() })
+	wg.Go(func() {
+		for {
+			c, err := ln.Accept()
+			if err != nil {
+				return
+			}
+			wg.Go(func() {
+				defer c.Close()
+				buf := make([]byte, 4<<10)
+				for {
+					n, err := c.Read(buf)
+					if err != nil {
+						return
+					}
+					if ask := bytes.ToLower(buf[:n]); bytes.Contains(ask, []byte("sentinel")) || bytes.Contains(ask, []byte("slots")) {
+						fmt.Fprint(c, reply)
+					} else {
+						fmt.Fprint(c, "-ERR unknown command\r\n")
+					}
+				}
+			})
+		}
+	})
+	return ln.Addr().String()
+}
+
+// TestStaleSentinel: one that is cut off from the others, and tells an address where nobody
+// takes anything, is not believed for as long as it answers.
+func TestStaleSentinel(t *testing.T) {
+	t.Parallel()
+	live := redistest.Start(t, redistest.Options{TCP: true})
+	c := live.Client()
+	t.Cleanup(func() { c.Close() })
+	_, port, _ := net.SplitHostPort(live.Addr())
+	replica := redistest.Start(t, redistest.Options{TCP: true, Config: map[string]string{"replicaof": "127.0.0.1 " + port}})
+	told := func(addr string) string {
+		host, port, _ := net.SplitHostPort(addr)
+		return fmt.Sprintf("*2\r\n$%d\r\n%s\r\n$%d\r\n%s\r\n", len(host), host, len(port), port)
+	}
+	good := fakeNode(t, told(live.Addr()))
+	for name, addr := range map[string]string{
+		"dead":    fmt.Sprintf("127.0.0.1:%d", redistest.FreePort(t)),
+		"replica": replica.Addr(),
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			stale := fakeNode(t, told(addr))
+			o := fast(stale + "," + good)
+			o.Topology, o.Master, o.Prefix = Sentinel, "edr", name
+			q := newMemQueue()
+			last := q.add(10, buffer.Events, false)
+			s, err := New(o, q)
+			if err != nil {
+				t.Fatal(err)
+			}
+			s.finder.turn = 0 // the stale one is asked first
+			r := startSender(t, s)
+			await(t, text("who told the address that fails"), func() bool {
+				return strings.Contains(r.State().Error, addr+", told by "+stale+": ")
+			})
+			r.delivered(t, last)
+			if d := cmp.Diff(audit{}, auditKey(t, c, name+":{s000}:events", last)); d != "" {
+				t.Errorf("stream of %d (-want +got):\n%s", last, d)
+			}
+		})
+	}
 }
 
 // TestTopologyMismatch: a Sender that was told the wrong thing about the servers says

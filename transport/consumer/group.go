@@ -33,7 +33,7 @@ type Options struct {
 	// [Sink] takes for Count entries.
 	ClaimAfter time.Duration
 	// Agents (65536) is for how many agents, streams counted singly, positions
-	// are kept in memory. Those of others are read from the server when needed. Kept
+	// are kept in memory, at least twice as many as one read may bring. Those of others are read from the server when needed. Kept
 	// besides are those that a full server has not taken.
 	Agents int
 	Limits Limits
@@ -107,7 +107,7 @@ func New(c redis.UniversalClient, o Options) (*Group, error) {
 	if err != nil {
 		return nil, err
 	}
-	g := &Group{o: o, c: c, d: d, positions: NewPositions(o.Agents), unsaved: make(map[string]map[string]Position)}
+	g := &Group{o: o, c: c, d: d, positions: NewPositions(max(o.Agents, 2*int(o.Count)*len(o.Streams))), unsaved: make(map[string]map[string]Position)}
 	for _, s := range o.Streams {
 		g.unsaved[s] = make(map[string]Position)
 	}
@@ -381,7 +381,11 @@ func (g *Group) load(ctx context.Context, got []redis.XStream) error {
 		for _, m := range s.Messages {
 			agent, _ := m.Values["agent"].(string)
 			from := source{s.Stream, agent}
-			if _, known := g.positions.get(from); known || agent == "" || len(agent) > maxAgent || asked[agent] {
+			if at, known := g.positions.get(from); known {
+				g.positions.set(from, at) // what is loaded beside it must not push it out
+				continue
+			}
+			if agent == "" || len(agent) > maxAgent || asked[agent] {
 				continue
 			}
 			if at, later := g.unsaved[s.Stream][agent]; later {

@@ -456,6 +456,74 @@ func TestGroupStoresNoOlderPosition(t *testing.T) {
 	}
 }
 
+// TestGroupKeepsThePositionsOfARead: a read brings more agents than positions are asked to be
+// kept of. Those that are known are not pushed out by those that are loaded beside them.
+func TestGroupKeepsThePositionsOfARead(t *testing.T) {
+	srv := redistest.Start(t, redistest.Options{})
+	c := srv.Client()
+	defer c.Close()
+	const agents = 16
+	show := func(seq uint64) {
+		for i := range agents {
+			put(t, c, stream, with(jsonEntry(seq, "{}"), "agent", fmt.Sprint("agent-", i)))
+		}
+	}
+	show(2)
+	lossy, proxy := throughProxy(t, srv)
+	g, err := New(lossy, Options{Group: "soc", Name: "one", Streams: []string{stream}, Count: agents, Block: 5 * time.Millisecond, Agents: 4})
+	if err != nil {
+		t.Fatal(err)
+	}
+	sink := &collector{}
+	proxy.SetFaults(redistest.Faults{Word: "xack"})
+	if err := g.Read(t.Context(), sink); err == nil || proxy.Refused.Load() == 0 || len(sink.seqs) != agents {
+		t.Fatalf("Read: %v, %d requests lost, %d records", err, proxy.Refused.Load(), len(sink.seqs))
+	}
+	proxy.SetFaults(redistest.Faults{})
+	for range 2 {
+		drain(t, g, sink)
+		if len(sink.seqs) != agents {
+			t.Errorf("%d records of %d agents: %v", len(sink.seqs), agents, sink.seqs)
+		}
+		for agent, at := range c.HGetAll(t.Context(), PositionsKey(stream, "soc")).Val() {
+			if p, err := ParsePosition(at); err != nil || p.Seq != 2 {
+				t.Errorf("%s is at %s, %v", agent, at, err)
+			}
+		}
+		show(1) // again, by a server that went back
+	}
+}
+
+// TestGroupKeepsWhatIsKnown: an agent that was not seen for long comes with others whose
+// positions are loaded.
+func TestGroupKeepsWhatIsKnown(t *testing.T) {
+	srv := redistest.Start(t, redistest.Options{})
+	c := srv.Client()
+	defer c.Close()
+	g, err := New(c, Options{Group: "soc", Name: "one", Streams: []string{stream}, Count: 4, Block: 5 * time.Millisecond, Agents: 2})
+	if err != nil {
+		t.Fatal(err)
+	}
+	sink := &collector{}
+	for _, agents := range []string{"abcd", "efgh", "aijk"} {
+		for _, agent := range agents {
+			put(t, c, stream, with(jsonEntry(1, "{}"), "agent", string(agent)))
+		}
+		if err := g.Read(t.Context(), sink); err != nil {
+			t.Fatal(err)
+		}
+		// A member before this one had these.
+		key := PositionsKey(stream, "soc")
+		at := c.HGet(t.Context(), key, "a").Val()
+		if err := c.HSet(t.Context(), key, "i", at, "j", at, "k", at).Err(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if len(sink.seqs) != 8 || g.Dropped() != 4 {
+		t.Errorf("%d records, %d dropped", len(sink.seqs), g.Dropped())
+	}
+}
+
 func TestFull(t *testing.T) {
 	const oom, abort = "OOM command not allowed when used memory > 'maxmemory'.", "EXECABORT Transaction discarded because of"
 	for _, c := range []struct {

@@ -34,6 +34,7 @@ type finder struct {
 	seeds []string
 	nodes []string // of the cluster, as it told last
 	turn  int      // which candidate is asked next
+	seed  int      // which seed is, beside nodes
 	hint  string   // where a node said the slot is; used once
 
 	conn *conn // who answered last; open only while delivery is away
@@ -60,6 +61,7 @@ const maxNodes = 256
 func newFinder(o *Options) *finder {
 	f := &finder{o: o, seeds: splitAddrs(o.Addr)}
 	f.turn = rand.IntN(len(f.seeds)) // a fleet must not ask the first one only
+	f.seed = f.turn
 	return f
 }
 
@@ -87,9 +89,15 @@ func (f *finder) find(ctx context.Context, slot int) (string, error) {
 	}
 	var errs []error
 	candidates := f.candidates()
-	for range min(len(candidates), maxAsked) {
-		f.from = candidates[f.turn%len(candidates)]
-		f.turn++
+	for i := range min(len(candidates), maxAsked) {
+		if len(f.nodes) > 0 && i == maxAsked-1 && len(candidates) > maxAsked {
+			// All nodes may have other addresses by now: the names of the seeds are what lasts.
+			f.from = f.seeds[f.seed%len(f.seeds)]
+			f.seed++
+		} else {
+			f.from = candidates[f.turn%len(candidates)]
+			f.turn++
+		}
 		addr, err := f.dialAndAsk(ctx, slot)
 		if err == nil {
 			return addr, nil

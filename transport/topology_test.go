@@ -349,6 +349,23 @@ func TestStaleSentinel(t *testing.T) {
 	}
 }
 
+// TestClusterMovedAway: when all nodes that are known have other addresses, the seeds are asked
+// at once.
+func TestClusterMovedAway(t *testing.T) {
+	port := redistest.FreePort(t)
+	o := fast(fakeNode(t, "*1\r\n*3\r\n:0\r\n:16383\r\n*2\r\n$4\r\nhost\r\n:7000\r\n"))
+	o.Topology = Cluster
+	o.setDefaults()
+	f := newFinder(&o)
+	defer f.close()
+	for i := range 10 {
+		f.nodes = append(f.nodes, fmt.Sprintf("127.0.0.%d:%d", i+1, port))
+	}
+	if addr, err := f.find(t.Context(), 0); err != nil || addr != "host:7000" {
+		t.Errorf("found %q, %v", addr, err)
+	}
+}
+
 // TestTopologyMismatch: a Sender that was told the wrong thing about the servers says
 // so, keeps everything, and goes on when they are as it was told.
 func TestTopologyMismatch(t *testing.T) {

@@ -62,6 +62,11 @@ func (s *Sender) tend(ctx context.Context) error {
 			return fmt.Errorf("ask for the cluster's nodes: %w", err)
 		}
 	}
+	if s.ready { // else connect has just done it
+		if err := s.checkMeta(ctx); err != nil {
+			return fmt.Errorf("check the fleet's keys: %w", err)
+		}
+	}
 	found, err := s.inspect(ctx)
 	if err != nil {
 		return fmt.Errorf("inspect: %w", err)

@@ -58,7 +58,7 @@ type Sender struct {
 	slot    int       // of the agent's keys
 	node    string    // the server dialled last
 	lost    time.Time // when delivery broke off
-	meta    bool      // checkMeta need not be asked again
+	meta    bool      // the fleet's keys are ours, see checkMeta
 
 	process string // our part of the session, the rest is the connection's number
 	session string
@@ -292,11 +292,8 @@ func (s *Sender) connect(ctx context.Context) error {
 		return fmt.Errorf("hello: %w", err)
 	}
 	s.rotate()
-	if !s.meta {
-		if err := s.checkMeta(ctx); err != nil {
-			return fmt.Errorf("check the fleet's keys: %w", err)
-		}
-		s.meta = true
+	if err := s.checkMeta(ctx); err != nil {
+		return fmt.Errorf("check the fleet's keys: %w", err)
 	}
 	s.finder.settled()
 	if s.o.Ack == AckFsync {

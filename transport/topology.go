@@ -13,6 +13,8 @@ import (
 	"time"
 
 	"github.com/redis/go-redis/v9"
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
 )
 
 // Topology says how the server that takes the records is found.
@@ -341,23 +343,51 @@ func (s *Sender) pause(ctx context.Context, d time.Duration) {
 }
 
 // checkMeta holds what the operator has written down about the fleet's keys
-// against our own. Nothing written is fine, and so is a user who may not look.
+// against our own. Nothing written is fine, and so is a user who may not look. A cluster can
+// have it on another node: while that cannot be asked, this one gets records, and tend asks again.
 func (s *Sender) checkMeta(ctx context.Context) error {
+	if s.meta {
+		return nil
+	}
 	key := s.o.Prefix + ":meta"
-	c := s.conn
+	addr := s.node
 	if s.o.Topology == Cluster && slot(key) != s.slot {
-		addr, err := s.finder.find(ctx, slot(key))
-		s.finder.close()
-		if err != nil {
+		var err error
+		if addr, err = s.finder.askCluster(ctx, s.conn, s.node, slot(key)); classify(err) == ClassCluster {
+			return s.unchecked(ctx, err)
+		} else if err != nil {
 			return err
 		}
-		if addr != s.node {
-			if c, err = dial(ctx, &s.o, addr, login{s.o.Username, s.o.PasswordFile}, 0); err != nil {
-				return err
-			}
-			defer c.close()
-		}
 	}
+	if addr == s.node {
+		err := s.compare(ctx, s.conn, key)
+		s.meta = err == nil
+		return err
+	}
+	short, cancel := context.WithTimeout(ctx, s.o.Timeout) // delivery waits for it
+	defer cancel()
+	c, err := dial(short, &s.o, addr, login{s.o.Username, s.o.PasswordFile}, 0)
+	if err != nil {
+		return s.unchecked(ctx, err)
+	}
+	defer c.close()
+	if err := s.compare(short, c, key); classify(err) == ClassTopology {
+		return err
+	} else if err != nil {
+		return s.unchecked(ctx, err)
+	}
+	s.meta = true
+	return nil
+}
+
+// unchecked says why the fleet's keys are not known to be ours, which refuses nothing.
+func (s *Sender) unchecked(ctx context.Context, err error) error {
+	s.limiter.Log(ctx, zapcore.WarnLevel, "meta", "fleet's keys not checked, delivering", zap.Error(err))
+	return nil
+}
+
+// compare asks c for what was written down in key.
+func (s *Sender) compare(ctx context.Context, c *conn, key string) error {
 	for _, want := range []struct{ field, value string }{
 		{"proto", "1"},
 		{"shards", fmt.Sprint(s.o.Shards)},

@@ -366,6 +366,40 @@ func TestClusterMovedAway(t *testing.T) {
 	}
 }
 
+// TestClusterMetaAway: the node that has what was written down about the fleet's keys is gone.
+// Others take records meanwhile, and when it is back what it says counts.
+func TestClusterMetaAway(t *testing.T) {
+	t.Parallel()
+	r := limited(t)
+	r.Config["cluster-require-full-coverage"], r.Config["cluster-replica-no-failover"] = "no", "yes"
+	g := redistest.StartCluster(t, 3, failTimeout, r)
+	o := as(t, fast(g.Addr()))
+	o.Topology, o.Shards, o.ProbeInterval = Cluster, 16, 20*time.Millisecond
+	away := slot("edr:meta") * 3 / Slots
+	for i := 0; ; i++ {
+		o.AgentID = fmt.Sprintf("agent-%d", i)
+		if slot(Tag(Shard(o.AgentID, o.Shards), o.Shards))*3/Slots != away {
+			break
+		}
+	}
+	g.Masters[away].Kill9()
+	g.Replicas[away].Kill9()
+	q := newMemQueue()
+	s := start(t, o, q)
+	s.eventually(t, q.add(10, buffer.Events, false))
+	if st := s.reaches(t, Connected, ClassNone); st.Acked != 10 {
+		t.Errorf("state %+v", st)
+	}
+	g.Masters[away].Restart()
+	c := g.Masters[away].Client()
+	defer c.Close()
+	awaitLong(t, text("the node to take a value"), func() bool { return c.HSet(t.Context(), "edr:meta", "shards", "8").Err() == nil })
+	awaitLong(t, lazy(func() string { return fmt.Sprintf("the refusal, state %+v", s.State()) }), func() bool {
+		st := s.State()
+		return st.Phase == Held && strings.Contains(st.Error, `edr:meta says shards "8", this sensor has 16`)
+	})
+}
+
 // TestTopologyMismatch: a Sender that was told the wrong thing about the servers says
 // so, keeps everything, and goes on when they are as it was told.
 func TestTopologyMismatch(t *testing.T) {

@@ -6,6 +6,7 @@ import (
 	"context"
 	"encoding/binary"
 	"encoding/json"
+	"path/filepath"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -64,6 +65,62 @@ func TestEmptyWaitsForARecord(t *testing.T) {
 				t.Errorf("all %t, %v, %d read; want %t, %d", all, err, s.Discarded(), tt.all, tt.read)
 			}
 		})
+	}
+}
+
+// TestRootFilesBeforeAnExec reads the rings when a process has changed a file, become another
+// program and ended: the changes are those of the program that it was.
+func TestRootFilesBeforeAnExec(t *testing.T) {
+	ctx := logging.Into(t.Context(), zap.NewNop())
+	a := startActor(t)
+	k := watchFiles(t, a, FileOptions{}, "", event.FileCreate, event.FileModify)
+	sink := &flushSink{}
+	s := newWorker(prometheus.NewPedanticRegistry(), sink)
+	o := newObserver(t, k)
+	s.in.priority, s.o.Enricher = o.ring, o.enr
+	bulk, err := openRing(k.bulk)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer bulk.close()
+	s.in.bulk = bulk
+	s.hooks.Store(new([event.Kinds]string))
+
+	file := filepath.Join(real(t, t.TempDir()), "f")
+	a.must(request{Op: "run", Path: "/bin/sh", Args: []string{"-c", `echo x > "$1"; exec /bin/sleep 0`, "sh", file}})
+	for {
+		n, err := s.poll(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if n == 0 {
+			break
+		}
+	}
+	seen := 0
+	for _, rec := range sink.batch {
+		var d struct {
+			File  struct{ Path string }
+			Actor struct {
+				Process struct {
+					Line string `json:"cmd_line"`
+					File struct{ Path string }
+				}
+			}
+		}
+		if err := json.Unmarshal([]byte(rec), &d); err != nil {
+			t.Fatal(err)
+		}
+		if d.File.Path != file {
+			continue
+		}
+		seen++
+		if p := d.Actor.Process; p.File.Path != real(t, "/bin/sh") || !strings.HasPrefix(p.Line, "/bin/sh -c ") {
+			t.Errorf("by %s: %s", p.File.Path, rec)
+		}
+	}
+	if seen < 2 {
+		t.Errorf("%d records of the file, want its creation and the write", seen)
 	}
 }
 

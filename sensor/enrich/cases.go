@@ -225,7 +225,9 @@ func isFile(k event.Kind) bool { return k >= event.FileCreate && k < event.Lifec
 func (e *Enricher) covers(p *entry) caseSet {
 	if p.caseAsOf != e.cases.generation {
 		p.caseAsOf, p.alike = e.cases.generation, e.cases.matching(&p.Process)
-		e.deepen(p)
+		if p.in != nil { // the kernel is not told of what it ran before
+			e.deepen(p)
+		}
 	}
 	return p.member | p.alike
 }

@@ -110,6 +110,30 @@ func TestCaseOfASubtree(t *testing.T) {
 	want(t, h.connect(again), "d")
 }
 
+// TestCaseOfAPathLate: an early event of a process belongs to the cases of what it ran then,
+// and does not have the kernel collect for them any more.
+func TestCaseOfAPathLate(t *testing.T) {
+	h := newHost(t, nil)
+	f := h.family()
+	early := h.at(event.FileCreate, f.child)
+	h.exec(f.child, f.root, "/opt/new")
+	list := []*event.Case{
+		{ID: "old", Deep: true, Scope: event.CaseScope{Kind: event.CasePath, Text: "/bin/bash"}},
+		{ID: "new", Scope: event.CaseScope{Kind: event.CasePath, Text: "/opt/new"}},
+		{ID: "child", Scope: scopeOf(event.CaseProcess, f.child)},
+	}
+	h.SetCases(list, func(pid uint32, d Deep) {
+		if pid == f.child.PID {
+			t.Errorf("the kernel is to collect %d of what runs another program", d)
+		}
+	})
+	want(t, h.apply(early), "old", "child")
+	want(t, h.connect(f.child), "new", "child")
+	h.SetCases(nil, nil)
+	early.Cases = nil
+	want(t, h.apply(early))
+}
+
 // TestCaseBeforeItsProcesses has a case of an earlier run, and a snapshot that shows
 // children before their parents.
 func TestCaseBeforeItsProcesses(t *testing.T) {

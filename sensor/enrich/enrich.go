@@ -192,19 +192,19 @@ func (e *Enricher) Apply(ev *event.Event) {
 	case event.Exit:
 		subject = e.exit(ev)
 	case event.TCPConnect, event.TCPConnectFailed, event.TCPAccept, event.TCPListen, event.TCPClose:
-		subject = e.actor(ev.Actor)
+		subject = e.actor(ev.Actor, ev.KTime)
 		if c := ev.TCP.Closer; c != ev.Actor {
-			creator = e.actor(c)
+			creator = e.actor(c, ev.KTime)
 			ev.Creator = process(creator)
 		}
 	case event.Signal, event.Ptrace:
-		subject, creator = e.actor(ev.Tamper.Target), e.actor(ev.Actor)
+		subject, creator = e.actor(ev.Tamper.Target, ev.KTime), e.actor(ev.Actor, ev.KTime)
 		if creator != nil && creator.Comm == "" {
 			creator.Comm = e.strings.string(ev.Tamper.Comm)
 		}
 		ev.Creator = process(creator)
 	default: // changes of the file system
-		subject = e.actor(ev.Actor)
+		subject = e.actor(ev.Actor, ev.KTime)
 		e.nameOwners(&ev.File, ev.KTime)
 	}
 	if len(e.cases.order) > 0 {
@@ -217,7 +217,7 @@ func (e *Enricher) Apply(ev *event.Event) {
 		subject.SHA256, subject.HashNote, subject.job = subject.job.sum, subject.job.note, nil
 	}
 	ev.Subject = &subject.Process
-	ev.Ancestors = e.ancestors(subject)
+	ev.Ancestors = e.ancestors(subject, ev.KTime)
 	if len(ev.Ancestors) > 0 {
 		ev.Parent = ev.Ancestors[0]
 	}
@@ -230,14 +230,15 @@ func process(e *entry) *event.Process {
 	return &e.Process
 }
 
-// actor returns the process that an event names. One that was not seen to start
-// is entered with what /proc knows of it.
-func (e *Enricher) actor(key event.ProcessKey) *entry {
+// actor returns the process that an event names, as it was at its time: an exec that came
+// after it may have been applied, since they come through different rings. One that was not
+// seen to start is entered with what /proc knows of it.
+func (e *Enricher) actor(key event.ProcessKey, ktime uint64) *entry {
 	if key.PID == 0 {
 		return nil
 	}
 	if p := e.table.use(key); p != nil {
-		return p
+		return p.at(ktime)
 	}
 	e.metrics.partial.Inc()
 	if p := e.lookUp(key); p != nil {
@@ -316,20 +317,21 @@ func (e *Enricher) exec(ev *event.Event) *entry {
 	x := &ev.Exec
 	p := e.table.use(ev.Actor)
 	if p == nil {
-		p = e.table.add(event.Process{Key: ev.Actor})
+		p = e.table.add(event.Process{Key: ev.Actor, LoginUID: event.Unset, SessionID: event.Unset, Partial: true})
 	}
-	// A snapshot may know more than an exec that was in the ring before it: then
-	// the path here is not the one that this exec replaced.
-	if ev.Kind == event.Exec && p.asOf <= ev.KTime {
-		x.OldPath = p.Path
-	}
-	p.asOf = max(p.asOf, ev.KTime)
-	p.Partial, p.unlearned = false, false
 	e.parent(p, x.Parent)
 	if p.NSPID != x.NSPID || p.NS.PID != x.NS.PID || p.CPID == "" {
 		p.NSPID, p.NS.PID = x.NSPID, x.NS.PID
 		e.identify(&p.Process)
 	}
+	// A snapshot may know more than an exec that was in the ring before it: then
+	// what is here is not what this exec replaced.
+	if ev.Kind == event.Exec && p.asOf <= ev.KTime {
+		x.OldPath = p.Path
+		p.keep()
+	}
+	p.asOf = max(p.asOf, ev.KTime)
+	p.Partial, p.unlearned = false, false
 	p.caseAsOf = 0 // another image, perhaps another user
 	p.Comm, p.TTY = e.strings.string(x.Comm), e.strings.string(x.TTY)
 	p.Path, p.CWD = e.strings.string(x.ExePath), e.strings.string(x.CWD)
@@ -400,7 +402,7 @@ func (e *Enricher) parent(p *entry, key event.ProcessKey) {
 }
 
 func (e *Enricher) fork(ev *event.Event) (child, parent *entry) {
-	parent = e.actor(ev.Actor)
+	parent = e.actor(ev.Actor, ev.KTime)
 	ev.Creator = process(parent)
 	f := &ev.Fork
 	if child := e.table.use(f.Child); child != nil {
@@ -461,14 +463,15 @@ func (e *Enricher) exit(ev *event.Event) *entry {
 	return p
 }
 
-// ancestors returns the known ancestors, parent first.
-func (e *Enricher) ancestors(p *entry) []*event.Process {
+// ancestors returns the known ancestors as they were at a kernel time, parent first.
+func (e *Enricher) ancestors(p *entry, ktime uint64) []*event.Process {
 	n := 0
 	for key := p.Parent; n < maxAncestors && key.PID != 0; n++ {
 		a := e.table.use(key)
-		if a == nil || a == p {
+		if a == nil || key == p.Key {
 			break
 		}
+		a = a.at(ktime)
 		e.chain[n], key = &a.Process, a.Parent
 	}
 	return e.chain[:n:n]

@@ -397,6 +397,72 @@ func TestUnlearn(t *testing.T) {
 	}
 }
 
+// TestApplyLate has events come after execs that they preceded, as files and connections do:
+// they are told of the program of then.
+func TestApplyLate(t *testing.T) {
+	h := newHost(t, nil)
+	dir := t.TempDir()
+	actor, unknown := key(10, 5*tick), key(20, 6*tick)
+	exec := func(name, content string, uid uint32) *event.Event {
+		path := filepath.Join(dir, name)
+		writeFile(t, path, content)
+		ev := h.execEvent(actor, event.ProcessKey{}, path)
+		ev.Exec.Exe, ev.Exec.Cred = fileAt(t, path), event.Cred{UID: uid, GID: uid}
+		return ev
+	}
+	first := exec("first", "one", 1000)
+	child, _ := key(11, 7*tick), h.at(event.Fork, actor)
+	early, ofChild := h.at(event.FileCreate, actor), h.at(event.FileCreate, child)
+	before := h.at(event.TCPConnect, unknown)
+	second := exec("second", "two", 33)
+	with, between := h.at(event.FileCreate, actor), h.at(event.FileCreate, actor)
+	with.KTime = second.KTime
+	third := exec("third", "three", 0)
+
+	h.apply(first)
+	forked := h.at(event.Fork, actor)
+	forked.KTime, forked.Fork = early.KTime, event.ForkInfo{Child: child, CgroupID: 5, NSPID: 11, PIDNS: initialPIDNamespace, Comm: []byte("first")}
+	h.apply(forked)
+	h.apply(second)
+	check := func(ev *event.Event, name, content, user string) {
+		t.Helper()
+		p := h.apply(ev).Subject
+		if p.Key != actor || p.Path != filepath.Join(dir, name) || p.CmdLine != name || p.SHA256 != sha(content) || p.User != user || p.CPID == "" {
+			t.Errorf("at %d: %+v, want that of %s", ev.KTime, p, name)
+		}
+	}
+	check(early, "first", "one", "alice")
+	check(between, "second", "two", "www-data")
+	check(with, "second", "two", "www-data")
+	if p := h.apply(ofChild).Parent; p == nil || p.CmdLine != "first" {
+		t.Errorf("parent of an early event: %+v", p)
+	}
+	if allocs := testing.AllocsPerRun(100, func() { h.Apply(early) }); allocs > 0 {
+		t.Errorf("an early event costs %v allocations", allocs)
+	}
+	h.apply(third)
+	check(early, "second", "two", "www-data") // no further back than the last exec
+	check(between, "second", "two", "www-data")
+	check(h.at(event.FileCreate, actor), "third", "three", "root")
+
+	// Its end does not take that away, being no more than an ancestor does.
+	h.exit(actor, event.ProcessKey{})
+	check(between, "second", "two", "www-data")
+	if !between.Subject.Exited {
+		t.Error("it is not known to have ended")
+	}
+	h.now += uint64(time.Hour)
+	h.connect(child)
+	if p := h.table.byKey[actor]; p == nil || p.before != nil {
+		t.Errorf("past its grace time: %+v", p)
+	}
+
+	h.exec(unknown, event.ProcessKey{}, "/bin/x")
+	if p := h.apply(before).Subject; p.Key != unknown || p.Path != "" || p.CPID == "" || !p.Partial || p.LoginUID != event.Unset {
+		t.Errorf("before the first exec that was seen: %+v", p)
+	}
+}
+
 func TestApplyTCP(t *testing.T) {
 	h := newHost(t, nil)
 	server, other := key(10, 5*tick), key(11, 6*tick)

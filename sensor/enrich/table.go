@@ -37,6 +37,7 @@ type table struct {
 type entry struct {
 	event.Process
 	asOf     uint64   // kernel time of the newest exec or snapshot applied
+	before   *entry   // as it was before the newest exec, in no list; nil if unknown
 	job      *hashJob // of HashNote "pending"
 	member   caseSet  // cases it is in by birth
 	alike    caseSet  // cases that its attributes match, as of caseAsOf
@@ -52,6 +53,27 @@ type entry struct {
 
 	in         *order
 	prev, next *entry
+}
+
+// keep remembers what the process is, for events from before the exec that is to be applied.
+func (p *entry) keep() {
+	b := p.before
+	if b == nil {
+		b = new(entry)
+	}
+	*b = *p
+	b.before, b.in, b.prev, b.next = nil, nil, nil, nil
+	p.before = b
+}
+
+// at returns the process as it was at a kernel time, as far as that is remembered.
+func (p *entry) at(ktime uint64) *entry {
+	if ktime >= p.asOf || p.before == nil {
+		return p
+	}
+	b := p.before
+	b.Parent, b.Exited, b.ExitTime, b.member = p.Parent, p.Exited, p.ExitTime, p.member // no exec changes these
+	return b
 }
 
 // tableMin is enough for one event: the processes it names must not push each
@@ -173,6 +195,7 @@ func (t *table) retire(e *entry) (held bool) {
 		return false
 	}
 	t.exited.remove(e)
+	e.before = nil
 	t.held.pushBack(e)
 	return true
 }

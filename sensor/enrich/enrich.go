@@ -241,18 +241,22 @@ func (e *Enricher) actor(key event.ProcessKey, ktime uint64) *entry {
 		return p.at(ktime)
 	}
 	e.metrics.partial.Inc()
-	if p := e.lookUp(key); p != nil {
-		return p
+	p, gone := e.lookUp(key)
+	if p == nil {
+		p = e.table.add(event.Process{Key: key, LoginUID: event.Unset, SessionID: event.Unset, Partial: true})
 	}
-	return e.table.add(event.Process{Key: key, LoginUID: event.Unset, SessionID: event.Unset, Partial: true})
+	if gone {
+		e.table.exit(p, ktime) // its exit was told long ago, or is about to be
+	}
+	return p
 }
 
-// lookUp enters a process with what /proc knows of it, if it is still there.
-func (e *Enricher) lookUp(key event.ProcessKey) *entry {
+// lookUp enters a process with what /proc knows of it, unless it is gone or not to be looked up.
+func (e *Enricher) lookUp(key event.ProcessKey) (_ *entry, gone bool) {
 	if e.sparse.Load() && !e.ofOwn {
 		e.metrics.shed.Inc()
 		e.unfound.Add(1)
-		return nil
+		return nil, false
 	}
 	p := event.Process{Key: key}
 	if !e.proc.fill(&p, !e.scoped, func(pid uint32, ticks uint64) event.ProcessKey {
@@ -261,7 +265,7 @@ func (e *Enricher) lookUp(key event.ProcessKey) *entry {
 		}
 		return event.ProcessKey{}
 	}) {
-		return nil
+		return nil, true
 	}
 	e.identify(&p)
 	e.nameUsers(&p, e.table.now)
@@ -276,7 +280,7 @@ func (e *Enricher) lookUp(key event.ProcessKey) *entry {
 	}
 	added := e.table.add(p)
 	added.job = job
-	return added
+	return added, false
 }
 
 func (e *Enricher) nameUsers(p *event.Process, ktime uint64) {
@@ -395,8 +399,10 @@ func (e *Enricher) parent(p *entry, key event.ProcessKey) {
 	if old := e.table.byKey[p.Parent]; old != nil && old.Exited {
 		return
 	}
-	if key.PID != 0 && e.table.use(key) == nil && e.lookUp(key) != nil {
-		e.metrics.partial.Inc()
+	if key.PID != 0 && e.table.use(key) == nil {
+		if p, _ := e.lookUp(key); p != nil {
+			e.metrics.partial.Inc()
+		}
 	}
 	e.table.adopt(p, key)
 }

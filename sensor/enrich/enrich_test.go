@@ -674,6 +674,37 @@ func TestTableIsBounded(t *testing.T) {
 	metricstest.Moved(t, before, metricstest.Gather(t, reg), "enrich_evicted_total", "enrich_processes", "enrich_partial_processes_total")
 }
 
+// TestLateEventsOfTheGone: processes that ended before the table forgot them, and are met once
+// more, as when a connection of theirs closes late, do not take the room of what is needed.
+func TestLateEventsOfTheGone(t *testing.T) {
+	h := newHost(t, func(o *Options) { o.TableSize = tableMin })
+	shell := key(10, 5*tick)
+	h.exec(shell, event.ProcessKey{}, "/bin/bash")
+	daemon, _ := h.fork(shell, 11)
+	h.exit(shell, event.ProcessKey{})
+	h.now += uint64(2 * time.Minute)
+	for i := range uint32(200) {
+		ev := h.at(event.TCPClose, key(1000+i, tick))
+		ev.TCP.Closer = ev.Actor
+		if p := h.apply(ev).Subject; p == nil || p.Key != ev.Actor || !p.Partial || !p.Exited || p.ExitTime != ev.KTime {
+			t.Fatalf("the process of a late close: %+v", p)
+		}
+	}
+	if p := h.connect(daemon).Parent; p == nil || p.Path != "/bin/bash" {
+		t.Errorf("the parent of a running process was given up for processes that are gone: %+v", p)
+	}
+	h.now += uint64(2 * time.Minute)
+	if h.connect(daemon); h.table.len() != 2 {
+		t.Errorf("%d processes are left, want the daemon and its parent", h.table.len())
+	}
+
+	// Whether a process that is not looked up runs is not known.
+	h.Shed(false, true)
+	if p := h.connect(key(2000, tick)).Subject; p == nil || p.Exited {
+		t.Errorf("a process that was not looked up: %+v", p)
+	}
+}
+
 func TestMetrics(t *testing.T) {
 	reg := prometheus.NewPedanticRegistry()
 	newMetrics(reg)

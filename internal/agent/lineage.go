@@ -16,6 +16,7 @@ import (
 	"syscall"
 
 	"go.uber.org/zap"
+	"golang.org/x/sys/unix"
 
 	"github.com/aurorasoc/edr-sensor/internal/durable"
 	"github.com/aurorasoc/edr-sensor/internal/logging"
@@ -105,7 +106,16 @@ func (a *Agent) settle(ctx context.Context, root string) error {
 	}
 	now.Processes = l.Processes
 	a.lineage = now
-	if err := now.save(stateDir); err != nil {
+	if now.Machine == l.Machine && now.Directory == l.Directory {
+		return nil
+	}
+	err := now.save(stateDir)
+	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
+		// A full disk keeps nobody from starting: with the old file the next start moves once more.
+		logging.From(ctx).Error("what tells this installation from a copy is not kept", zap.Error(err))
+		return nil
+	}
+	if err != nil {
 		return fmt.Errorf("agent.state_dir: %w", err)
 	}
 	return nil

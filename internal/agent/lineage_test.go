@@ -5,13 +5,19 @@ package agent
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
 
+	"go.uber.org/zap"
+	"go.uber.org/zap/zaptest/observer"
+	"golang.org/x/sys/unix"
+
 	"github.com/aurorasoc/edr-sensor/buffer"
+	"github.com/aurorasoc/edr-sensor/internal/logging"
 	"github.com/aurorasoc/edr-sensor/sensor/event"
 	"github.com/aurorasoc/edr-sensor/sensor/ocsf"
 )
@@ -124,6 +130,81 @@ func TestLineage(t *testing.T) {
 	a = open("configured")
 	if p := end(a); p != restored || a.moved != nil {
 		t.Errorf("with a file that says nothing: %v, want %v", p, restored)
+	}
+}
+
+// full mounts a file system for a state directory. The result takes all of its space.
+func full(t *testing.T) (dir string, fill func()) {
+	t.Helper()
+	dir = t.TempDir()
+	if err := unix.Mount("edr-test", dir, "tmpfs", 0, "size=64k"); err != nil {
+		if errors.Is(err, unix.EPERM) {
+			t.Skip("mount:", err)
+		}
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := unix.Unmount(dir, 0); err != nil {
+			t.Error(err)
+		}
+	})
+	return dir, func() {
+		t.Helper()
+		if err := os.WriteFile(filepath.Join(dir, "ballast"), make([]byte, 1<<20), 0o600); !errors.Is(err, unix.ENOSPC) {
+			t.Fatal("not full:", err)
+		}
+	}
+}
+
+// TestFullDiskStartsAgain: what settle cannot write keeps the sensor from nothing, and
+// what it did not write down it finds out again.
+func TestFullDiskStartsAgain(t *testing.T) {
+	root := t.TempDir()
+	machine := func(id string) {
+		t.Helper()
+		if err := errors.Join(os.MkdirAll(filepath.Join(root, "etc"), 0o755), os.WriteFile(filepath.Join(root, "etc/machine-id"), []byte(id), 0o600)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	state, fill := full(t)
+	queue, err := buffer.Open(t.Context(), buffer.Options{Dir: filepath.Join(t.TempDir(), "buffer"), Cap: 16 << 20})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer queue.Close(context.Background())
+	start := func() (*Agent, *observer.ObservedLogs) {
+		t.Helper()
+		a := &Agent{queue: queue}
+		a.cfg.Agent.StateDir = state
+		var err error
+		if a.identity.ID, err = agentID("", state); err != nil {
+			t.Fatal(err)
+		}
+		core, logs := observer.New(zap.ErrorLevel)
+		if err := a.settle(logging.Into(t.Context(), zap.New(core)), root); err != nil {
+			t.Fatal(err)
+		}
+		return a, logs
+	}
+	machine("one")
+	start()
+	fill()
+	if a, logs := start(); a.moved != nil || logs.Len() > 0 {
+		t.Errorf("as it was: moved %v, %v", a.moved, logs.All())
+	}
+	machine("two")
+	first, logs := start()
+	if first.moved == nil || logs.FilterMessageSnippet("is not kept").Len() != 1 {
+		t.Errorf("cloned: moved %v, %v", first.moved, logs.All())
+	}
+	if err := os.Remove(filepath.Join(state, "ballast")); err != nil {
+		t.Fatal(err)
+	}
+	if a, logs := start(); a.moved == nil || a.identity.ID == first.identity.ID || logs.Len() > 0 {
+		t.Errorf("with room: moved %v, %v", a.moved, logs.All())
+	}
+	if a, _ := start(); a.moved != nil {
+		t.Errorf("at last: moved %v", a.moved)
 	}
 }
 

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"maps"
 	"net/http"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -35,16 +36,19 @@ type caseKeeper struct {
 	now      func() time.Time
 	gauge    prometheus.Gauge
 	rejects  *logging.Limiter
+	lines    *logging.Limiter
 
 	roots atomic.Pointer[map[*event.Case][]event.ProcessKey] // from the worker, the newest
+	shown atomic.Pointer[[]cases.Case]                       // what is open, for those who must not wait for mu
 
-	mu  sync.Mutex
-	set *cases.Set
+	mu   sync.Mutex // held for as long as the disk takes
+	set  *cases.Set
+	keep func() error // writes the set's file
 }
 
 func newCaseKeeper(reg prometheus.Registerer, set *cases.Set, r cases.Resolver, apply func([]*event.Case) <-chan []int, decide func(context.Context, event.SelfInfo)) *caseKeeper {
 	k := &caseKeeper{
-		resolver: r, apply: apply, decide: decide, now: time.Now, set: set, rejects: logging.NewLimiter(time.Second),
+		resolver: r, apply: apply, decide: decide, now: time.Now, set: set, keep: set.Save, rejects: logging.NewLimiter(time.Second), lines: logging.NewLimiter(time.Minute),
 		gauge: promauto.With(reg).NewGauge(prometheus.GaugeOpts{
 			Name: "cases_open",
 			Help: "Cases that are open. If it stays high, somebody forgot to close what was investigated: edr-sensor case list says who and until when.",
@@ -58,6 +62,8 @@ func newCaseKeeper(reg prometheus.Registerer, set *cases.Set, r cases.Resolver, 
 // each of them covers.
 func (k *caseKeeper) update() <-chan []int {
 	k.gauge.Set(float64(k.set.Len()))
+	list := k.set.List()
+	k.shown.Store(&list)
 	return k.apply(k.set.Events())
 }
 
@@ -166,27 +172,30 @@ func (k *caseKeeper) close(ctx context.Context, p peer, r CaseClose) (cases.Case
 	return c, nil
 }
 
-// expire ends the cases whose time is over. It never waits: what another call keeps
-// from being ended now is ended at the next, and the end is made known when the worker
-// has answered. Until then, or until ctx ends, no other call gets in between.
+// expire ends the cases whose time is over, and writes the file if that is stale. It never
+// waits, neither for the worker nor for the disk: what another call keeps from being ended
+// now is ended at the next, and the end is made known when the worker has answered, or ctx
+// ends. Until all is done no other call gets in between.
 func (k *caseKeeper) expire(ctx context.Context) {
 	if !k.mu.TryLock() {
 		return
 	}
-	k.keepRoots(ctx)
-	over, err := k.set.Expire(k.now())
-	if len(over) == 0 {
+	k.takeRoots()
+	over := k.set.Expire(k.now())
+	if !k.set.Stale() {
 		k.mu.Unlock()
 		return
 	}
 	go func() {
 		defer k.mu.Unlock()
-		last := k.settled(ctx)
-		for _, c := range over {
-			c.Recount(last)
-			k.ended(ctx, c, c.UserID, "CASE_EXPIRED", "Case Expired", "expired", nil)
+		if len(over) > 0 {
+			last := k.settled(ctx)
+			for _, c := range over {
+				c.Recount(last)
+				k.ended(ctx, c, c.UserID, "CASE_EXPIRED", "Case Expired", "expired", nil)
+			}
 		}
-		k.unwritten(ctx, err)
+		k.unwritten(ctx, k.keep())
 	}()
 }
 
@@ -267,35 +276,38 @@ func (k *caseKeeper) reject(ctx context.Context, p peer, id, by string, err erro
 // unwritten tells that a restart might find other cases open than are.
 func (k *caseKeeper) unwritten(ctx context.Context, err error) {
 	if err != nil {
-		logging.From(ctx).Error("keep the set of open cases", zap.Error(err))
+		k.lines.Log(ctx, zap.ErrorLevel, "keep", "keep the set of open cases", zap.Error(err)) // tried again each second
 	}
 }
 
 // setRoots takes what the worker tells of subtrees, without waiting.
 func (k *caseKeeper) setRoots(all map[*event.Case][]event.ProcessKey) { k.roots.Store(&all) }
 
-func (k *caseKeeper) keepRoots(ctx context.Context) {
+func (k *caseKeeper) takeRoots() {
 	if all := k.roots.Swap(nil); all != nil {
-		k.unwritten(ctx, k.set.SetRoots(*all))
+		k.set.SetRoots(*all)
 	}
 }
 
 // save keeps how many events were tagged, and what belongs to subtrees. Nothing is
 // tagged any more.
-func (k *caseKeeper) save(ctx context.Context) error {
+func (k *caseKeeper) save(context.Context) error {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	k.keepRoots(ctx)
-	if k.set.Len() == 0 {
+	k.takeRoots()
+	if k.set.Len() == 0 && !k.set.Stale() {
 		return nil
 	}
 	return k.set.End()
 }
 
+// list returns the open cases without waiting.
 func (k *caseKeeper) list() []cases.Case {
-	k.mu.Lock()
-	defer k.mu.Unlock()
-	return k.set.List()
+	list := slices.Clone(*k.shown.Load())
+	for i := range list {
+		list[i].Recount(true)
+	}
+	return list
 }
 
 // caseAttrs is the evidence about a case.

@@ -306,6 +306,39 @@ func TestEndOfACaseCountsWhatIsStillTagged(t *testing.T) {
 	}
 }
 
+// TestStalledDiskHoldsUpNobody: while the file of the cases cannot be written, what is due
+// is ended in time, and the open cases can be asked for.
+func TestStalledDiskHoldsUpNobody(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		d := newDesk(t, t.TempDir(), "boot")
+		for id, ttl := range map[string]string{"short": "1m", "long": "1h"} {
+			if _, err := d.open(t.Context(), peer{}, CaseRequest{ID: id, Scope: CaseScope{"path", "/opt"}, TTL: ttl}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		stalled, write := make(chan struct{}), d.keep
+		d.keep = func() error { <-stalled; return write() }
+		pass(time.Minute)
+		for range 3 {
+			d.expire(t.Context())
+			synctest.Wait()
+			if list := d.caseKeeper.list(); len(list) != 1 || list[0].ID != "long" || d.codes()[2] != "CASE_EXPIRED short" {
+				t.Errorf("%+v, %v", list, d.codes())
+			}
+		}
+		live := d.applied[0]
+		live.Tagged.Add(5)
+		if list := d.caseKeeper.list(); list[0].Tagged != 5 {
+			t.Errorf("%+v", list)
+		}
+		close(stalled)
+		synctest.Wait()
+		if again, ended, _ := cases.Load(d.dir, "boot", d.now()); again.Len() != 1 || len(ended) > 0 {
+			t.Errorf("%d are kept, %v ended", again.Len(), ended)
+		}
+	})
+}
+
 // FuzzCaseRequest has a request be anything: what is opened can be listed, kept and
 // closed, and its ids are ids.
 func FuzzCaseRequest(f *testing.F) {

@@ -104,7 +104,11 @@ type Set struct {
 	path   string
 	bootID string
 	open   []*Case
+	stale  bool
 }
+
+// Stale reports whether the file has to be written again, with Save or End.
+func (s *Set) Stale() bool { return s.stale }
 
 // Open adds a case that begins now, once it is in the file. Its Opened and Until must
 // be set; nothing is changed on an error.
@@ -152,10 +156,11 @@ func (s *Set) Close(id string) (Case, error) {
 	return c, s.Save()
 }
 
-// Expire takes out the cases whose time is over, as Close does.
-func (s *Set) Expire(now time.Time) (over []Case, err error) {
+// Expire takes out the cases whose time is over; Recount when the worker knows. It
+// leaves the file stale.
+func (s *Set) Expire(now time.Time) (over []Case) {
 	if !slices.ContainsFunc(s.open, func(c *Case) bool { return c.over(now) }) {
-		return nil, nil
+		return nil
 	}
 	var left []*Case
 	for _, c := range s.open {
@@ -165,16 +170,15 @@ func (s *Set) Expire(now time.Time) (over []Case, err error) {
 			left = append(left, c)
 		}
 	}
-	s.open = left
-	return over, s.Save()
+	s.open, s.stale = left, true
+	return over
 }
 
 func (c *Case) over(now time.Time) bool { return !now.Before(c.Until) }
 
 // SetRoots keeps by which processes the cases of subtrees are found again in the next
-// run. The file is written when something changed.
-func (s *Set) SetRoots(all map[*event.Case][]event.ProcessKey) error {
-	changed := false
+// run. It leaves the file stale when something changed.
+func (s *Set) SetRoots(all map[*event.Case][]event.ProcessKey) {
 	for _, c := range s.open {
 		keys, ok := all[c.live]
 		if !ok {
@@ -185,13 +189,9 @@ func (s *Set) SetRoots(all map[*event.Case][]event.ProcessKey) error {
 			roots = append(roots, Root{k.PID, k.StartTime})
 		}
 		if !slices.Equal(roots, c.Roots) {
-			c.Roots, changed = roots, true
+			c.Roots, s.stale = roots, true
 		}
 	}
-	if !changed {
-		return nil
-	}
-	return s.Save()
 }
 
 // List returns the open cases, the oldest first.

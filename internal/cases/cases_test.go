@@ -59,8 +59,13 @@ func TestSetSurvivesARestart(t *testing.T) {
 		t.Fatal(c, err)
 	}
 	orphan := event.ProcessKey{PID: 12, StartTime: 34}
-	if err := s.SetRoots(map[*event.Case][]event.ProcessKey{s.Events()[0]: {orphan}, {}: {orphan}}); err != nil {
-		t.Fatal(err)
+	for _, changed := range []bool{true, false} {
+		if s.SetRoots(map[*event.Case][]event.ProcessKey{s.Events()[0]: {orphan}, {}: {orphan}}); s.Stale() != changed {
+			t.Errorf("stale %t, want %t", s.Stale(), changed)
+		}
+		if err := s.Save(); err != nil {
+			t.Fatal(err)
+		}
 	}
 	// What a killed sensor has written is not all that it knew.
 	if killed, _ := load(t, dir, bootID, start()); !killed.List()[1].AtLeast {
@@ -128,12 +133,15 @@ func TestSetExpires(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if over, err := s.Expire(start().Add(time.Hour - 1)); len(over) > 0 || err != nil {
-		t.Errorf("too early: %v, %v", over, err)
+	if over := s.Expire(start().Add(time.Hour - 1)); len(over) > 0 || s.Stale() {
+		t.Errorf("too early: %v", over)
 	}
-	over, err := s.Expire(start().Add(time.Hour))
-	if diff := cmp.Diff([]string{"short"}, ids(over)); diff != "" || err != nil {
-		t.Errorf("%v (-want +got):\n%s", err, diff)
+	over := s.Expire(start().Add(time.Hour))
+	if diff := cmp.Diff([]string{"short"}, ids(over)); diff != "" || !s.Stale() {
+		t.Errorf("stale %t (-want +got):\n%s", s.Stale(), diff)
+	}
+	if err := s.Save(); err != nil || s.Stale() {
+		t.Errorf("%v, stale %t", err, s.Stale())
 	}
 	again, ended := load(t, dir, bootID, start().Add(3*time.Hour))
 	if len(ended) != 1 || ended[0].ID != "long" || !ended[0].Expired || again.Len() != 0 {

@@ -135,7 +135,9 @@ func (s *Set) write(ended bool) error {
 	if err != nil {
 		return err
 	}
-	if err := durable.WriteFile(s.path, append(b, '\n')); err != nil {
+	err = durable.WriteFile(s.path, append(b, '\n'))
+	s.stale = err != nil
+	if err != nil {
 		return fmt.Errorf("%w: write %s: %w", ErrFile, s.path, err)
 	}
 	return nil

@@ -216,6 +216,56 @@ func TestOpenNeedsTheFile(t *testing.T) {
 	}
 }
 
+// TestLoadOnAFullDisk: a file that is good and cannot be written is not damaged. Its cases
+// are open, its numbers are not taken for exact, and it is written once there is room.
+func TestLoadOnAFullDisk(t *testing.T) {
+	dir := t.TempDir()
+	if err := syscall.Mount("edr-test", dir, "tmpfs", 0, "size=64k"); errors.Is(err, syscall.EPERM) {
+		t.Skip("mount:", err)
+	} else if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := syscall.Unmount(dir, 0); err != nil {
+			t.Error(err)
+		}
+	})
+	s, _ := load(t, dir, bootID, start())
+	for _, id := range []string{"short", "long"} {
+		c := newCase(id)
+		if id == "long" {
+			c.Until = start().Add(3 * time.Hour)
+		}
+		if err := s.Open(c); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := s.End(); err != nil {
+		t.Fatal(err)
+	}
+	ballast := filepath.Join(dir, "ballast")
+	if err := os.WriteFile(ballast, make([]byte, 1<<20), 0o600); !errors.Is(err, syscall.ENOSPC) {
+		t.Fatal("not full:", err)
+	}
+	later := start().Add(2 * time.Hour)
+	for _, atLeast := range []bool{false, true} { // the second time after a run that was killed
+		s, ended := load(t, dir, bootID, later)
+		if len(ended) != 1 || ended[0].ID != "short" || ended[0].AtLeast != atLeast {
+			t.Errorf("ended: %+v", ended)
+		}
+		if list := s.List(); len(list) != 1 || list[0].AtLeast != atLeast || !s.Stale() {
+			t.Errorf("open: %+v, stale %t", list, s.Stale())
+		}
+	}
+	s, _ = load(t, dir, bootID, later)
+	if err := errors.Join(os.Remove(ballast), s.Save()); err != nil {
+		t.Fatal(err)
+	}
+	if again, ended := load(t, dir, bootID, later); again.Len() != 1 || len(ended) > 0 || again.Stale() {
+		t.Errorf("with room: %d open, %v ended", again.Len(), ended)
+	}
+}
+
 func TestDamagedFileIsSetAside(t *testing.T) {
 	good := `{"case_id":"a","scope":{"kind":"path","value":"/x"},"collect":"normal","opened":"2026-11-23T15:00:00Z","until":"2026-11-23T16:00:00Z","tagged":0}`
 	for _, tt := range []struct{ name, content, want string }{

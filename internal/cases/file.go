@@ -38,7 +38,8 @@ type Ended struct {
 
 // Load reads the cases that were open when the sensor last ran. A file that is damaged,
 // or of a version that is not known, is set aside: damage tells why and where it is
-// now. The Set is always good.
+// now. The Set is always good. It is stale where the file cannot be written: the next
+// run then finds the same in it again, ended cases included.
 func Load(dir, bootID string, now time.Time) (s *Set, ended []Ended, damage error) {
 	s = &Set{path: filepath.Join(dir, fileName), bootID: bootID}
 	f, err := read(s.path)
@@ -60,9 +61,25 @@ func Load(dir, bootID string, now time.Time) (s *Set, ended []Ended, damage erro
 		}
 	}
 	if len(ended) > 0 || f.Ended && len(s.open) > 0 { // tagged from now on, so that what is written is not the last
-		damage = s.Save()
+		if s.Save() != nil {
+			begun(s.path)
+		}
 	}
-	return s, ended, damage
+	return s, ended, nil
+}
+
+// begun takes back in place, for which a full disk has room, that the numbers in the file
+// at path are exact. Best effort, as the file is stale anyway.
+func begun(path string) {
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		return
+	}
+	defer f.Close()
+	b, err := io.ReadAll(f)
+	if i := bytes.Index(b, []byte(`"ended": true`)); err == nil && i >= 0 {
+		_, _ = f.WriteAt([]byte(`"ended":false`), int64(i))
+	}
 }
 
 // read returns what is in a file; nothing when it does not exist.

@@ -74,6 +74,7 @@ type Agent struct {
 	mode     *modeMachine
 	stepping sync.Mutex // while the mode is decided and told
 	pace     pace
+	thinned  []*logging.Limiter // whose last counts the monitor makes known
 	tap      *tap
 	cases    *caseKeeper
 	resume   func(context.Context)  // tells what became of the cases of the run before
@@ -312,7 +313,9 @@ func (a *Agent) Run(ctx context.Context) error {
 	var servers errgroup.Group // one that fails does not end the other
 	lost := make(chan error, 1)
 	start(serve, &servers, a.http, a.handler(), lost)
-	start(serve, &servers, a.control, a.controlHandler(serve), nil)
+	control := a.controlHandler(serve)
+	a.thinned = []*logging.Limiter{control.refuse, a.cases.rejects, a.cases.lines}
+	start(serve, &servers, a.control, control, nil)
 
 	stats := a.queue.Stats()
 	before := summary{seen: stats.Last, sent: stats.Acked, lost: stats.Truncated}
@@ -402,6 +405,9 @@ func (a *Agent) beginStop(ctx context.Context) {
 		return
 	}
 	notifySystemd(daemon.SdNotifyStopping)
+	for _, l := range a.thinned {
+		l.Flush()
+	}
 	a.stepMode(facts{stopping: true}, func(before, now modeState) {
 		logging.From(ctx).Info("stopping", zap.String(logging.KeyMode, string(now.Mode)))
 		a.decide(ctx, event.SelfInfo{

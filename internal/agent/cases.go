@@ -256,13 +256,9 @@ func (k *caseKeeper) ended(ctx context.Context, c cases.Case, by, code, name, ho
 
 // reject makes a refused request known; a flood of them once a second.
 func (k *caseKeeper) reject(ctx context.Context, p peer, id, by string, err error) {
-	more, ok := k.rejects.Allow(fmt.Sprint(p.UID))
-	if !ok {
-		return
-	}
 	i := event.SelfInfo{
 		Stream: event.DecisionsApprovals, Name: "Case Rejected", Severity: 2, Failed: true, Code: "CASE_REJECTED",
-		Message: "a request was rejected: " + err.Error(), Attrs: p.attrs(), Count: more + 1,
+		Message: "a request was rejected: " + err.Error(), Attrs: p.attrs(),
 	}
 	if config.Identifier(id) == nil { // an id that is none must not look like one
 		i.CaseID = id
@@ -270,7 +266,11 @@ func (k *caseKeeper) reject(ctx context.Context, p peer, id, by string, err erro
 	if by = userID(p, by); config.Identifier(by) == nil {
 		i.UserID = by
 	}
-	k.decide(ctx, i)
+	ctx = context.WithoutCancel(ctx)
+	k.rejects.Say(fmt.Sprint(p.UID), func(more uint64) {
+		i.Count = more + 1
+		k.decide(ctx, i)
+	})
 }
 
 // unwritten tells that a restart might find other cases open than are.

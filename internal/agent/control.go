@@ -112,14 +112,12 @@ func (c *control) allows(w http.ResponseWriter, req *http.Request, r right) bool
 
 // refused makes a refusal known, but no flood of them.
 func (c *control) refused(ctx context.Context, p peer, why string) {
-	more, ok := c.refuse.Allow(fmt.Sprintf("%d %s", p.UID, why))
-	if !ok {
-		return
-	}
-	attrs := p.attrs()
-	c.decide(ctx, event.SelfInfo{
-		Stream: event.DecisionsApprovals, Name: "Control Refused", Severity: 3, Failed: true, Code: "CONTROL_REFUSED",
-		Message: fmt.Sprintf("the control socket refused %s: it %s", p, why), Count: more + 1, Attrs: attrs,
+	ctx = context.WithoutCancel(ctx)
+	c.refuse.Say(fmt.Sprintf("%d %s", p.UID, why), func(more uint64) {
+		c.decide(ctx, event.SelfInfo{
+			Stream: event.DecisionsApprovals, Name: "Control Refused", Severity: 3, Failed: true, Code: "CONTROL_REFUSED",
+			Message: fmt.Sprintf("the control socket refused %s: it %s", p, why), Count: more + 1, Attrs: p.attrs(),
+		})
 	})
 }
 

@@ -225,6 +225,60 @@ func TestControlRights(t *testing.T) {
 	}
 }
 
+// TestLastRefusalsAreTold: how many requests were refused is made known though no further
+// one comes: after the interval, and what waits for it at a stop.
+func TestLastRefusalsAreTold(t *testing.T) {
+	cfg := onlyThis(t, os.Getpid())
+	dir, err := os.MkdirTemp("", "edr-control") // a socket path has at most 107 bytes
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	cfg.Control.Socket = filepath.Join(dir, "control.sock")
+	a, err := New(t.Context(), Options{Loaded: Loaded{Config: cfg}, Version: "test"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(os.Chmod(dir, 0o755), os.Chmod(cfg.Control.Socket, 0o666)); err != nil {
+		t.Fatal(err)
+	}
+	view := a.tap.open(false)
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- a.Run(ctx) }()
+	request := func(uid int, method, path, body string, want int) {
+		t.Helper()
+		conn, err := dialAs(cfg.Control.Socket, uid, uid)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if code, text := ask(t, conn, method, path, body); code != want {
+			t.Fatalf("%d %s", code, text)
+		}
+	}
+	told := func(code string, want int) { // in as many decisions as it takes
+		t.Helper()
+		for sum, n := 0, 0; sum != want; sum += n {
+			_, count, _ := strings.Cut(decided(t, view, code), `"count":`)
+			if _, err := fmt.Sscan(strings.FieldsFunc(count, func(r rune) bool { return r < '0' || r > '9' })[0], &n); err != nil || sum+n > want {
+				t.Fatalf("%d and %d more, %v; want %d", sum, n, err, want)
+			}
+		}
+	}
+	for range 4 {
+		request(0, http.MethodPost, "/cases/close", `{"case_id":"none"}`, http.StatusNotFound)
+	}
+	told("CASE_REJECTED", 4)
+	for range 3 {
+		request(nobody, http.MethodGet, "/status", "", http.StatusForbidden)
+	}
+	cancel()
+	told("CONTROL_REFUSED", 3)
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}
+
 func numbers(from, n int) (list []int) {
 	for i := range n {
 		list = append(list, from+i)

@@ -51,6 +51,9 @@ func (a *Agent) monitor(ctx context.Context) {
 			notifySystemd(s)
 		}
 		a.cases.expire(ctx)
+		for _, l := range a.thinned {
+			l.Settle()
+		}
 		if seen, err := a.sensor.Stats(); err == nil { // else /status says why not
 			a.pace.add(time.Now(), seen, a.queue.Stats())
 		}

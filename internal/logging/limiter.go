@@ -63,23 +63,28 @@ func (l *Limiter) allow(key string, say func(uint64)) (suppressed uint64, ok boo
 	return 0, false
 }
 
+// Say calls say if [Limiter.Allow] lets it, with how many were left out before it, and
+// reports whether it did. The last one left out may be called later.
+func (l *Limiter) Say(key string, say func(suppressed uint64)) bool {
+	n, ok := l.allow(key, say)
+	if ok {
+		say(n)
+	}
+	return ok
+}
+
 // Log writes the line at the given level if [Limiter.Allow] lets it, with the
 // field suppressed=N when lines of this key were left out before it. It reports
 // whether the line was written. The last one left out may be written later, so
 // what the fields refer to must not change.
 func (l *Limiter) Log(ctx context.Context, level zapcore.Level, key, msg string, fields ...zap.Field) bool {
 	log := From(ctx)
-	say := func(n uint64) {
+	return l.Say(key, func(n uint64) {
 		if n > 0 {
 			fields = append(slices.Clip(fields), zap.Uint64(KeySuppressed, n))
 		}
 		log.Log(level, msg, fields...)
-	}
-	n, ok := l.allow(key, say)
-	if ok {
-		say(n)
-	}
-	return ok
+	})
 }
 
 // Settle writes, for each key whose interval is over, the last line that was

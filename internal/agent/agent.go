@@ -201,6 +201,7 @@ func (a *Agent) build(ctx context.Context, version string) error {
 	if err := a.settle(ctx, "/"); err != nil {
 		return err
 	}
+	ctx = a.bind(ctx) // the id may be another now
 	encoder := ocsf.New(host, a.identity)
 	encoder.Bind(a.queue.Epoch())
 	rate := float64(a.cfg.Sensor.Hash.PerSecond)
@@ -318,7 +319,7 @@ func (a *Agent) Run(ctx context.Context) error {
 	start(serve, &servers, a.control, control, nil)
 
 	stats := a.queue.Stats()
-	before := summary{seen: stats.Last, sent: stats.Acked, lost: stats.Truncated}
+	before := summary{seen: stats.Before + stats.Last, sent: stats.Before + stats.Acked, lost: stats.Truncated}
 	send, stopSending := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopSending()
 	sent := make(chan error, 1)

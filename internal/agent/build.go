@@ -223,9 +223,9 @@ type summary struct{ seen, sent, lost, kept uint64 }
 // summarise is called when nothing moves any more and nothing is closed yet.
 func (a *Agent) summarise(before summary) summary {
 	b, s := a.queue.Stats(), summary{}
-	s.seen = b.Last - before.seen
+	s.seen = b.Before + b.Last - before.seen
 	s.lost = b.Truncated - before.lost + a.sensor.Lost()
 	s.kept = b.Last - b.Acked
-	s.sent = b.Acked - before.sent
+	s.sent = b.Before + b.Acked - before.sent
 	return s
 }

@@ -11,15 +11,18 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"go.uber.org/zap"
 	"go.uber.org/zap/zaptest/observer"
 	"golang.org/x/sys/unix"
 
 	"github.com/aurorasoc/edr-sensor/buffer"
+	"github.com/aurorasoc/edr-sensor/internal/config"
 	"github.com/aurorasoc/edr-sensor/internal/logging"
 	"github.com/aurorasoc/edr-sensor/sensor/event"
 	"github.com/aurorasoc/edr-sensor/sensor/ocsf"
+	"github.com/aurorasoc/edr-sensor/transport"
 )
 
 // TestLineage starts one installation again and again: as it was, after what makes a
@@ -205,6 +208,76 @@ func TestFullDiskStartsAgain(t *testing.T) {
 	}
 	if a, _ := start(); a.moved != nil {
 		t.Errorf("at last: moved %v", a.moved)
+	}
+}
+
+// runs runs a to its end, which the result asks for. What it logs is in logs.
+func runs(t *testing.T, cfg config.Config) (a *Agent, view *viewer, logs *observer.ObservedLogs, end func()) {
+	t.Helper()
+	core, logs := observer.New(zap.InfoLevel)
+	ctx, cancel := context.WithCancel(logging.Into(t.Context(), zap.New(core)))
+	a, err := New(ctx, Options{Loaded: Loaded{Config: cfg}, Version: "test"})
+	if err != nil {
+		cancel()
+		t.Fatal(err)
+	}
+	view = a.tap.open(false)
+	done := make(chan error, 1)
+	go func() { done <- a.Run(ctx) }()
+	return a, view, logs, func() {
+		t.Helper()
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// TestLinesOfACloneHaveItsID: also those of the sender, which was made by the start.
+func TestLinesOfACloneHaveItsID(t *testing.T) {
+	cfg := onlyThis(t, os.Getpid())
+	cfg.Transport.Address, cfg.Transport.TLS = "127.0.0.1:1", config.TLS{Enabled: true, CAFile: "/no/such/file"}
+	if err := errors.Join(
+		os.MkdirAll(cfg.Agent.StateDir, 0o700),
+		os.WriteFile(filepath.Join(cfg.Agent.StateDir, "agent_id"), []byte("original\n"), 0o600),
+		lineage{Machine: "another"}.save(cfg.Agent.StateDir),
+	); err != nil {
+		t.Fatal(err)
+	}
+	a, view, logs, end := runs(t, cfg)
+	decided(t, view, "DELIVERY_HELD")
+	end()
+	id := a.place.Load().agent
+	lines := logs.FilterField(zap.String(logging.KeyCode, "DELIVERY_HELD"))
+	if lines.Len() == 0 || id == "original" || lines.FilterField(zap.String(logging.KeyAgentID, id)).Len() != lines.Len() {
+		t.Errorf("agent %s: %v", id, lines.All())
+	}
+}
+
+// TestRunIsSummedUpOverEpochs: a run whose buffer goes on in a new epoch has seen no fewer
+// records for that.
+func TestRunIsSummedUpOverEpochs(t *testing.T) {
+	cfg := onlyThis(t, os.Getpid())
+	stopped := func(logs *observer.ObservedLogs, what string) uint64 {
+		return logs.FilterField(zap.String(logging.KeyCode, "STOPPED")).All()[0].ContextMap()[what].(uint64)
+	}
+	_, _, logs, end := runs(t, cfg)
+	end()
+	before := stopped(logs, "kept")
+	a, _, logs, end := runs(t, cfg)
+	for limit := time.Now().Add(time.Minute); a.queue.Stats().Last <= before; pass(time.Millisecond) {
+		if time.Now().After(limit) {
+			t.Fatal("nothing was written")
+		}
+	}
+	a.queue.Ack(before + 1)
+	if _, err := a.renew(t.Context(), transport.Fencing{Cause: "because"}); err != nil {
+		t.Fatal(err)
+	}
+	end()
+	seen, sent, kept := stopped(logs, "seen"), stopped(logs, "sent"), stopped(logs, "kept")
+	if before == 0 || seen == 0 || before+seen != sent+kept || sent != before+1 {
+		t.Errorf("%d before, %d seen, %d sent, %d kept", before, seen, sent, kept)
 	}
 }
 

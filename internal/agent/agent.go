@@ -57,7 +57,8 @@ type Agent struct {
 	hangup  <-chan os.Signal
 
 	reloading sync.Mutex
-	files     int // what the guard divides the limit of file events by, 0: nothing; as reloading
+	shrinking atomic.Int64 // the buffer, to so many bytes; 0: it is not
+	files     int          // what the guard divides the limit of file events by, 0: nothing; as reloading
 	heap      int64
 
 	identity event.Agent

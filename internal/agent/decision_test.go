@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"runtime"
+	"strings"
 	"testing"
 	"time"
 
@@ -160,7 +161,19 @@ func TestResize(t *testing.T) {
 			runtime.Gosched()
 		}
 	}
+	for a.shrinking.Load() != 0 && t.Context().Err() == nil {
+		runtime.Gosched()
+	}
+	// While it is shrunk a reload that wishes the same has its wish, another one is told.
 	b := config.Default().Buffer
+	a.shrinking.Store(20 << 20)
+	for capacity, want := range map[int64]string{20 << 20: "", 16 << 20: "being shrunk to 20971520 bytes", 32 << 20: "being shrunk to 20971520 bytes"} {
+		b.Cap = capacity
+		if err := a.resize(t.Context(), b); (err == nil) != (want == "") || err != nil && !strings.Contains(err.Error(), want) {
+			t.Errorf("%d bytes while it is shrunk: %v, want %q", capacity, err, want)
+		}
+	}
+	a.shrinking.Store(0)
 	b.Cap, b.RetainAge, b.RetainBytes = 1<<60, 0, 0
 	if err := a.resize(t.Context(), b); err == nil || q.Stats().Cap != 24<<20 {
 		t.Errorf("more than any disk has: %v", err)

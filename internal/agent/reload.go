@@ -162,10 +162,20 @@ func (a *Agent) resize(ctx context.Context, b config.Buffer) error {
 	if err := a.queue.Resizable(b.Cap); err != nil && b.Cap != size {
 		return err
 	}
-	if b.Cap < size {
-		go func() { _ = a.queue.Resize(context.WithoutCancel(ctx), b.Cap) }() // the buffer's state says how it ended, and Close waits for it
-	} else if err := a.queue.Resize(ctx, b.Cap); err != nil {
-		return err
+	switch to := a.shrinking.Load(); {
+	case to == b.Cap:
+	case to != 0:
+		return fmt.Errorf("the buffer is being shrunk to %d bytes: reload again when that is done", to)
+	case b.Cap < size:
+		a.shrinking.Store(b.Cap)
+		go func() {
+			_ = a.queue.Resize(context.WithoutCancel(ctx), b.Cap) // the buffer's state says how it ended, and Close waits for it
+			a.shrinking.Store(0)
+		}()
+	default:
+		if err := a.queue.Resize(ctx, b.Cap); err != nil {
+			return err
+		}
 	}
 	a.queue.Retain(b.RetainAge, b.RetainBytes) // last: of what is refused nothing is applied
 	return nil

@@ -10,6 +10,8 @@ import (
 	"io"
 	"net/http"
 	"net/http/httptest"
+	"os"
+	"path/filepath"
 	"runtime"
 	"strings"
 	"testing"
@@ -197,6 +199,38 @@ func TestResize(t *testing.T) {
 	}
 	if err := q.Close(t.Context()); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// TestReloadTellsWhatIsInForce: what waits for a restart is told as it is in use, its source
+// included.
+func TestReloadTellsWhatIsInForce(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "edr-sensor.yaml")
+	read := func(text string) (l Loaded) {
+		t.Helper()
+		err := os.WriteFile(path, []byte(text), 0o600)
+		if err == nil {
+			l.Config, l.Settings, err = config.Explain(path, nil)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		return l
+	}
+	old := read("transport:\n  password_file: /etc/old\nlog:\n  level: info\n")
+	got := map[string]config.Setting{}
+	for _, s := range old.adopt(read("log:\n  level: debug\ntransport:\n  password_file: /etc/new\nsensor:\n  fork_events: true\n")).Settings {
+		got[s.Key] = s
+	}
+	for key, want := range map[string][2]string{
+		"transport.password_file": {"/etc/old", path + ":2:18"}, "log.level": {"debug", path + ":2:10"}, "sensor.fork_events": {"false", "default"},
+	} {
+		if s := got[key]; s.Value != want[0] || s.Source != want[1] {
+			t.Errorf("%s: %+v, want %v", key, s, want)
+		}
+	}
+	if len(got) != len(config.Keys()) {
+		t.Errorf("%d settings of %d", len(got), len(config.Keys()))
 	}
 }
 

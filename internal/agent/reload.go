@@ -27,6 +27,23 @@ type Loaded struct {
 	Settings []config.Setting
 }
 
+// adopt returns l with what needs no restart taken from next.
+func (l *Loaded) adopt(next Loaded) *Loaded {
+	stays := map[string]config.Setting{}
+	for _, s := range l.Settings {
+		if !s.Live {
+			stays[s.Key] = s
+		}
+	}
+	settings := slices.Clone(next.Settings)
+	for i, s := range settings {
+		if was, ok := stays[s.Key]; ok {
+			settings[i] = was
+		}
+	}
+	return &Loaded{l.Config.Adopt(next.Config), settings}
+}
+
 // ReloadResult is the answer to a request to reload.
 type ReloadResult struct {
 	Accepted     bool            `json:"accepted"`
@@ -107,7 +124,7 @@ func (a *Agent) reload(ctx context.Context, asked map[string]any) ReloadResult {
 			r.NeedsRestart = append(r.NeedsRestart, c)
 		}
 	}
-	effective := &Loaded{old.Config.Adopt(next.Config), next.Settings}
+	effective := old.adopt(next)
 	before, after := old.Config.Sensor.File, effective.Config.Sensor.File
 	// An exclusion is looked up again even if it is spelled as before: what it names may
 	// be another file by now, as after an upgrade of a package.

@@ -248,8 +248,11 @@ func TestExportEnds(t *testing.T) {
 	if i := h.waitDecisions(2)[1]; i.Code != "EVIDENCE_EXPORTED" || !i.Failed || i.Count == 0 || i.Count >= 200 || i.Attrs["error"] == "" {
 		t.Errorf("the client went away: %+v", i)
 	}
-	h.stopping.Store(true)
 	r = h.get(h.dial(), "/buffer/export")
+	if _, err := io.ReadFull(r.Body, make([]byte, 1000)); err != nil {
+		t.Fatal(err)
+	}
+	h.stopping.Store(true)
 	if _, err := io.Copy(io.Discard, r.Body); err != nil {
 		t.Fatal(err)
 	}
@@ -258,6 +261,9 @@ func TestExportEnds(t *testing.T) {
 	}
 	if i := h.waitDecisions(4)[3]; !i.Failed || i.Attrs["error"] != errStopping.Error() {
 		t.Errorf("the sensor stops: %+v", i)
+	}
+	if r := h.get(h.dial(), "/buffer/export"); r.StatusCode != http.StatusServiceUnavailable {
+		t.Errorf("asked while it stops: %s", r.Status)
 	}
 }
 

@@ -265,7 +265,7 @@ func (e *Enricher) lookUp(key event.ProcessKey) (_ *entry, gone bool) {
 		}
 		return event.ProcessKey{}
 	}) {
-		return nil, true
+		return nil, e.proc.gone(key)
 	}
 	e.identify(&p)
 	e.nameUsers(&p, e.table.now)

@@ -4,6 +4,8 @@ package enrich
 
 import (
 	"bytes"
+	"errors"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -125,6 +127,15 @@ func (f procfs) fill(p *event.Process, arguments bool, parent func(pid uint32, t
 	}
 	*p = q
 	return true
+}
+
+// gone tells whether a process has ended. That /proc cannot be read is no sign of it.
+func (f procfs) gone(key event.ProcessKey) bool {
+	if s, ok := f.stat(key.PID); ok {
+		return s.ticks != key.StartTime/tick
+	}
+	_, err := os.Stat(f.path(key.PID, ""))
+	return errors.Is(err, fs.ErrNotExist)
 }
 
 func (f procfs) fillExecutable(p *event.Process) {

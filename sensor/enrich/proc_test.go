@@ -141,6 +141,15 @@ func TestProcFill(t *testing.T) {
 	if f.fill(&other, true, parent) || other.Comm != "before" {
 		t.Errorf("filled from a process of another start time: %+v", other)
 	}
+	addProc(t, string(f), "43", map[string]string{"stat": "not to be read"})
+	for _, tt := range []struct {
+		key  event.ProcessKey
+		gone bool
+	}{{got.Key, false}, {other.Key, true}, {key(43, 5000*tick), false}, {key(44, 5000*tick), true}} {
+		if is := f.gone(tt.key); is != tt.gone {
+			t.Errorf("%+v is gone: %t, want %t", tt.key, is, tt.gone)
+		}
+	}
 }
 
 func TestProcCgroup(t *testing.T) {

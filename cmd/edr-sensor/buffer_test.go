@@ -10,7 +10,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -112,16 +111,6 @@ missing: perhaps more: the file is damaged
 // TestExportFromTheSensor has a sensor that sends what it should, one that breaks off, and
 // one whose answer is not what it says.
 func TestExportFromTheSensor(t *testing.T) {
-	dir, err := os.MkdirTemp("", "edr-export") // a socket path has at most 107 bytes
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	socket := filepath.Join(dir, "s")
-	l, err := net.Listen("unix", socket)
-	if err != nil {
-		t.Fatal(err)
-	}
 	const body = "{\"a\":1}\n{\"a\":2}\n"
 	sum := sha256.Sum256([]byte(body))
 	asked := make(chan string, 1)
@@ -149,9 +138,8 @@ func TestExportFromTheSensor(t *testing.T) {
 		text, _ := json.Marshal(s)
 		w.Header().Set(agent.ExportTrailer, string(text))
 	})
-	s := &http.Server{Handler: mux}
-	t.Cleanup(func() { _ = s.Close() })
-	go func() { _ = s.Serve(l) }()
+	dir := t.TempDir()
+	socket, stop := fakeControl(t, mux)
 	for _, c := range []struct {
 		name string
 		code int
@@ -187,7 +175,7 @@ func TestExportFromTheSensor(t *testing.T) {
 	if code, _, errs := run(t, "buffer", "export", "--socket", socket, "--to", to); code != exitFailure || !strings.Contains(errs, "evidence is not overwritten") {
 		t.Errorf("exit code %d, %q", code, errs)
 	}
-	_ = s.Close()
+	stop()
 	other := filepath.Join(dir, "other")
 	if code, _, errs := run(t, "buffer", "export", "--socket", socket, "--to", other); code != exitFailure || !strings.Contains(errs, "no sensor answers") {
 		t.Errorf("exit code %d, %q", code, errs)

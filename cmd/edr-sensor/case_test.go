@@ -5,10 +5,7 @@ package main
 import (
 	"bytes"
 	"encoding/json"
-	"net"
 	"net/http"
-	"os"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -42,16 +39,6 @@ C-18  -              -     path /opt/\x1b[2Japp  normal   no more time  0
 
 // TestCaseCommands talks to a socket that answers as a sensor does.
 func TestCaseCommands(t *testing.T) {
-	dir, err := os.MkdirTemp("", "edr-case") // a socket path has at most 107 bytes
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	socket := filepath.Join(dir, "s")
-	l, err := net.Listen("unix", socket)
-	if err != nil {
-		t.Fatal(err)
-	}
 	var got map[string]any
 	var code int
 	var reply string
@@ -67,9 +54,7 @@ func TestCaseCommands(t *testing.T) {
 	mux.HandleFunc("POST /cases/open", answer)
 	mux.HandleFunc("POST /cases/close", answer)
 	mux.HandleFunc("GET /cases", answer)
-	s := &http.Server{Handler: mux}
-	go func() { _ = s.Serve(l) }()
-	t.Cleanup(func() { s.Close() })
+	socket, _ := fakeControl(t, mux)
 
 	until := time.Now().Add(4 * time.Hour).UTC().Format(time.RFC3339Nano)
 	open := func(covered, note string) string {

@@ -9,7 +9,6 @@ import (
 	"flag"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -117,27 +116,14 @@ func TestDecisionsFromRedis(t *testing.T) {
 // TestDecisionsFromTheSensor has Redis away: what the sensor's buffer keeps is shown
 // in its place, and that it is.
 func TestDecisionsFromTheSensor(t *testing.T) {
-	dir, err := os.MkdirTemp("", "edr-decisions") // a socket path has at most 107 bytes
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	socket := filepath.Join(dir, "s")
-	l, err := net.Listen("unix", socket)
-	if err != nil {
-		t.Fatal(err)
-	}
 	asked := make(chan string, 8)
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /decisions", func(w http.ResponseWriter, r *http.Request) {
 		asked <- r.URL.RawQuery
 		_, _ = io.WriteString(w, `{"metadata":{"log_name":"decisions:system"},"time":1,"status_code":"MODE","message":"kept"}`+"\n")
 	})
-	s := &http.Server{Handler: mux}
-	t.Cleanup(func() { _ = s.Close() })
-	go func() { _ = s.Serve(l) }()
-
-	path := configFor(t, fmt.Sprintf("transport: {address: \"unix://%s/no-redis\"}\ncontrol: {socket: %s}\n", dir, socket))
+	socket, stop := fakeControl(t, mux)
+	path := configFor(t, fmt.Sprintf("transport: {address: \"unix://%s/no-redis\"}\ncontrol: {socket: %s}\n", t.TempDir(), socket))
 	code, out, errs := run(t, "decisions", "--config", path, "--since", "2026-01-31T15:04:05Z")
 	if code != 0 || !strings.Contains(out, "MODE                 kept\n") || !strings.Contains(errs, "what follows is what the sensor's buffer still has") {
 		t.Errorf("exit code %d, %q, %q", code, out, errs)
@@ -152,7 +138,7 @@ func TestDecisionsFromTheSensor(t *testing.T) {
 	if q := <-asked; q != "follow=1" {
 		t.Errorf("asked with %s", q)
 	}
-	_ = s.Close()
+	stop()
 	if code, _, errs := run(t, "decisions", "--config", path); code != exitUnavailable || !strings.Contains(errs, "no-redis") || !strings.Contains(errs, "no sensor answers") {
 		t.Errorf("neither answers: exit code %d, %q", code, errs)
 	}
@@ -160,16 +146,6 @@ func TestDecisionsFromTheSensor(t *testing.T) {
 
 // TestCutDecisions has a sensor that cannot read its buffer to the end.
 func TestCutDecisions(t *testing.T) {
-	dir, err := os.MkdirTemp("", "edr-decisions") // a socket path has at most 107 bytes
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	socket := filepath.Join(dir, "s")
-	l, err := net.Listen("unix", socket)
-	if err != nil {
-		t.Fatal(err)
-	}
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /status", func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, "{}") })
 	mux.HandleFunc("GET /decisions", func(w http.ResponseWriter, _ *http.Request) {
@@ -177,11 +153,8 @@ func TestCutDecisions(t *testing.T) {
 		_ = http.NewResponseController(w).Flush()
 		panic(http.ErrAbortHandler)
 	})
-	s := &http.Server{Handler: mux}
-	t.Cleanup(func() { _ = s.Close() })
-	go func() { _ = s.Serve(l) }()
-
-	path := configFor(t, fmt.Sprintf("agent: {state_dir: %s/state}\ncontrol: {socket: %s}\n", dir, socket))
+	socket, _ := fakeControl(t, mux)
+	path := configFor(t, fmt.Sprintf("agent: {state_dir: %s}\ncontrol: {socket: %s}\n", t.TempDir(), socket))
 	code, out, errs := run(t, "decisions", "--config", path)
 	if code != exitFailure || !strings.Contains(out, "first") || !strings.Contains(errs, "not complete") {
 		t.Errorf("exit code %d, %q, %q", code, out, errs)

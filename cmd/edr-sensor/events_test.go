@@ -261,19 +261,30 @@ func TestEventsExplainsRefusals(t *testing.T) {
 	}
 }
 
-// fakeSensor answers on a control socket and returns its path.
-func fakeSensor(t *testing.T, status string, tap func(io.Writer)) string {
+// fakeControl answers on a control socket as a sensor does, until the test ends or stop is
+// called, and returns the socket's path, which is short: one has at most 107 bytes.
+func fakeControl(t *testing.T, mux *http.ServeMux) (socket string, stop func()) {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "edr") // short: the path of a socket is limited
+	dir, err := os.MkdirTemp("", "edr")
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	socket := filepath.Join(dir, "s")
+	socket = filepath.Join(dir, "s")
 	l, err := net.Listen("unix", socket)
 	if err != nil {
 		t.Fatal(err)
 	}
+	server := &http.Server{Handler: mux, ReadHeaderTimeout: time.Minute}
+	stop = func() { _ = server.Close() }
+	t.Cleanup(stop)
+	go func() { _ = server.Serve(l) }()
+	return socket, stop
+}
+
+// fakeSensor is one that has a status and events, and returns the path of its socket.
+func fakeSensor(t *testing.T, status string, tap func(io.Writer)) string {
+	t.Helper()
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /status", func(w http.ResponseWriter, _ *http.Request) { _, _ = io.WriteString(w, status) })
 	mux.HandleFunc("GET /tap", func(w http.ResponseWriter, _ *http.Request) {
@@ -283,9 +294,7 @@ func fakeSensor(t *testing.T, status string, tap func(io.Writer)) string {
 		}
 		tap(w)
 	})
-	server := http.Server{Handler: mux, ReadHeaderTimeout: time.Minute}
-	go func() { _ = server.Serve(l) }()
-	t.Cleanup(func() { server.Close() })
+	socket, _ := fakeControl(t, mux)
 	return socket
 }
 

@@ -13,14 +13,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
-	"time"
 )
 
 // unpack reads a report; its manifest apart.
@@ -85,11 +83,7 @@ func (m manifest) redacted(name string) int {
 
 // TestReportHasNoSecrets has a sensor that tells every secret in every answer.
 func TestReportHasNoSecrets(t *testing.T) {
-	dir, err := os.MkdirTemp("", "edr") // short: the path of a socket is limited
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
+	dir := t.TempDir()
 	const (
 		inFile    = `k7"Zp&q/ü9`
 		inRunning = "other-Password-of-the-running-one"
@@ -106,9 +100,6 @@ func TestReportHasNoSecrets(t *testing.T) {
 	}
 	write("pw", inFile+"\n", 0o600)
 	running := write("pw2", inRunning+"\n", 0o600)
-	socket := filepath.Join(dir, "s")
-	path := write("edr-sensor.yaml", fmt.Sprintf("agent: {state_dir: %[1]s/state}\ncontrol: {socket: %[1]s/s}\ntransport: {address: 'unix://%[1]s/none', password_file: pw}\n", dir), 0o600)
-
 	all := strings.Join([]string{
 		inFile, inRunning, inEnviron, base64.StdEncoding.EncodeToString([]byte(inFile)),
 		"redis://u:" + inURL + "@h", "curl --token " + inArgv, "PASSWORD=" + inArgv,
@@ -135,13 +126,8 @@ func TestReportHasNoSecrets(t *testing.T) {
 {"metadata":{"log_name":"decisions:agents"},"message":"about what was observed"}
 `, quoted))
 	answer("/tap", fmt.Sprintf(`{"metadata":{"event_code":"process.exec"},"process":{"cmd_line":%s}}`+"\n", quoted))
-	l, err := net.Listen("unix", socket)
-	if err != nil {
-		t.Fatal(err)
-	}
-	server := http.Server{Handler: mux, ReadHeaderTimeout: time.Minute}
-	go func() { _ = server.Serve(l) }()
-	t.Cleanup(func() { server.Close() })
+	socket, _ := fakeControl(t, mux)
+	path := write("edr-sensor.yaml", fmt.Sprintf("agent: {state_dir: %[1]s/state}\ncontrol: {socket: %[2]s}\ntransport: {address: 'unix://%[1]s/none', password_file: pw}\n", dir, socket), 0o600)
 
 	for _, events := range []bool{false, true} {
 		t.Run(fmt.Sprintf("events=%t", events), func(t *testing.T) {

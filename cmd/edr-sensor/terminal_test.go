@@ -8,7 +8,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -101,16 +100,7 @@ func demoEvents() []string {
 
 func newDemo(t *testing.T) *demoSensor {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "edr") // short: the path of a socket is limited
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	d := &demoSensor{socket: filepath.Join(dir, "s"), tapped: make(chan struct{}, 16)}
-	l, err := net.Listen("unix", d.socket)
-	if err != nil {
-		t.Fatal(err)
-	}
+	d := &demoSensor{tapped: make(chan struct{}, 16)}
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /status", func(w http.ResponseWriter, _ *http.Request) {
 		if d.away.Load() {
@@ -125,9 +115,7 @@ func newDemo(t *testing.T) *demoSensor {
 		d.tapped <- struct{}{}
 		<-r.Context().Done()
 	})
-	server := http.Server{Handler: mux, ReadHeaderTimeout: time.Minute}
-	go func() { _ = server.Serve(l) }()
-	t.Cleanup(func() { server.Close() })
+	d.socket, _ = fakeControl(t, mux)
 	return d
 }
 

@@ -42,12 +42,12 @@ test: deps lint
 ## test-vm: the kernel programs' tests on every supported kernel, in virtual machines; KERNEL=6.1 (or 6.12-arm64) for one only
 .PHONY: test-vm
 test-vm: deps
-	KERNEL=$(KERNEL) $(GO) test -count=1 -v -timeout 45m -run TestVM ./internal/vmtest
+	KERNEL=$(or $(KERNEL),all) $(GO) test -count=1 -v -timeout 45m -run TestVM ./internal/vmtest
 
 ## test-systemd: the packages' lives on Debian 11, 12 and 13 under systemd, in virtual machines (root); RELEASE=bookworm-rpm for one only
 .PHONY: test-systemd
 test-systemd: deps
-	RELEASE=$(RELEASE) $(GO) test -count=1 -v -timeout 60m -run TestSystemd ./internal/vmtest
+	RELEASE=$(or $(RELEASE),all) $(GO) test -count=1 -v -timeout 45m -run 'TestVM$$' ./internal/vmtest
 
 ## test-short: the tests that need neither root nor servers, quickly
 .PHONY: test-short
@@ -131,7 +131,7 @@ generate-metrics: deps
 ## generate-coverage: write docs/coverage.md from the kernels' tests; KERNEL=6.1 for that one's part
 .PHONY: generate-coverage
 generate-coverage: deps
-	KERNEL=$(KERNEL) $(GO) test -count=1 -timeout 25m -run TestVM/ ./internal/vmtest -args -update
+	KERNEL=$(or $(KERNEL),all) $(GO) test -count=1 -timeout 25m -run TestVM/ ./internal/vmtest -args -update
 
 ## screens: write the screens in README.md from a running sensor (root)
 .PHONY: screens

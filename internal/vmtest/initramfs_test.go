@@ -49,9 +49,11 @@ func suites(r release) []suite {
 	}
 }
 
-// ownDoing is tests of what the sensor does with its own programs and maps, which take long:
-// the kernels between the oldest and the newest see it do so in TestSystemd.
-const ownDoing = "StuckStage|Adopt|CarryOn|TakeOver|Copies"
+// ownDoing is tests of what the sensor does with its own programs, maps and rings, and of what
+// it makes of events, which take long: where the oldest and the newest kernel agree, those
+// between them do. They see most of it in the lives of the packages.
+const ownDoing = "StuckStage|Adopt|CarryOn|TakeOver|Copies|Deep|LostLink|LostForGood|ExerciseInScope|" +
+	"FilterChangesLive|FilesSuppressed|FilesExcluded|Heartbeat|Counters|Waiter"
 
 // testTimeout is when a test binary gives up and shows its goroutines. Emulated, the
 // sensor's suite takes three minutes, most of it in the verifier, and twice that and more

@@ -23,45 +23,28 @@ import (
 type installed struct {
 	name string
 	release
-	format string // deb or rpm
-	test   string // of the package of this name
+	seconds int    // of CPU that it takes, about
+	format  string // deb or rpm
+	test    string // of the package of this name
 }
 
-func installedMachines() []installed {
+// installedHosts lead the packages through their lives on Debian's releases, with their kernels
+// and systemd as the first process.
+func installedHosts(t *testing.T) (hosts []host) {
+	t.Helper()
 	bullseye, bookworm, trixie := releases()[0], releases()[1], releases()[2]
-	return []installed{ // the slowest first
-		{"bookworm", bookworm, "deb", "TestDeb"},
-		{"bookworm-rpm", bookworm, "rpm", "TestRPM"},
-		{"bullseye", bullseye, "deb", "TestDelivers"},
-		{"trixie", trixie, "deb", "TestDelivers"},
-	}
-}
-
-// TestSystemd leads the packages through their lives on Debian's releases, with their kernels
-// and systemd as the first process. RELEASE=bookworm,bookworm-rpm selects some.
-func TestSystemd(t *testing.T) {
-	t.Parallel()
-	if testing.Short() {
-		t.Skip("-short: booting systems takes minutes")
-	}
-	seeSources(t)
-	list := installedMachines()
-	if want := os.Getenv("RELEASE"); want != "" {
-		names := strings.Split(want, ",")
-		list = slices.DeleteFunc(list, func(i installed) bool { return !slices.Contains(names, i.name) })
-		if len(list) != len(names) {
-			t.Fatalf("RELEASE=%s: want some of bookworm, bookworm-rpm, bullseye, trixie", want)
-		}
+	all := []installed{
+		{"bookworm", bookworm, 600, "deb", "TestDeb"},
+		{"bookworm-rpm", bookworm, 450, "rpm", "TestRPM"},
+		{"bullseye", bullseye, 250, "deb", "TestDelivers"},
+		{"trixie", trixie, 350, "deb", "TestDelivers"},
 	}
 	dir := t.TempDir()
 	packages := sync.OnceValue(func() error { return twoVersions(dir) })
-	b := builder{dir: t.TempDir()}
-	for _, i := range list {
-		t.Run(i.name, func(t *testing.T) {
-			t.Parallel()
-			i.run(t, &b, dir, packages)
-		})
+	for _, i := range choose(t, "RELEASE", "KERNEL", all, func(i installed) string { return i.name }) {
+		hosts = append(hosts, host{i.name, i.seconds, func(t *testing.T, b *builder) { i.run(t, b, dir, packages) }})
 	}
+	return hosts
 }
 
 // run boots the machine with the packages in dir.

@@ -11,10 +11,11 @@ import (
 // variant is a host that is not like the others: a kernel with other security modules,
 // and suites with other privileges.
 type variant struct {
-	kernel string // a release
-	name   string
-	lsm    string // security modules, those of the other boots without it
-	suites []suite
+	kernel  string // a release
+	name    string
+	seconds int    // of CPU that its tests take, about
+	lsm     string // security modules, those of the other boots without it
+	suites  []suite
 }
 
 // withoutBPF has LSM programs load, attach and never run.
@@ -34,7 +35,8 @@ func asUser(capabilities, hooks string) suite {
 		dir: "sensor", name: "sensor-as-uid-1000", run: "Root",
 		// Kprobes are refused, as is asking for run statistics, and the rest of these has
 		// nothing to do with privileges and takes long.
-		skip: "Cost|FilesExcluded|FilesSuppressed|EveryProgram|StuckStage|CarryOn|AdoptRefuses|Copies|^TestRootEveryWay$/(fentry|kprobe|raw)",
+		skip: costTests + "|EveryProgram|StuckStage|CarryOn|AdoptRefuses|AdoptWhileMending|LostForGood|Copies|DeepLifts|" +
+			"Files(Excluded|Suppressed)|FilterChangesLive|Heartbeat|Counters|Waiter|^TestRootEveryWay$/(fentry|kprobe|raw)",
 
 		before: "echo 3 >/proc/sys/kernel/perf_event_paranoid",
 		env:    "EDR_CAPABILITIES='" + capabilities + "' EDR_HOOKS=" + hooks,
@@ -46,39 +48,29 @@ func built(name, before, run string) suite {
 	return suite{dir: command, name: name, before: before, run: run, env: "EDR_BINARY=/bin/edr-sensor"}
 }
 
-func variants() []variant {
+// variants returns those of the kernels.
+func variants(of []release) (hosts []host) {
 	allowed := func(name, before string) suite {
 		return suite{dir: "sensor", name: name, run: "TestRootAllowedHooks", before: before, env: "EDR_HOOKS=fentry/"}
 	}
-	return []variant{
-		{kernel: "5.10", name: "user without bpf in lsm=", lsm: withoutBPF, suites: []suite{ // as Debian boots it
+	for _, v := range []variant{
+		{kernel: "5.10", name: "user without bpf in lsm=", seconds: 100, lsm: withoutBPF, suites: []suite{ // as Debian boots it
 			asUser(fiveCapabilities, "fentry/"),
 			built("binary", "", "TestRefused/locked_memory|TestRunAsUser"),
 		}},
-		{kernel: "6.1", name: "user", suites: []suite{asUser(fourCapabilities, "lsm/,fentry/"), built("binary", "", "TestRunAsUser")}},
-		{kernel: "6.12", name: "without bpf in lsm=", lsm: withoutBPF, suites: []suite{
+		{kernel: "6.1", name: "user", seconds: 100, suites: []suite{asUser(fourCapabilities, "lsm/,fentry/"), built("binary", "", "TestRunAsUser")}},
+		{kernel: "6.12", name: "without bpf in lsm=", seconds: 60, lsm: withoutBPF, suites: []suite{
 			allowed("told", ""),
 			allowed("self-test", "umount /sys/kernel/security"), // so that nobody tells
 			built("refused", "mount -t securityfs securityfs /sys/kernel/security", "TestRefused"),
 			built("locked-down", "echo confidentiality >/sys/kernel/security/lockdown", "TestRefused/lockdown"),
 		}},
-	}
-}
-
-// TestVMVariants runs the sensor on hosts that refuse it something.
-func TestVMVariants(t *testing.T) {
-	t.Parallel()
-	seeSources(t)
-	b := builder{dir: t.TempDir()}
-	selected := selected(t)
-	for _, v := range variants() {
-		i := slices.IndexFunc(selected, func(r release) bool { return r.name() == v.kernel })
-		if i < 0 {
-			continue
+	} {
+		if i := slices.IndexFunc(of, func(r release) bool { return r.name() == v.kernel }); i >= 0 {
+			hosts = append(hosts, host{v.kernel + " " + v.name, v.seconds, func(t *testing.T, b *builder) {
+				b.boot(t, of[i], cmp.Or(v.lsm, securityModules), v.suites)
+			}})
 		}
-		t.Run(v.kernel+" "+v.name, func(t *testing.T) {
-			t.Parallel()
-			b.boot(t, selected[i], cmp.Or(v.lsm, securityModules), v.suites)
-		})
 	}
+	return hosts
 }

@@ -29,6 +29,8 @@ type release struct {
 	arch   string
 	cpus   int
 	whole  bool // runs all tests: the oldest and the newest do
+
+	seconds int // of CPU that its tests take, about
 }
 
 // name is what KERNEL calls it.
@@ -46,11 +48,11 @@ func (r release) name() string {
 // may be, which emulated programs are slow enough for where there is no other CPU.
 func releases() []release {
 	return []release{
-		{"5.10", "bullseye", "amd64", 1, true},
-		{"6.1", "bookworm", "amd64", 1, false},
-		{"6.12", "trixie", "amd64", 1, false},
-		{"7.2", "sid", "amd64", 2, true},
-		{"6.12", "trixie", "arm64", 1, false},
+		{"5.10", "bullseye", "amd64", 1, true, 125},
+		{"6.1", "bookworm", "amd64", 1, false, 110},
+		{"6.12", "trixie", "amd64", 1, false, 120},
+		{"7.2", "sid", "amd64", 2, true, 500},
+		{"6.12", "trixie", "arm64", 1, false, 250},
 	}
 }
 
@@ -93,54 +95,81 @@ func requireVM(t *testing.T, r release) (machine, debian.Kernel) {
 	return m, kernel
 }
 
-// selected returns the kernels that KERNEL names, with commas between, all of them without it.
+// selected returns the kernels that KERNEL names, with commas between, all of them without it
+// or for "all", and none when only RELEASE is there.
 func selected(t *testing.T) []release {
 	t.Helper()
-	if testing.Short() {
-		t.Skip("-short: booting kernels takes minutes")
-	}
-	want := os.Getenv("KERNEL")
-	if want == "" {
-		return releases()
-	}
-	var list []release
-	for name := range strings.SplitSeq(want, ",") {
-		i := slices.IndexFunc(releases(), func(r release) bool { return r.name() == name })
-		if i < 0 {
-			var names []string
-			for _, r := range releases() {
-				names = append(names, r.name())
-			}
-			t.Fatalf("KERNEL=%s: %q is not one of %s", want, name, strings.Join(names, ", "))
-		}
-		list = append(list, releases()[i])
-	}
-	return list
+	return choose(t, "KERNEL", "RELEASE", releases(), release.name)
 }
 
-// TestVM runs the tests of the kernel programs on every supported kernel, beside those of
-// TestVMVariants as many at a time as go test -parallel allows. A kernel waits for itself for
-// a fifth of the time, so that one more than there are CPUs uses them best.
+// choose returns those of a list that a variable names.
+func choose[T any](t *testing.T, variable, other string, all []T, name func(T) string) (list []T) {
+	t.Helper()
+	if testing.Short() {
+		t.Skip("-short: booting machines takes minutes")
+	}
+	switch want := os.Getenv(variable); {
+	case want == "all", want == "" && os.Getenv(other) == "":
+		return all
+	case want == "":
+		return nil
+	default:
+		for one := range strings.SplitSeq(want, ",") {
+			i := slices.IndexFunc(all, func(v T) bool { return name(v) == one })
+			if i < 0 {
+				var names []string
+				for _, v := range all {
+					names = append(names, name(v))
+				}
+				t.Fatalf("%s=%s: %q is not one of %s", variable, want, one, strings.Join(names, ", "))
+			}
+			list = append(list, all[i])
+		}
+		return list
+	}
+}
+
+// host is a virtual machine with what it is to show.
+type host struct {
+	name    string
+	seconds int // of CPU, about
+	run     func(*testing.T, *builder)
+}
+
+// TestVM runs the tests of the kernel programs on every supported kernel, and the packages
+// under systemd on every supported release. KERNEL=5.10,7.2 selects some of the former,
+// RELEASE=bookworm some of the latter. As many run at a time as go test -parallel allows: one
+// waits for itself for a fifth of the time, so that one more than there are CPUs uses them
+// best. They are in one list for the longest to start first, so that none runs alone at last;
+// go test starts tests that wait for each other from the last one on, about.
 func TestVM(t *testing.T) {
 	t.Parallel()
-	seeSources(t)
-	b := builder{dir: t.TempDir()}
 	var mu sync.Mutex
 	covered := map[string][]seen{}
-	t.Cleanup(func() { // after the subtests, which run in parallel
-		if !t.Failed() {
-			compareCoverage(t, covered)
-		}
-	})
-	for _, r := range slices.Backward(selected(t)) { // the slowest first
-		t.Run(r.name(), func(t *testing.T) {
-			t.Parallel()
+	var hosts []host
+	for _, r := range selected(t) {
+		hosts = append(hosts, host{r.name(), r.seconds, func(t *testing.T, b *builder) {
 			list := b.boot(t, r, securityModules, suites(r))
 			mu.Lock()
 			defer mu.Unlock()
 			if len(list) > 0 {
 				covered[r.name()] = list
 			}
+		}})
+	}
+	hosts = slices.Concat(hosts, variants(selected(t)), installedHosts(t))
+	slices.SortStableFunc(hosts, func(a, b host) int { return cmp.Compare(a.seconds, b.seconds) })
+	seeSources(t)
+	b := builder{dir: t.TempDir()}
+	t.Cleanup(func() { // after the subtests, which run in parallel
+		if !t.Failed() {
+			compareCoverage(t, covered)
+		}
+	})
+	for _, h := range hosts {
+		t.Run(h.name, func(t *testing.T) {
+			t.Parallel()
+			h.run(t, &b)
 		})
 	}
 }
@@ -204,7 +233,7 @@ func (b *builder) boots(t *testing.T, m machine, kernel debian.Kernel, lsm strin
 
 // The machine must end, and say why, when its kernel does.
 func TestVMPanic(t *testing.T) {
-	m, kernel := requireVM(t, selected(t)[0])
+	m, kernel := requireVM(t, append(selected(t), releases()[0])[0])
 	initrd := filepath.Join(t.TempDir(), "initramfs")
 	f, err := os.Create(initrd)
 	if err != nil {

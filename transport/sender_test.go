@@ -501,6 +501,7 @@ func TestSenderLogs(t *testing.T) {
 	await(t, text("many attempts"), func() bool { return testutil.ToFloat64(s.m.errors[ClassDial]) > 10 })
 	srv.Restart()
 	r.delivered(t, last)
+	r.reaches(t, Connected, ClassNone) // which is said last
 	cancel()
 	if err := <-done; err != nil {
 		t.Fatal(err)

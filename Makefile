@@ -35,9 +35,9 @@ run: build
 ## test: every test on the real kernel and a real Redis (root installs what is missing)
 .PHONY: test
 test: deps lint
-	CGO_ENABLED=1 $(GO) test -race -timeout 40m $$($(GO) list ./... | grep -v /internal/vmtest)
+	CGO_ENABLED=1 $(GO) test -race -timeout 40m ./internal/e2e ./transport $$($(GO) list ./... | grep -v /internal/vmtest) # the longest first
 	$(GO) -C bench test ./...
-	$(GO) test -count=1 -timeout 45m -parallel $$(($$(nproc)+1)) ./internal/vmtest # alone: emulated kernels want the whole machine
+	$(GO) test -count=1 -timeout 45m ./internal/vmtest # alone: emulated kernels want the whole machine
 
 ## test-vm: the kernel programs' tests on every supported kernel, in virtual machines; KERNEL=6.1 (or 6.12-arm64) for one only
 .PHONY: test-vm

@@ -20,12 +20,12 @@ import (
 	"github.com/aurorasoc/edr-sensor/internal/debian"
 )
 
-// A virtual machine that hangs is ended: soon, and tried again, where it did not come to its
-// tests, which takes seconds; else after more than twice what any takes on a machine that does
-// nothing else.
+// A virtual machine that hangs is ended: soon, and tried again, where no test of it runs, for
+// a boot or a reboot takes seconds; else after more than twice what any takes on a machine that
+// does nothing else.
 const (
-	beginTimeout = 5 * time.Minute
-	bootTimeout  = 25 * time.Minute
+	idleTimeout = 5 * time.Minute
+	bootTimeout = 25 * time.Minute
 )
 
 // machine is a computer to emulate.
@@ -98,14 +98,10 @@ func boot(ctx context.Context, dir string, m machine, kernel debian.Kernel, init
 		return nil, nil, 0, err
 	}
 	defer report.Close()
-	var says, errs bytes.Buffer
-	begins := time.AfterFunc(beginTimeout, func() { hung(fmt.Errorf("no test began within %s", beginTimeout)) })
-	defer begins.Stop()
-	cmd.Stdout, cmd.Stderr = io.MultiWriter(&says, report, onWrite(func() {
-		if bytes.Contains(says.Bytes(), []byte(begun)) {
-			begins.Stop()
-		}
-	})), &errs
+	says := watch{idle: time.AfterFunc(idleTimeout, func() { hung(fmt.Errorf("no test ran for %s", idleTimeout)) })}
+	defer says.idle.Stop()
+	var errs bytes.Buffer
+	cmd.Stdout, cmd.Stderr = io.MultiWriter(&says, report), &errs
 	err = cmd.Run()
 	if ctx.Err() != nil {
 		err = context.Cause(ctx)
@@ -120,18 +116,34 @@ func boot(ctx context.Context, dir string, m machine, kernel debian.Kernel, init
 	if s := cmd.ProcessState; s != nil {
 		spent = s.UserTime() + s.SystemTime()
 	}
-	return says.Bytes(), console, spent, errors.Join(err, errRead)
+	return says.out, console, spent, errors.Join(err, errRead)
 }
 
-// begun is what a machine says when the first of its tests begins.
-const begun = "@vm begin"
+// watch keeps what a machine says, and has a timer run while no test does.
+type watch struct {
+	out  []byte
+	idle *time.Timer
+}
 
-// onWrite is a writer that only wants to know that there is something new.
-type onWrite func()
-
-func (f onWrite) Write(p []byte) (int, error) {
-	f()
+func (w *watch) Write(p []byte) (int, error) {
+	news := max(0, len(w.out)-len(begins)) // with what may be the first part of a word
+	w.out = append(w.out, p...)
+	if bytes.Contains(w.out[news:], []byte("@vm ")) {
+		if amid(w.out) {
+			w.idle.Stop()
+		} else {
+			w.idle.Reset(idleTimeout)
+		}
+	}
 	return len(p), nil
+}
+
+// What a machine says when a test binary begins and when it has ended.
+const begins, ends = "@vm begin ", "@vm end "
+
+// amid reports whether a test binary is running.
+func amid(out []byte) bool {
+	return bytes.LastIndex(out, []byte(begins)) > bytes.LastIndex(out, []byte(ends))
 }
 
 // tail returns the last lines of a console, without what terminals make of them.

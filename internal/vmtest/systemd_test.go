@@ -34,10 +34,10 @@ func installedHosts(t *testing.T) (hosts []host) {
 	t.Helper()
 	bullseye, bookworm, trixie := releases()[0], releases()[1], releases()[2]
 	all := []installed{
-		{"bookworm", bookworm, 600, "deb", "TestDeb"},
-		{"bookworm-rpm", bookworm, 450, "rpm", "TestRPM"},
+		{"bookworm", bookworm, 405, "deb", "TestDeb"},
+		{"bookworm-rpm", bookworm, 280, "rpm", "TestRPM"},
 		{"bullseye", bullseye, 250, "deb", "TestDelivers"},
-		{"trixie", trixie, 350, "deb", "TestDelivers"},
+		{"trixie", trixie, 205, "deb", "TestDelivers"},
 	}
 	dir := t.TempDir()
 	packages := sync.OnceValue(func() error { return twoVersions(dir) })

@@ -6,12 +6,15 @@ import (
 	"bytes"
 	"debug/elf"
 	"errors"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime"
 	"strings"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 )
@@ -125,6 +128,8 @@ func TestAgain(t *testing.T) {
 		{"fine", "@vm begin sensor 2\n@vm done\n", "", nil, false},
 		{"hung in the boot", "@vm kernel 6.1\n", "", hang, true},
 		{"hung in a test", "@vm begin sensor 2\n", "", hang, false},
+		{"hung in a reboot", "@vm begin sensor 2\n@vm end sensor 3 0\n", "", hang, true},
+		{"hung in a test after a reboot", "@vm begin sensor 2\n@vm end sensor 3 0\n@vm begin rebooted 1\n", "", hang, false},
 		{"soft lockup in the boot", "", "watchdog: BUG: soft lockup - CPU#0", nil, true},
 		{"breakpoint of the kernel's own", "@vm begin sensor 2\n", "Oops: int3: 0000 [#1] PREEMPT SMP", nil, true},
 		{"soft lockup in a test", "@vm begin sensor 2\n", "watchdog: BUG: soft lockup - CPU#0", nil, false},
@@ -133,6 +138,42 @@ func TestAgain(t *testing.T) {
 		if got := again([]byte(tt.out), []byte(tt.console), tt.err); got != tt.want {
 			t.Errorf("%s: %t", tt.name, got)
 		}
+	}
+}
+
+// A machine that says nothing is waited for as long as its tests may take, but in a boot or
+// a reboot.
+func TestWatch(t *testing.T) {
+	for _, tt := range []struct {
+		name string
+		says []string
+		hung bool
+	}{
+		{"boot", nil, true},
+		{"kernel", []string{"@vm kernel 6.1\n"}, true},
+		{"test", []string{"@vm kernel 6.1\n@vm begin sensor 2\n"}, false},
+		{"test, in parts", []string{"@vm beg", "in sensor 2\n=== RUN TestA\n"}, false},
+		{"reboot", []string{"@vm begin sensor 2\n", "=== RUN TestA\n", "@vm end sensor 3 0\n"}, true},
+		{"test after a reboot", []string{"@vm begin sensor 2\n@vm end sensor 3 0\n@vm kernel 6.1\n", "@vm begin rebooted 1\n"}, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				hung := false
+				w := watch{idle: time.AfterFunc(idleTimeout, func() { hung = true })}
+				defer w.idle.Stop()
+				for _, s := range tt.says {
+					<-time.After(time.Minute)
+					if _, err := io.WriteString(&w, s); err != nil {
+						t.Fatal(err)
+					}
+				}
+				<-time.After(idleTimeout + time.Second)
+				synctest.Wait()
+				if hung != tt.hung || string(w.out) != strings.Join(tt.says, "") {
+					t.Errorf("hung %t, want %t; kept %q", hung, tt.hung, w.out)
+				}
+			})
+		})
 	}
 }
 

@@ -54,12 +54,12 @@ func variants(of []release) (hosts []host) {
 		return suite{dir: "sensor", name: name, run: "TestRootAllowedHooks", before: before, env: "EDR_HOOKS=fentry/"}
 	}
 	for _, v := range []variant{
-		{kernel: "5.10", name: "user without bpf in lsm=", seconds: 100, lsm: withoutBPF, suites: []suite{ // as Debian boots it
+		{kernel: "5.10", name: "user without bpf in lsm=", seconds: 85, lsm: withoutBPF, suites: []suite{ // as Debian boots it
 			asUser(fiveCapabilities, "fentry/"),
 			built("binary", "", "TestRefused/locked_memory|TestRunAsUser"),
 		}},
-		{kernel: "6.1", name: "user", seconds: 100, suites: []suite{asUser(fourCapabilities, "lsm/,fentry/"), built("binary", "", "TestRunAsUser")}},
-		{kernel: "6.12", name: "without bpf in lsm=", seconds: 60, lsm: withoutBPF, suites: []suite{
+		{kernel: "6.1", name: "user", seconds: 85, suites: []suite{asUser(fourCapabilities, "lsm/,fentry/"), built("binary", "", "TestRunAsUser")}},
+		{kernel: "6.12", name: "without bpf in lsm=", seconds: 20, lsm: withoutBPF, suites: []suite{
 			allowed("told", ""),
 			allowed("self-test", "umount /sys/kernel/security"), // so that nobody tells
 			built("refused", "mount -t securityfs securityfs /sys/kernel/security", "TestRefused"),

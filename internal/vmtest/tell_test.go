@@ -133,6 +133,8 @@ func TestAgain(t *testing.T) {
 		{"soft lockup in the boot", "", "watchdog: BUG: soft lockup - CPU#0", nil, true},
 		{"breakpoint of the kernel's own", "@vm begin sensor 2\n", "Oops: int3: 0000 [#1] PREEMPT SMP", nil, true},
 		{"soft lockup in a test", "@vm begin sensor 2\n", "watchdog: BUG: soft lockup - CPU#0", nil, false},
+		{"soft lockup in a reboot", "@vm begin sensor 2\n@vm end sensor 3 0\n", "watchdog: BUG: soft lockup - CPU#0", nil, true},
+		{"soft lockup in a reboot that it survived", "@vm begin sensor 2\n@vm end sensor 3 0\n@vm begin rebooted 1\n@vm end rebooted 2 0\n@vm done\n", "watchdog: BUG: soft lockup - CPU#0", nil, false},
 		{"another panic in the boot", "", "Kernel panic", nil, false},
 	} {
 		if got := again([]byte(tt.out), []byte(tt.console), tt.err); got != tt.want {

@@ -273,7 +273,7 @@ func again(out, console []byte, err error) bool {
 	if bytes.Contains(console, []byte("Oops: int3: 0000")) {
 		return true
 	}
-	hung := err != nil || bytes.Contains(console, []byte("soft lockup"))
+	hung := err != nil || bytes.Contains(console, []byte("soft lockup")) && !bytes.Contains(out, []byte("\n@vm done"))
 	return hung && !amid(out)
 }
 

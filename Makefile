@@ -131,7 +131,7 @@ generate-metrics: deps
 ## generate-coverage: write docs/coverage.md from the kernels' tests; KERNEL=6.1 for that one's part
 .PHONY: generate-coverage
 generate-coverage: deps
-	KERNEL=$(or $(KERNEL),all) $(GO) test -count=1 -timeout 25m -run TestVM/ ./internal/vmtest -args -update
+	KERNEL=$(or $(KERNEL),all) $(GO) test -count=1 -timeout 25m -run 'TestVM$$' ./internal/vmtest -args -update
 
 ## screens: write the screens in README.md from a running sensor (root)
 .PHONY: screens

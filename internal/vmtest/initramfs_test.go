@@ -41,7 +41,7 @@ func (s suite) called() string { return cmp.Or(s.name, s.dir) }
 func suites(r release) []suite {
 	skip := costTests // see TestVMCosts
 	if !r.whole {
-		skip += "|" + ownDoing
+		skip += "|" + besideHooks
 	}
 	return []suite{
 		{dir: "sensor", run: "Root", skip: skip},
@@ -49,10 +49,10 @@ func suites(r release) []suite {
 	}
 }
 
-// ownDoing is tests of what the sensor does with its own programs, maps and rings, and of what
-// it makes of events, which take long: where the oldest and the newest kernel agree, those
-// between them do. They see most of it in the lives of the packages.
-const ownDoing = "StuckStage|Adopt|CarryOn|TakeOver|Copies|Deep|LostLink|LostForGood|ExerciseInScope|" +
+// besideHooks is tests of what the sensor does with its own programs, maps and rings, and of
+// what it makes of events, which take long: where the oldest and the newest kernel agree, the
+// others are taken to. That one process takes over from another, the lives of the packages show.
+const besideHooks = "StuckStage|Adopt|CarryOn|TakeOver|Copies|Deep|LostLink|LostForGood|ExerciseInScope|" +
 	"FilterChangesLive|FilesSuppressed|FilesExcluded|Heartbeat|Counters|Waiter"
 
 // testTimeout is when a test binary gives up and shows its goroutines. Emulated, the

@@ -28,15 +28,15 @@ type installed struct {
 	test    string // of the package of this name
 }
 
-// installedHosts lead the packages through their lives on Debian's releases, with their kernels
-// and systemd as the first process.
+// installedHosts returns those that lead the packages through their lives: Debian's releases,
+// with their kernels and systemd as the first process.
 func installedHosts(t *testing.T) (hosts []host) {
 	t.Helper()
 	bullseye, bookworm, trixie := releases()[0], releases()[1], releases()[2]
 	all := []installed{
 		{"bookworm", bookworm, 405, "deb", "TestDeb"},
 		{"bookworm-rpm", bookworm, 280, "rpm", "TestRPM"},
-		{"bullseye", bullseye, 250, "deb", "TestDelivers"},
+		{"bullseye", bullseye, 155, "deb", "TestDelivers"},
 		{"trixie", trixie, 205, "deb", "TestDelivers"},
 	}
 	dir := t.TempDir()

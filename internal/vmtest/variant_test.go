@@ -48,7 +48,7 @@ func built(name, before, run string) suite {
 	return suite{dir: command, name: name, before: before, run: run, env: "EDR_BINARY=/bin/edr-sensor"}
 }
 
-// variants returns those of the kernels.
+// variants returns the hosts that are variants of one with such a kernel.
 func variants(of []release) (hosts []host) {
 	allowed := func(name, before string) suite {
 		return suite{dir: "sensor", name: name, run: "TestRootAllowedHooks", before: before, env: "EDR_HOOKS=fentry/"}

@@ -266,15 +266,17 @@ func bootAgain(t *testing.T, m machine, kernel debian.Kernel, initrd, lsm string
 }
 
 // again reports whether the emulator is to blame: a machine hung, or its clock ran away,
-// while it ran no test, in its boot or in a reboot. Amid tests it may be for what they did, with
-// one exception: when the kernel patches code that all CPUs run, as attaching to a tracepoint
-// makes it do, an emulated CPU can meet the breakpoint of the patching after it is gone.
+// before it came to the tests, at first or after a reset. Amid tests and in a shutdown it may be
+// for what they did, with one exception: when the kernel patches code that all CPUs run, as
+// attaching to a tracepoint makes it do, an emulated CPU can meet the breakpoint of the patching
+// after it is gone.
 func again(out, console []byte, err error) bool {
 	if bytes.Contains(console, []byte("Oops: int3: 0000")) {
 		return true
 	}
-	hung := err != nil || bytes.Contains(console, []byte("soft lockup")) && !bytes.Contains(out, []byte("\n@vm done"))
-	return hung && !amid(out)
+	hung := err != nil || bytes.Contains(console, []byte("soft lockup"))
+	reset := !amid(out) && bytes.Contains(console, []byte("reboot: Restarting system"))
+	return hung && (reset || !bytes.Contains(out, []byte(begins))) && !bytes.Contains(out, []byte("\n@vm done"))
 }
 
 // replay has the tests of a machine end here as they ended there.
